@@ -1,0 +1,135 @@
+"""``capture_attention``: read a few attention rows of every block while the model runs as usual."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit.capture import state
+from kedit.capture.install import attention_modules, use_capture_attention
+from kedit.capture.reference import reference_rows
+from kedit.capture.rule import Rule
+from kedit.errors import CaptureError
+
+
+class Capture:
+    """An open capture: what is wanted, and the rows of the last forward pass.
+
+    Attributes:
+        rows: by block, [B, A, R, Tk] in float32 (float64 for a float64 model), pre-dropout. Every forward pass starts
+            a new dictionary, so one that was kept stays as it is.
+        layers: the blocks that are captured, ascending.
+        detach: whether the rows carry no gradient.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+    """
+
+    def __init__(
+        self, model: nn.Module, positions: Tensor, layers: Collection[int] | None, detach: bool, backend: str
+    ) -> None:
+        self.modules = _choose(attention_modules(model), layers)
+        self.layers = tuple(self.modules)
+        self.detach = detach
+        self.backend = backend
+        self.rows: dict[int, Tensor] = {}
+        self.thread = threading.get_ident()
+        self._number = {id(module): layer for layer, module in self.modules.items()}
+        self._grad: bool | None = None
+        self.positions = positions
+
+    @property
+    def positions(self) -> Tensor:
+        """Captured query rows, int64 [B, R]: indices among the queries of a forward pass; -1 is a dead row (zeros).
+
+        Assign to it between forward passes; nothing is installed anew.
+        """
+        return self._positions
+
+    @positions.setter
+    def positions(self, positions: Tensor) -> None:
+        if positions.dim() != 2 or positions.is_floating_point() or positions.dtype == torch.bool:
+            raise CaptureError(
+                f"positions must be integers [B, R]; found {positions.dtype} of shape {tuple(positions.shape)}."
+            )
+        self._positions = positions.to(torch.int64)
+        self._highest = int(positions.max()) if positions.numel() else -1
+
+    def begin(self) -> None:
+        """A forward pass of the model starts."""
+        if not state.recomputing():
+            self.rows = {}
+            self._grad = torch.is_grad_enabled()
+
+    def record(self, module: nn.Module, q: Tensor, k: Tensor, rule: Rule) -> None:
+        """Compute and keep the rows of one attention layer."""
+        self.keep(module, lambda at: reference_rows(q, k, at, rule), q.shape[2], q.device)
+
+    def keep(self, module: nn.Module, compute: Any, num_queries: int, device: torch.device) -> None:
+        """Keep what ``compute(positions)`` returns as the rows of one attention layer."""
+        if self._highest >= num_queries:
+            raise CaptureError(
+                f"Row {self._highest} was asked for, but the forward pass has {num_queries} queries. "
+                "Positions count from the first query of the pass, not from the first key."
+            )
+        if self._grad and not self.detach and not torch.is_grad_enabled():
+            raise CaptureError(
+                "The rows would carry no gradient: a block runs without one, as reentrant gradient checkpointing does. "
+                'Use gradient_checkpointing_kwargs={"use_reentrant": False}, or pass detach=True.'
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
+            rows = compute(self._positions.to(device))
+        if not state.recomputing():
+            self.rows[self._number[id(module)]] = rows
+
+
+def _choose(modules: dict[int, nn.Module], layers: Collection[int] | None) -> dict[int, nn.Module]:
+    if layers is None:
+        return modules
+    if not isinstance(layers, range):
+        missing = sorted(set(layers) - modules.keys())
+        if missing:
+            raise CaptureError(
+                f"Blocks {missing} have no attention to capture: this model has it in blocks {sorted(modules)}."
+            )
+    return {layer: module for layer, module in modules.items() if layer in layers}
+
+
+@contextmanager
+def capture_attention(
+    model: nn.Module,
+    positions: Tensor,
+    *,
+    layers: Collection[int] | None = None,
+    detach: bool = False,
+    backend: str = "auto",
+) -> Iterator[Capture]:
+    """Read attention rows of a transformers model while its output stays what it always is.
+
+    ``with capture_attention(model, positions) as cap: model(**inputs)`` leaves in ``cap.rows[layer]`` the attention
+    probabilities [B, A, R, Tk] of the chosen queries, differentiable with respect to queries and keys. Repeat the
+    forward pass as often as wanted; assign ``cap.positions`` in between to read other rows.
+
+    Args:
+        model: a causal language model of transformers.
+        positions: query rows to read, integers [B, R]; -1 is a dead row.
+        layers: blocks to read; a range may reach past the last one. All if not given.
+        detach: read without gradient.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Raises:
+        CaptureError: the model's attention cannot be captured, or this thread already captures it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(use_capture_attention(model))
+        capture = Capture(model, positions, layers, detach, backend)
+        stack.callback(state.close_capture, capture)
+        state.open_capture(capture)
+        roots = {id(root): root for root in (model, getattr(model, "base_model", model))}
+        for root in roots.values():
+            handle = root.register_forward_pre_hook(lambda *_: capture.begin())
+            stack.callback(handle.remove)
+        yield capture

@@ -1,0 +1,144 @@
+"""The routes for model types outside transformers' ``AttentionInterface``.
+
+Types that compute attention in a method ``_attn(query, key, value, mask)`` (GPT-J, GPT-Neo, CodeGen) are read there:
+queries and keys are at hand. In every other type (Bloom, MPT, Falcon, XGLM ...) the softmax or SDPA call inside the
+attention module is overheard. Either way the model's own computation runs unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kedit.capture import state
+from kedit.capture.reference import normalise
+from kedit.capture.rule import Rule, accumulator, gather_queries
+
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+_SOFTMAX = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
+
+
+def wrap(module: nn.Module, undo: list[Callable[[], None]]) -> None:
+    """Make one attention module capturable; what puts it back is appended to ``undo``."""
+    name = "_attn" if hasattr(module, "_attn") else "forward"
+    original = getattr(module, name)
+    before = module.__dict__.get(name)
+    wrapped = _reading_attn(module, original) if name == "_attn" else _overheard(module, original)
+    undo.append(lambda: _restore(module, name, before))
+    module.__dict__[name] = wrapped
+
+
+def _restore(module: nn.Module, name: str, before: Any) -> None:
+    if before is None:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = before
+
+
+def _reading_attn(module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``_attn`` that also records the rows."""
+
+    def attn(
+        query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        out = original(query, key, value, attention_mask, *args, **kwargs)
+        capture = state.capture_of(module)
+        if capture is not None:
+            capture.record(module, query, key, _attn_rule(module, query, key, attention_mask))
+        return out
+
+    return attn
+
+
+def _attn_rule(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> Rule:
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    scale = getattr(module, "scale_attn", None)
+    allow = None
+    triangle = getattr(module, "bias", None)  # GPT-Neo: causal, and local in every other block
+    if isinstance(triangle, Tensor):
+        allow = triangle[:, :, num_keys - num_queries : num_keys, :num_keys]
+    add = None if mask is None else mask[..., :num_keys]
+    if add is not None and add.dtype == torch.bool:
+        allow, add = (add if allow is None else allow & add), None
+    return Rule(scaling=1.0 if scale is None else 1.0 / float(scale), allow=allow, add=add)
+
+
+def _overheard(module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` under a mode that overhears the softmax or SDPA call."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        capture = state.capture_of(module)
+        if capture is None:
+            return original(*args, **kwargs)
+        with _Overhear(module, capture):
+            return original(*args, **kwargs)
+
+    return forward
+
+
+class _Overhear(TorchFunctionMode):
+    """Records the rows of the first softmax or SDPA call."""
+
+    def __init__(self, module: nn.Module, capture: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.capture = capture
+        self.done = False
+        self.cast: tuple[Tensor, Tensor] | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.done:
+            return out
+        if func is torch.Tensor.float:
+            self.cast = (out, args[0])  # float64 scores of which only a float32 copy reaches the softmax
+        elif func in _SOFTMAX:
+            self.done = True
+            scores = args[0] if args else kwargs["input"]
+            self._from_scores(self.cast[1] if self.cast and self.cast[0] is scores else scores)
+        elif func is _SDPA:
+            self.done = True
+            self._from_sdpa(*args, **kwargs)
+        return out
+
+    def _from_scores(self, scores: Tensor) -> None:
+        batch = self.capture.positions.shape[0]
+        if scores.dim() == 3:
+            scores = scores.view(batch, -1, *scores.shape[1:])
+
+        def rows(positions: Tensor) -> Tensor:
+            dtype = accumulator(scores.dtype)
+            floor = torch.finfo(scores.dtype).min / 2
+            picked = gather_queries(scores, positions).expand(-1, -1, positions.shape[1], -1).to(dtype)
+            seen = (positions >= 0)[:, None, :, None] & (picked > floor)
+            return normalise(torch.where(seen, picked, -torch.inf))
+
+        self.capture.keep(self.module, rows, scores.shape[2], scores.device)
+
+    def _from_sdpa(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        bool_mask = attn_mask is not None and attn_mask.dtype == torch.bool
+        rule = Rule(
+            scaling=query.shape[-1] ** -0.5 if scale is None else scale,
+            allow=attn_mask if bool_mask else None,
+            add=None if bool_mask or attn_mask is None else attn_mask.detach(),
+            causal=is_causal,
+            offset=0,
+        )
+        self.capture.record(self.module, query, key, rule)
