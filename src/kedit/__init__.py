@@ -1,0 +1,56 @@
+"""kedit: edit facts inside open-weight language models, and prove what the edit did.
+
+    model, tok = kedit.load()
+    edit = kedit.Edit(prompt="{} lives in", subject="...", target_new="...")
+    result = kedit.ROME(model, tok).apply(edit, regularizer="sadr")
+
+Names are imported when first used, so ``import kedit`` is quick and does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_NAMES = {
+    "Edit": "kedit.edit",
+    "EditPatch": "kedit.patch",
+    "EditResult": "kedit.result",
+    "Editor": "kedit.editors.base",
+    "KEditError": "kedit.errors",
+    "ROME": "kedit.editors.rome",
+    "RROME": "kedit.editors.rome",
+    "SADR": "kedit.regularizers.sadr",
+    "SecondMoments": "kedit.moments",
+    "editor": "kedit.editors",
+    "load": "kedit.loading",
+}
+
+if TYPE_CHECKING:
+    from kedit.edit import Edit as Edit
+    from kedit.editors import editor as editor
+    from kedit.editors.base import Editor as Editor
+    from kedit.editors.rome import ROME as ROME
+    from kedit.editors.rome import RROME as RROME
+    from kedit.errors import KEditError as KEditError
+    from kedit.loading import load as load
+    from kedit.moments import SecondMoments as SecondMoments
+    from kedit.patch import EditPatch as EditPatch
+    from kedit.regularizers.sadr import SADR as SADR
+    from kedit.result import EditResult as EditResult
+
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("kedit")
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'kedit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*_NAMES, "__version__"]

@@ -1,0 +1,7 @@
+"""Typed access to the parts of a model that editing reads and writes."""
+
+from kedit.arch.model import ModelArch as ModelArch
+from kedit.arch.model import Site as Site
+from kedit.arch.model import Weight as Weight
+from kedit.arch.table import ARCHITECTURES as ARCHITECTURES
+from kedit.arch.table import ArchSpec as ArchSpec

@@ -1,0 +1,118 @@
+"""The edit request: which fact, and what it should become."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kedit.errors import EditError
+
+SLOT = "{}"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One fact to write: after ``prompt`` with ``subject``, the model should say ``target_new``.
+
+    ``prompt`` holds exactly one ``{}``, the place of the subject; a prompt in which the subject itself stands
+    exactly once is normalised to that form. Surrounding white space of subject and targets is dropped.
+
+    Raises:
+        EditError: no ``{}`` and the subject is not in the prompt, or either of them twice; an empty text.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check and normalise."""
+        for field in ("prompt", "subject", "target_new"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise EditError(f"Edit.{field} must be text, not {type(value).__name__}: {value!r}.")
+            if not value.strip():
+                raise EditError(f"Edit.{field} is empty. Give the {field.replace('_', ' ')} as text.")
+        if self.target_true is not None and not isinstance(self.target_true, str):
+            raise EditError(f"Edit.target_true must be text or None, not {type(self.target_true).__name__}.")
+        for field in ("subject", "target_new", "target_true"):
+            value = getattr(self, field)
+            object.__setattr__(self, field, value.strip() if value else None)
+        object.__setattr__(self, "prompt", _with_slot(self.prompt, self.subject))
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in its place."""
+        return self.prompt.replace(SLOT, self.subject)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Edit:
+        """Make an edit from a mapping with the fields' names; unknown or missing fields raise ``EditError``."""
+        known = {"prompt", "subject", "target_new", "target_true"}
+        if not isinstance(record, Mapping):
+            raise EditError(f"An edit record must be an object with fields, not {type(record).__name__}.")
+        unknown, missing = set(record) - known, {"prompt", "subject", "target_new"} - set(record)
+        if unknown or missing:
+            found = f"unknown {sorted(unknown)}" if unknown else f"missing {sorted(missing)}"
+            raise EditError(f"An edit record has fields {sorted(known)}; found {found}.")
+        return cls(**record)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path) -> list[Edit]:
+        """Read one edit per line from a JSON-lines file; blank lines are skipped.
+
+        Raises:
+            EditError: a line that is not JSON or not an edit, with its number.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise EditError(f"Cannot read edits from {path}: {error}.") from error
+        edits = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                edits.append(cls.from_dict(json.loads(line)))
+            except (json.JSONDecodeError, EditError) as error:
+                raise EditError(f"{path}, line {number}: {error}") from error
+        if not edits:
+            raise EditError(f"{path} holds no edits. Write one JSON object per line.")
+        return edits
+
+
+def as_edits(edits: Edit | Iterable[Edit]) -> list[Edit]:
+    """One edit or many, as a list; anything else raises ``EditError``."""
+    found = [edits] if isinstance(edits, Edit) else list(edits)
+    if not found:
+        raise EditError("There is nothing to edit: the list of edits is empty.")
+    for item in found:
+        if not isinstance(item, Edit):
+            raise EditError(f"Expected kedit.Edit objects, found {type(item).__name__}. Make one with kedit.Edit(...).")
+    return found
+
+
+def _with_slot(prompt: str, subject: str) -> str:
+    slots = prompt.count(SLOT)
+    if slots == 1:
+        return prompt
+    if slots > 1:
+        raise EditError(f"The prompt {prompt!r} holds {slots} '{{}}'. Leave one, the place of the subject.")
+    found = prompt.count(subject)
+    if found == 0:
+        raise EditError(
+            f"The prompt {prompt!r} holds neither '{{}}' nor the subject {subject!r}. Put '{{}}' where the subject stands."
+        )
+    if found > 1:
+        raise EditError(
+            f"The subject {subject!r} stands {found} times in the prompt {prompt!r}. Put '{{}}' in the place that is meant."
+        )
+    return prompt.replace(subject, SLOT)

@@ -1,0 +1,25 @@
+"""The editing methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kedit.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kedit.editors.base import Editor
+
+EDITORS: Registry[type[Editor]] = Registry(
+    "editor",
+    {
+        "rome": "kedit.editors.rome:ROME",
+        "rrome": "kedit.editors.rome:RROME",
+    },
+)
+
+
+def editor(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **config: Any) -> Editor:
+    """An editor by name; raises :class:`~kedit.errors.UnknownNameError` with the nearest known name."""
+    return EDITORS[name](model, tokenizer, **config)

@@ -1,0 +1,281 @@
+"""The editor: owns the steps; a child holds only what is its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from kedit import presets
+from kedit.arch import ModelArch, Site
+from kedit.contexts import check_contexts, generate_contexts
+from kedit.delta import Delta, concatenate
+from kedit.edit import Edit, as_edits
+from kedit.editors.config import EditorConfig
+from kedit.errors import ConfigError
+from kedit.ledger import Ledger
+from kedit.moments import Moment, SecondMoments
+from kedit.optimise import StepLog, Values
+from kedit.patch import EditPatch, fingerprints
+from kedit.pipeline import (
+    Insertion,
+    Request,
+    Timer,
+    describe,
+    encode_edits,
+    needs_of,
+    optimise_values,
+    overwrite,
+    spread,
+)
+from kedit.progress import logger
+from kedit.regularizers import Choice, resolve
+from kedit.regularizers.base import Regularizer
+from kedit.result import EditResult
+from kedit.stats import estimate_moments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Editor(ABC):
+    """Writes facts into one model.
+
+    Args:
+        model: a causal language model; it is edited in place by :meth:`apply` and by nothing else.
+        tokenizer: its fast tokenizer.
+        config: all hyper-parameters; missing: the model's preset.
+        moments: second moments by layer, used as they are; missing: estimated from the default corpus and cached.
+        contexts: templates with one ``{}`` each, the first of them ``"{}"``; missing: sampled from the model, seeded.
+        overrides: single hyper-parameters, before preset and ``config``.
+
+    Raises:
+        ArchitectureError: the model's type is unknown.
+        ConfigError: a hyper-parameter is out of range or unknown.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[EditorConfig]] = EditorConfig
+    joint: ClassVar[bool] = False  # several edits become one update, solved together
+    context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((10, 5),)  # (tokens, how many)
+    context_seed: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EditorConfig | None = None,
+        *,
+        moments: SecondMoments | Mapping[int, Moment | Tensor] | None = None,
+        contexts: Sequence[str] | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.arch = ModelArch(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self._check_names(overrides)
+        if config is not None and not isinstance(config, self.Config):
+            raise ConfigError(f"config must be a {type(self).__name__}.Config, not {type(config).__name__}.")
+        self._given: dict[str, Any] = {**({} if config is None else dict(vars(config))), **overrides}
+        self.config = self._configure([])
+        self._contexts = None if contexts is None else check_contexts(contexts)
+        self._moments = None if moments is None else _as_moments(moments)
+        if self._moments is not None:
+            self._moments.check(self.arch, self.config.layers)
+
+    # What a child supplies
+
+    @abstractmethod
+    def sites(self, config: Any) -> tuple[Site, ...]:
+        """Where values are optimised; the first is where the residual is measured."""
+
+    @abstractmethod
+    def solve(self, insertion: Insertion, config: Any) -> Delta:
+        """The closed form: the update of one layer's weight."""
+
+    def share(self, config: Any, layer: int) -> float:
+        """What the residual is divided by at ``layer``: 1 unless a child spreads it over several layers."""
+        return 1.0
+
+    # What users call
+
+    @classmethod
+    def preset(cls, model: PreTrainedModel) -> EditorConfig:
+        """The hyper-parameters for a model where the user gives none."""
+        return cls._preset_config(ModelArch(model), {})
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The context templates; sampled from the model on first use."""
+        if self._contexts is None:
+            self._contexts = generate_contexts(self.model, self.tokenizer, self.context_lengths, seed=self.context_seed)
+        return self._contexts
+
+    @property
+    def moments(self) -> SecondMoments:
+        """Second moments of the edited layers; estimated on first use."""
+        if self._moments is None:
+            self._moments = estimate_moments(self.arch, self.tokenizer, self.config.layers)
+        return self._moments
+
+    def apply(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> EditResult:
+        """Write one edit or many into the model.
+
+        Editors that solve jointly write many as one batch; the others in order, each on the model as edited so far.
+        Whatever goes wrong, Ctrl-C included, leaves every weight as it was.
+
+        Args:
+            edits: an :class:`~kedit.Edit` or several.
+            regularizer: a name, an object, or a list of them.
+
+        Raises:
+            KEditError: bad input, a non-finite loss, a singular second moment; in words.
+        """
+        chosen = as_edits(edits)
+        settings = self._settings(regularizer)
+        requests = self._encode(chosen, settings)
+        timer = Timer()
+        with timer.stage("moments"):
+            moments = self.moments
+        groups = [requests] if self.joint else [[request] for request in requests]
+        names = [self.arch.weight(layer).name for layer in settings.config.layers]
+        base = fingerprints(self.arch, names)
+        written: dict[str, list[Delta]] = {name: [] for name in names}
+        log: list[list[StepLog]] = []
+        with ExitStack() as stack:
+            if len(groups) > 1:
+                scratch = Ledger.of(self.model).scratch([self.arch.weight_of(name) for name in names])
+                stack.enter_context(scratch)
+            for number, group in enumerate(groups):
+                with timer.stage("optimise"):
+                    values = self._values(group, settings)
+                with timer.stage("solve"):
+                    deltas = spread(self.arch, self, group, values, settings.config, moments)
+                log += values.log
+                for name, delta in deltas.items():
+                    written[name].append(delta)
+                if number < len(groups) - 1:
+                    overwrite(self.arch, deltas)
+        summed = {name: concatenate(parts) for name, parts in written.items()}
+        patch = EditPatch(summed, base, self._provenance(chosen, settings))
+        patch.apply(self.model)
+        return EditResult(patch, chosen, log, timer.seconds, self.model)
+
+    def propose(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> list[EditPatch]:
+        """What each edit alone would change of the model as it is; values are optimised together, nothing is written."""
+        chosen = as_edits(edits)
+        settings = self._settings(regularizer)
+        requests = self._encode(chosen, settings)
+        moments = self.moments
+        base = fingerprints(self.arch, [self.arch.weight(layer).name for layer in settings.config.layers])
+        values = self._values(requests, settings)
+        patches = []
+        for i, request in enumerate(requests):
+            one = Values(
+                values.delta[i : i + 1], values.initial[i : i + 1], values.log[i : i + 1], values.known[i : i + 1]
+            )
+            deltas = spread(self.arch, self, [request], one, settings.config, moments)
+            provenance = self._provenance([chosen[i]], settings)
+            patches.append(EditPatch(deltas, base, provenance))
+        return patches
+
+    # Inside
+
+    def _settings(self, regularizer: Choice) -> _Settings:
+        found = resolve(regularizer)
+        config = self._configure([item.name for item in found])
+        filled = [self._fill(item) for item in found]
+        sites = self.sites(config)
+        return _Settings(config, filled, sites)
+
+    def _encode(self, edits: Sequence[Edit], settings: _Settings) -> list[Request]:
+        return encode_edits(self.arch, self.tokenizer, edits, self.contexts, settings.needs)
+
+    def _values(self, requests: Sequence[Request], settings: _Settings) -> Values:
+        return optimise_values(
+            self.arch, settings.sites, requests, settings.config, settings.regularizers, settings.needs
+        )
+
+    def _configure(self, regularizers: Sequence[str]) -> EditorConfig:
+        """User > preset of (editor, model, regularizer) > preset of (editor, model) > rule."""
+        changes: dict[str, Any] = {}
+        preset = presets.find(self.name, self.arch)
+        for name in regularizers:
+            found = {} if preset is None else preset.regularized.get(name, {})
+            changes |= {key: value for key, value in found.items() if key != "self"}
+        config = self._preset_config(self.arch, {**changes, **self._given})
+        for layer in config.layers:
+            self.arch.check_layer(layer)
+        return config
+
+    @classmethod
+    def _preset_config(cls, arch: ModelArch, changes: Mapping[str, Any]) -> EditorConfig:
+        preset = presets.find(cls.name, arch)
+        values: dict[str, Any] = dict(preset.values) if preset else {"layers": cls.default_layers(arch)}
+        return cls.Config(**{**values, **changes})
+
+    @classmethod
+    def default_layers(cls, arch: ModelArch) -> tuple[int, ...]:
+        """The layers for a model without a preset."""
+        return (presets.layer_rule(arch),)
+
+    def _fill(self, regularizer: Regularizer) -> Regularizer:
+        """Fill a regularizer's missing fields from the preset."""
+        preset = presets.find(self.name, self.arch)
+        values = {} if preset is None else preset.regularized.get(regularizer.name, {}).get("self", {})
+        missing = {key: value for key, value in values.items() if getattr(regularizer, key, 0) is None}
+        if missing and dataclasses.is_dataclass(regularizer) and not isinstance(regularizer, type):
+            filled = dataclasses.replace(regularizer, **missing)
+            logger.info("%s: %s from the preset.", filled.name, missing)
+            return filled
+        return regularizer
+
+    def _check_names(self, overrides: Mapping[str, Any]) -> None:
+        known = self.Config.field_names()
+        for name in overrides:
+            if name not in known:
+                raise ConfigError(
+                    f"{type(self).__name__} has no hyper-parameter {name!r}. It has {', '.join(sorted(known))}."
+                )
+
+    def _provenance(self, edits: Sequence[Edit], settings: _Settings) -> dict[str, Any]:
+        config = self.model.config
+        source = str(getattr(config, "_name_or_path", "") or "")
+        return {
+            "editor": self.name,
+            "config": settings.config.to_dict(),
+            "regularizers": [describe(item) for item in settings.regularizers],
+            "edits": [edit.to_dict() for edit in edits],
+            "contexts": list(self.contexts),
+            "moments": {str(layer): self.moments[layer].figures() for layer in settings.config.layers},
+            "model": {
+                "name": Path(source).name if Path(source).exists() else source,
+                "type": self.arch.model_type,
+                "num_layers": self.arch.num_layers,
+                "hidden": self.arch.hidden,
+                "dtype": str(self.arch.dtype).removeprefix("torch."),
+            },
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What holds for one call: the hyper-parameters, the regularizers with all their fields, and the sites."""
+
+    config: EditorConfig
+    regularizers: Sequence[Regularizer]
+    sites: tuple[Site, ...]
+
+    @property
+    def needs(self) -> Any:
+        """What the regularizers want to see."""
+        return needs_of(self.regularizers, self.sites)
+
+
+def _as_moments(moments: SecondMoments | Mapping[int, Moment | Tensor]) -> SecondMoments:
+    return moments if isinstance(moments, SecondMoments) else SecondMoments(moments)

@@ -1,0 +1,53 @@
+"""ROME (Meng et al., 2022, arXiv:2202.05262) and R-ROME (Gupta et al., 2024, arXiv:2403.07175)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from kedit.arch import Site
+from kedit.delta import Delta
+from kedit.editors.base import Editor
+from kedit.pipeline import Insertion
+from kedit.solve import rank_one, whiten
+
+
+class ROME(Editor):
+    """Rank-one model editing: one association, one layer.
+
+    The value is optimised at the MLP's output; with k̄ the mean key over the contexts and k the bare prompt's key::
+
+        u = C⁻¹ k̄ / ‖C⁻¹ k̄‖,   Δ = (v* − W k) uᵀ / (uᵀ k)
+
+    hence (W + Δ) k = v* at the bare prompt (the published code's convention).
+    """
+
+    name: ClassVar[str] = "rome"
+    context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((5, 10), (10, 10))
+
+    def sites(self, config: Any) -> tuple[Site, ...]:
+        """The MLP's output of the edited block."""
+        return (Site(config.layers[-1], "mlp"),)
+
+    def solve(self, insertion: Insertion, config: Any) -> Delta:
+        """The rank-one update of one edit."""
+        keys = insertion.keys[0]  # [C, I]
+        whitened = whiten(insertion.moments.factor(insertion.layer), keys.mean(0, keepdim=True))[0]
+        return rank_one(whitened, keys[0], insertion.residual[0])
+
+
+class RROME(ROME):
+    """R-ROME: the mean key everywhere, which keeps long sequences of edits stable.
+
+    Δ = (v* − W k̄) uᵀ / (uᵀ k̄), hence (W + Δ) k̄ = v* at the mean key.
+    """
+
+    name: ClassVar[str] = "rrome"
+
+    def solve(self, insertion: Insertion, config: Any) -> Delta:
+        """The rank-one update of one edit."""
+        keys = insertion.keys[0]
+        mean = keys.mean(0)
+        whitened = whiten(insertion.moments.factor(insertion.layer), mean[None])[0]
+        # v* − W k̄ = δ + W (k − k̄), as v* = W k + δ.
+        shift = insertion.weight.to(keys.dtype) @ (keys[0] - mean)
+        return rank_one(whitened, mean, insertion.residual[0] + shift)

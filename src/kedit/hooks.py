@@ -1,0 +1,56 @@
+"""Reading and changing what flows through modules, with hooks that are always removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class StopForward(Exception):
+    """Raised by a hook once all that was wanted has been read; caught by :func:`stops_early`."""
+
+
+@contextmanager
+def on_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call ``function`` with the module's output tensor; what it returns (if anything) takes its place.
+
+    Where the module returns a tuple, its first element is meant.
+    """
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        tensor = output[0] if isinstance(output, tuple) else output
+        changed = function(tensor)
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def on_input(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call ``function`` with the module's first positional input; what it returns takes its place."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+        changed = function(args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def stops_early() -> Iterator[None]:
+    """A place where :class:`StopForward` ends a forward pass quietly."""
+    with suppress(StopForward):
+        yield

@@ -1,0 +1,135 @@
+"""Second moments C = E[k kᵀ] (uncentred) of the down-projection's input, and their factors.
+
+They say which directions the keys of ordinary text use; the closed forms leave those alone as far as they can.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit.arch import ModelArch
+from kedit.errors import ConfigError, KEditWarning
+from kedit.solve import cholesky
+
+RIDGE = 1e-4
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The second moment of one layer.
+
+    Attributes:
+        matrix: C as the closed forms use it, ridge included, [I, I].
+        tokens: how many keys it was estimated from; ``None`` for a matrix handed in.
+        ridge: what was added to the diagonal, relative to its mean.
+        split_half: relative difference between the estimates from two halves of the corpus.
+        effective_rank: (tr C)² / tr C²: how many directions carry the keys.
+    """
+
+    matrix: Tensor
+    tokens: int | None = None
+    ridge: float = 0.0
+    split_half: float | None = None
+    effective_rank: float | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """All but the matrix, for a patch's provenance."""
+        return {
+            "tokens": self.tokens,
+            "ridge": self.ridge,
+            "split_half": self.split_half,
+            "effective_rank": self.effective_rank,
+        }
+
+
+class SecondMoments(Mapping[int, Moment]):
+    """Second moments by layer; their Cholesky factors are computed once and kept."""
+
+    def __init__(self, moments: Mapping[int, Moment | Tensor]) -> None:
+        self._moments = {
+            layer: moment if isinstance(moment, Moment) else Moment(moment) for layer, moment in moments.items()
+        }
+        self._factors: dict[int, Tensor] = {}
+
+    def __getitem__(self, layer: int) -> Moment:
+        return self._moments[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._moments)
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+    def factor(self, layer: int) -> Tensor:
+        """Lower Cholesky factor of C, [I, I] float64; raises ``SingularMomentError`` where there is none."""
+        if layer not in self._factors:
+            self._factors[layer] = cholesky(self._moments[layer].matrix, layer)
+        return self._factors[layer]
+
+    def check(self, arch: ModelArch, layers: tuple[int, ...]) -> None:
+        """Raise :class:`ConfigError` unless every layer has a square matrix of its keys' width."""
+        for layer in layers:
+            if layer not in self._moments:
+                raise ConfigError(
+                    f"There is no second moment for layer {layer}; given are layers {sorted(self._moments)}. "
+                    "Pass moments={layer: C} for every edited layer, or none to have them estimated."
+                )
+            matrix, width = self._moments[layer].matrix, arch.weight(layer).matrix.shape[1]
+            if not isinstance(matrix, Tensor) or tuple(matrix.shape) != (width, width):
+                shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+                raise ConfigError(
+                    f"The second moment of layer {layer} is {shape}; its keys have {width} numbers, so ({width}, {width}) "
+                    "is needed."
+                )
+
+
+class Accumulator:
+    """Sums k kᵀ of one layer, batch by batch, in float32 (float64 for float64 keys).
+
+    Two sketches, C z over the even and the odd batches for a few random z, tell how far the halves of the corpus
+    differ without a second matrix.
+    """
+
+    probes = 16
+
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.total = torch.zeros((width, width), dtype=dtype, device=device)
+        self.counts = [0, 0]
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (width, self.probes), generator=generator) * 2 - 1
+        self._signs = signs.to(device, dtype)
+        self._sketches = torch.zeros((2, width, self.probes), dtype=dtype, device=device)
+
+    def add(self, keys: Tensor) -> None:
+        """Add the keys [n, I] of one batch."""
+        keys = keys.to(self.total.dtype)
+        half = 0 if self.counts[0] <= self.counts[1] else 1
+        self.total.addmm_(keys.T, keys)
+        self._sketches[half] += keys.T @ (keys @ self._signs)
+        self.counts[half] += len(keys)
+
+    def moment(self, layer: int, ridge: float = RIDGE) -> Moment:
+        """C with its ridge; warns where too few keys were seen for the width."""
+        tokens = sum(self.counts)
+        width = len(self.total)
+        matrix = self.total / tokens
+        spread = float(matrix.diagonal().sum()) ** 2 / float(matrix.square().sum())
+        difference = None
+        if min(self.counts) > 0:
+            halves = [sketch / count for sketch, count in zip(self._sketches, self.counts, strict=True)]
+            difference = float((halves[0] - halves[1]).norm() / ((halves[0] + halves[1]) / 2).norm())
+        if tokens < width:
+            warnings.warn(
+                f"The second moment of layer {layer} saw {tokens} keys of width {width}: directions it never saw are held "
+                "up by the ridge alone. Estimate it from more text.",
+                KEditWarning,
+                stacklevel=2,
+            )
+        matrix.diagonal().add_(ridge * matrix.diagonal().mean())
+        return Moment(matrix, tokens, ridge, difference, spread)

@@ -1,0 +1,36 @@
+"""Progress of long work, on standard error."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+
+from tqdm.auto import tqdm
+
+logger = logging.getLogger("kedit")
+
+
+class Progress:
+    """A bar that shows itself only for work worth watching.
+
+    Nothing is drawn where standard error is not a terminal; the bar appears after ``delay`` seconds.
+    """
+
+    def __init__(self, total: int | None, what: str, unit: str = "edit", *, delay: float = 1.0) -> None:
+        self._bar = tqdm(total=total, desc=what, unit=unit, disable=None, delay=delay, leave=False, dynamic_ncols=True)
+
+    def advance(self, steps: int = 1) -> None:
+        """``steps`` more units are done."""
+        self._bar.update(steps)
+
+    def note(self, **figures: object) -> None:
+        """Show running figures behind the bar."""
+        self._bar.set_postfix({name: str(value) for name, value in figures.items()})
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

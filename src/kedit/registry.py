@@ -1,0 +1,66 @@
+"""Names for things that plug in: editors, regularizers, metrics."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar, cast
+
+from kedit.errors import UnknownNameError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A mapping from a name to an object that is imported only when asked for.
+
+    Outsiders add theirs with :meth:`register` or with an entry point in the group ``kedit.<kind>s``
+    (``[project.entry-points."kedit.regularizers"]``), so ``regularizer="mine"`` works without importing it first.
+    """
+
+    def __init__(self, kind: str, targets: dict[str, str] | None = None) -> None:
+        """Make a registry of ``kind`` (a noun, for messages) from ``name -> "module:attribute"``."""
+        self.kind = kind
+        self._targets: dict[str, str] = dict(targets or {})
+        self._objects: dict[str, T] = {}
+
+    def register(self, name: str, target: T) -> T:
+        """Add ``target`` under ``name`` (case is ignored); a name that is taken raises ``ValueError``."""
+        key = name.lower()
+        if key in self._targets or key in self._objects:
+            raise ValueError(f"The {self.kind} name {name!r} is taken. Choose another name.")
+        self._objects[key] = target
+        return target
+
+    def names(self) -> list[str]:
+        """All known names, sorted, those of entry points included."""
+        return sorted({*self._targets, *self._objects, *self._entry_points()})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.lower() in self.names()
+
+    def __getitem__(self, name: str) -> T:
+        """The object called ``name``; raises :class:`UnknownNameError` with the nearest names."""
+        key = name.lower()
+        if key not in self._objects:
+            self._objects[key] = self._resolve(name, key)
+        return self._objects[key]
+
+    def _resolve(self, name: str, key: str) -> T:
+        if key in self._targets:
+            module, _, attribute = self._targets[key].partition(":")
+            return cast(T, getattr(importlib.import_module(module), attribute))
+        outside = self._entry_points()
+        if key in outside:
+            return cast(T, outside[key].load())
+        near = difflib.get_close_matches(key, self.names(), n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(self.names())}."
+        raise UnknownNameError(f"There is no {self.kind} called {name!r}. {hint}")
+
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        return {point.name.lower(): point for point in entry_points(group=f"kedit.{self.kind}s")}

@@ -1,0 +1,166 @@
+"""What a regularizer is: two methods, one that asks and one that scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from kedit.arch import Site
+
+
+def blocks_from(first: int, last: int | None = None) -> range:
+    """Blocks ``first`` to ``last`` (included); to the top of the model without ``last``."""
+    return range(first, (1 << 30) if last is None else last + 1)
+
+
+def _cover(one: range, other: range) -> range:
+    """The smallest range that holds both."""
+    if not one or not other:
+        return one or other
+    return range(min(one.start, other.start), max(one.stop, other.stop))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a regularizer wants to see of every forward pass.
+
+    Attributes:
+        attention: blocks whose attention rows are captured (the row of the last prompt token, before the target);
+            a range may reach past the last block: ``blocks_from(3)``.
+        hidden: blocks whose output is captured at the last prompt token.
+        logits: whether the logits at the last prompt token are wanted.
+        prompts: further prompts about the edit's subject, one ``{}`` each; they run beside the edit's own prompts,
+            and what is captured of them stands in ``Captured.extra``.
+    """
+
+    attention: range = range(0)
+    hidden: range = range(0)
+    logits: bool = False
+    prompts: tuple[str, ...] = ()
+
+    def __or__(self, other: Needs) -> Needs:
+        """What satisfies both; extra prompts stay in order, those of ``self`` first."""
+        return Needs(
+            attention=_cover(self.attention, other.attention),
+            hidden=_cover(self.hidden, other.hidden),
+            logits=self.logits or other.logits,
+            prompts=tuple(dict.fromkeys((*self.prompts, *other.prompts))),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What was captured of P prompts, read at each prompt's last token.
+
+    Attributes:
+        edit: [P], the edit (0..E-1) that each prompt belongs to.
+        context: [P], number of the context (or of the extra prompt) among those of its edit.
+        subject: [P], column of the subject's last token in the attention rows.
+        attention: by block, [P, A, Tk]: probabilities of the last prompt token's row, float32 or float64.
+        hidden: by block, [P, H].
+        logits: [P, V], or ``None`` if nobody asked.
+    """
+
+    edit: Tensor
+    context: Tensor
+    subject: Tensor
+    attention: Mapping[int, Tensor] = field(default_factory=dict)
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+
+    def mean_per_edit(self, values: Tensor, num_edits: int) -> Tensor:
+        """Mean of one value per prompt [P] over the prompts of each edit: [E]."""
+        total = values.new_zeros(num_edits).index_add(0, self.edit, values)
+        return total / torch.bincount(self.edit, minlength=num_edits).clamp(min=1)
+
+    def detach(self) -> Rows:
+        """The same without gradient."""
+        return replace(
+            self,
+            attention={layer: rows.detach() for layer, rows in self.attention.items()},
+            hidden={layer: rows.detach() for layer, rows in self.hidden.items()},
+            logits=None if self.logits is None else self.logits.detach(),
+        )
+
+    def take(self, prompts: Tensor) -> Rows:
+        """Only the given prompts."""
+        return replace(
+            self,
+            edit=self.edit[prompts],
+            context=self.context[prompts],
+            subject=self.subject[prompts],
+            attention={layer: rows[prompts] for layer, rows in self.attention.items()},
+            hidden={layer: rows[prompts] for layer, rows in self.hidden.items()},
+            logits=None if self.logits is None else self.logits[prompts],
+        )
+
+    def keep_edits(self, keep: Tensor) -> Rows:
+        """Only the prompts of the edits ``keep``, renumbered in order."""
+        number = torch.full((int(self.edit.max()) + 1 if len(self.edit) else 1,), -1, device=self.edit.device)
+        number[keep] = torch.arange(len(keep), device=self.edit.device)
+        taken = self.take(torch.nonzero(number[self.edit] >= 0).flatten()) if len(self.edit) else self
+        return replace(taken, edit=number[taken.edit]) if len(taken.edit) else taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """One forward pass as a regularizer sees it.
+
+    Attributes:
+        step: number of the optimisation step, from 0; at step 0 δ is 0 and ``now`` equals ``before``.
+        delta: δ, [E, S, H].
+        initial: the site's output before any edit, [E, S, H].
+        rewrite: the edit's prompt in every context.
+        extra: the regularizers' own prompts.
+    """
+
+    step: int
+    delta: Tensor
+    initial: Tensor
+    rewrite: Rows
+    extra: Rows
+
+    @property
+    def num_edits(self) -> int:
+        """E."""
+        return int(self.delta.shape[0])
+
+    def detach(self) -> Captured:
+        """The same without gradient."""
+        return replace(self, delta=self.delta.detach(), rewrite=self.rewrite.detach(), extra=self.extra.detach())
+
+    def keep_edits(self, keep: Tensor) -> Captured:
+        """Only the edits ``keep``, renumbered in order."""
+        return replace(
+            self,
+            delta=self.delta[keep],
+            initial=self.initial[keep],
+            rewrite=self.rewrite.keep_edits(keep),
+            extra=self.extra.keep_edits(keep),
+        )
+
+
+@runtime_checkable
+class Regularizer(Protocol):
+    """A term added to the objective of every value optimisation.
+
+    Write a class with these members and pass an object of it: ``editor.apply(edit, regularizer=Mine())``.
+    A dataclass field left ``None`` may be filled from the editor's presets.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its column in the log; unique among the regularizers of one run."""
+        ...
+
+    def needs(self, site: Site) -> Needs:
+        """What to capture when a value is written at ``site``."""
+        ...
+
+    def penalty(self, now: Captured, before: Captured) -> Tensor:
+        """One value per edit, [E]; ``before`` is step 0 without gradient."""
+        ...

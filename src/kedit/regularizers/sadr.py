@@ -1,0 +1,93 @@
+"""SADR: selective attention drift restriction (Wang et al., ICLR 2025, arXiv:2502.14838)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kedit.arch import Site
+from kedit.errors import ConfigError
+from kedit.regularizers.base import Captured, Needs, Rows, blocks_from
+
+
+@dataclass(frozen=True, kw_only=True)
+class SADR:
+    """Keep the last prompt token's attention where it was, for the heads that come to over-attend the subject.
+
+    With p the original and q the current attention row of the last prompt token, per context j, block l and head h,
+    and s the column of the subject's last token::
+
+        penalty = γ · mean_j Σ_l Σ_h 1[q_lh(s) > max_h' p_lh'(s)] · D(p_lh, q_lh)
+
+    The original rows are those of step 0; the mask is evaluated anew at every step.
+
+    Attributes:
+        gamma: γ; ``None`` takes the preset of the editor and model.
+        select: ``"max"`` is the mask above; ``"all"`` restrains all heads (the ablation "ADR").
+        divergence: D: ``"kl"`` (original ‖ current), ``"js"``, or ``"l2"``, the squared distance.
+        exact: use the exact KL instead of the published form, which adds ε to both rows; its gradient does not
+            vanish where q < ε.
+        eps: ε of the published form.
+        layers: first and last block to restrain; ``None``: all above the edit.
+    """
+
+    gamma: float | None = None
+    select: Literal["max", "all"] = "max"
+    divergence: Literal["kl", "js", "l2"] = "kl"
+    exact: bool = False
+    eps: float = 1e-8
+    layers: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """``"sadr"``."""
+        return "sadr"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if self.gamma is not None and not 0 <= self.gamma < float("inf"):
+            raise ConfigError(f"SADR.gamma must be a finite number of at least 0, not {self.gamma!r}.")
+        if self.select not in ("max", "all"):
+            raise ConfigError(f"SADR.select is 'max' or 'all', not {self.select!r}.")
+        if self.divergence not in ("kl", "js", "l2"):
+            raise ConfigError(f"SADR.divergence is 'kl', 'js' or 'l2', not {self.divergence!r}.")
+        if self.layers is not None and not 0 <= self.layers[0] <= self.layers[1]:
+            raise ConfigError(f"SADR.layers is (first, last) with 0 <= first <= last, not {self.layers!r}.")
+
+    def needs(self, site: Site) -> Needs:
+        """Attention rows of the blocks above the edit, within ``layers``."""
+        above = site.layer if site.kind == "attention" else site.layer + 1
+        first, last = self.layers if self.layers is not None else (above, None)
+        return Needs(attention=blocks_from(max(first, above), last))
+
+    def penalty(self, now: Captured, before: Captured) -> Tensor:
+        """γ · mean over contexts of the (selected) drift, [E]."""
+        assert self.gamma is not None, "gamma is filled in before the optimisation"
+        return self.gamma * self.drift(now.rewrite, before.rewrite, now.num_edits)
+
+    def drift(self, now: Rows, before: Rows, num_edits: int) -> Tensor:
+        """The penalty without γ: mean over contexts, sum over blocks and heads, [E]."""
+        total = now.subject.new_zeros(num_edits, dtype=torch.float32)
+        for layer, current in now.attention.items():
+            original = before.attention[layer]
+            per_head = self._divergence(original, current)
+            if self.select == "max":
+                column = now.subject[:, None, None].expand(-1, current.shape[1], 1)
+                weight = current.gather(2, column).squeeze(2)  # [P, A]
+                highest = original.gather(2, column).squeeze(2).amax(1, keepdim=True)
+                per_head = per_head * (weight > highest)
+            total = total + now.mean_per_edit(per_head.sum(1), num_edits)
+        return total
+
+    def _divergence(self, p: Tensor, q: Tensor) -> Tensor:
+        """D(p, q) of rows [P, A, Tk], per prompt and head."""
+        if self.divergence == "l2":
+            return (p - q).square().sum(-1)
+        p, q = p + self.eps, q + self.eps
+        if self.divergence == "kl":
+            return (p * (p / q).log()).sum(-1)
+        middle = (p + q) / 2
+        return ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)) / 2

@@ -1,0 +1,60 @@
+"""What an edit returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kedit.edit import Edit
+from kedit.optimise import StepLog
+from kedit.patch import EditPatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(eq=False)
+class EditResult:
+    """A finished edit of one model.
+
+    Attributes:
+        patch: the weight updates with their provenance.
+        edits: what was asked for.
+        log: per edit and step: step, total, nll, kl, weight_decay, and one column per regularizer.
+        seconds: time by stage.
+    """
+
+    patch: EditPatch
+    edits: Sequence[Edit]
+    log: list[list[StepLog]]
+    seconds: dict[str, float] = field(default_factory=dict)
+    _model: PreTrainedModel | None = None
+
+    def revert(self) -> None:
+        """Take this edit back, whatever was edited before or after; raises ``PatchMismatchError`` the second time."""
+        assert self._model is not None
+        self.patch.revert(self._model)
+
+    def report(self) -> str:
+        """What was written, the losses before and after, and the time: a text for people."""
+        provenance = self.patch.provenance
+        names = [item["name"] for item in provenance.get("regularizers", [])]
+        with_text = f" with {', '.join(names)}" if names else ""
+        lines = [f"{provenance.get('editor', '?')}{with_text}: {len(self.edits)} edit(s)"]
+        for edit, steps in zip(self.edits, self.log, strict=True):
+            lines.append(f"  {edit.text} → {edit.target_new}")
+            if steps:
+                first, last = steps[0], steps[-1]
+                columns = [name for name in last if name != "step"]
+                figures = ", ".join(f"{name} {first[name]:.3f} → {last[name]:.3f}" for name in columns)
+                lines.append(f"    {len(steps)} steps: {figures}")
+        for name, delta in self.patch.deltas.items():
+            norm = float(delta.dense.norm())
+            lines.append(f"  {name}: rank {delta.rank} update of norm {norm:.3g}, shape {delta.shape}")
+        if self.seconds:
+            lines.append("  " + ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items()))
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"EditResult({len(self.edits)} edits, {', '.join(self.patch.deltas)})"

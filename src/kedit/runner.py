@@ -1,0 +1,317 @@
+"""Running the prompts of several edits with a value δ injected at each subject's last token.
+
+:class:`Wave` says which prompts run and what is read of them; :class:`Runner` executes it the plain way, whole
+prompts through the whole model, and :mod:`kedit.partial` without what cannot change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit.arch import ModelArch, Site
+from kedit.batch import Row, pad
+from kedit.hooks import on_output
+from kedit.regularizers.base import Needs, Rows
+
+if TYPE_CHECKING:
+    from kedit.capture import Capture
+
+
+class Role(IntEnum):
+    """Why a prompt runs."""
+
+    REWRITE = 0  # the edit's prompt with its target, in one context
+    KL = 1  # "{subject} is a", read at the subject's last token
+    EXTRA = 2  # a regularizer's own prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a wave.
+
+    ``tokens`` is what the model is fed: the last token of a target, and what follows the subject in the KL prompt,
+    predict nothing that is read. ``reads`` are the positions whose logits are wanted.
+    """
+
+    row: Row
+    edit: int
+    context: int
+    role: Role
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What the model is fed."""
+        if self.role is Role.REWRITE:
+            return self.row.ids[:-1]
+        return self.row.ids[: self.row.lookup + 1] if self.role is Role.KL else self.row.ids
+
+    @property
+    def reads(self) -> range:
+        """Positions whose logits are wanted."""
+        if self.role is Role.REWRITE:
+            return range(self.row.prompt_last, len(self.row.ids) - 1)
+        last = self.row.lookup if self.role is Role.KL else len(self.row.ids) - 1
+        return range(last, last + 1)
+
+    @property
+    def last(self) -> int:
+        """Position at which regularizers read."""
+        return self.reads.start
+
+
+@dataclass(frozen=True)
+class Wave:
+    """The prompts of E edits that are optimised together, ordered by edit."""
+
+    prompts: tuple[Prompt, ...]
+    num_edits: int
+
+    def select(self, keep: Sequence[int]) -> tuple[Wave, list[int]]:
+        """The wave of the edits ``keep`` (renumbered in order), and the indices of the prompts that stay."""
+        number = {old: new for new, old in enumerate(keep)}
+        stays = [i for i, prompt in enumerate(self.prompts) if prompt.edit in number]
+        prompts = tuple(replace(self.prompts[i], edit=number[self.prompts[i].edit]) for i in stays)
+        return Wave(prompts, len(number)), stays
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one forward pass gave.
+
+    Attributes:
+        logits: [N, V] at every wanted position, prompt by prompt, position by position.
+        rewrite: what the regularizers asked for of the edits' prompts.
+        extra: the same of the regularizers' own prompts.
+        initial: [E, S, H], the sites' output at the bare prompt's subject-last token, before δ.
+    """
+
+    logits: Tensor
+    rewrite: Rows
+    extra: Rows
+    initial: Tensor
+
+
+@contextmanager
+def inference_state(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient for the weights inside; both as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Which of the N read positions is what.
+
+    Attributes:
+        target: the positions that predict target tokens, as indices into N; the next four belong to these.
+        label: the token to predict.
+        edit: its edit.
+        weight: its share of the edit's NLL: 1 / (tokens of the target · contexts).
+        bare: whether it belongs to the bare prompt.
+        subject: [E], the positions that end the KL prompts.
+        last: [P], the first read position of each prompt.
+    """
+
+    target: Tensor
+    label: Tensor
+    edit: Tensor
+    weight: Tensor
+    bare: Tensor
+    subject: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, wave: Wave, device: torch.device) -> Reads:
+        """Number the read positions of a wave, prompt by prompt."""
+        target: list[int] = []
+        label: list[int] = []
+        edit: list[int] = []
+        weight: list[float] = []
+        bare: list[bool] = []
+        subject: list[int] = []
+        last: list[int] = []
+        contexts = Counter(prompt.edit for prompt in wave.prompts if prompt.role is Role.REWRITE)
+        count = 0
+        for prompt in wave.prompts:
+            last.append(count)
+            if prompt.role is Role.REWRITE:
+                labels = prompt.row.labels
+                target += range(count, count + len(labels))
+                label += labels
+                edit += [prompt.edit] * len(labels)
+                weight += [1 / (len(labels) * contexts[prompt.edit])] * len(labels)
+                bare += [prompt.context == 0] * len(labels)
+            elif prompt.role is Role.KL:
+                subject.append(count)
+            count += len(prompt.reads)
+        lists = (target, label, edit, bare, subject, last)
+        target_t, label_t, edit_t, bare_t, subject_t, last_t = (torch.tensor(x, device=device) for x in lists)
+        weight_t = torch.tensor(weight, dtype=torch.float64, device=device)
+        return cls(target_t, label_t, edit_t, weight_t, bare_t, subject_t, last_t)
+
+
+@dataclass
+class Layout:
+    """A wave as tensors, on the device of the model's input.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward.
+        keep: [P, Tq] bool, positions whose logits are read.
+        lookup: [P], position of the subject's last token among the queries.
+        last: [P], position at which regularizers read, among the queries.
+        column: [P], column of the subject's last token among the keys.
+        edit: [P], the edit of each prompt.
+        context: [P], number of the context (or extra prompt).
+        bare: [E], the prompt that holds each edit's bare prompt.
+        roles: the prompts with each role.
+    """
+
+    inputs: dict[str, Any]
+    keep: Tensor
+    lookup: Tensor
+    last: Tensor
+    column: Tensor
+    edit: Tensor
+    context: Tensor
+    bare: Tensor
+    roles: dict[Role, Tensor]
+
+    @classmethod
+    def of(cls, wave: Wave, inputs: dict[str, Any], skip: Sequence[int], prefix: int, device: torch.device) -> Layout:
+        """Lay ``wave`` out when ``skip[i]`` tokens of prompt i are left out and ``prefix`` stored keys stand first."""
+        width = max(len(prompt.tokens) - out for prompt, out in zip(wave.prompts, skip, strict=True))
+        keep = torch.zeros((len(wave.prompts), width), dtype=torch.bool)
+        for i, prompt in enumerate(wave.prompts):
+            keep[i, prompt.reads.start - skip[i] : prompt.reads.stop - skip[i]] = True
+
+        def tensor(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int64, device=device)
+
+        numbered = list(enumerate(wave.prompts))
+        lookup = tensor(p.row.lookup - skip[i] for i, p in numbered)
+        return cls(
+            inputs={k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()},
+            keep=keep.to(device),
+            lookup=lookup,
+            last=tensor(p.last - skip[i] for i, p in numbered),
+            column=lookup + prefix,
+            edit=tensor(p.edit for p in wave.prompts),
+            context=tensor(p.context for p in wave.prompts),
+            bare=tensor(i for i, p in numbered if p.role is Role.REWRITE and p.context == 0),
+            roles={role: tensor(i for i, p in numbered if p.role is role) for role in Role},
+        )
+
+
+class Runner:
+    """Whole prompts through the whole model at every step: the plain way, which every model supports.
+
+    Use: ``with runner.installed(): reading = runner.run(delta)``, as often as wanted.
+    """
+
+    def __init__(self, arch: ModelArch, sites: Sequence[Site], wave: Wave, needs: Needs) -> None:
+        self.arch = arch
+        self.sites = tuple(sites)
+        self.wave = wave
+        self.needs = needs
+        self.device = arch.input_device
+        self._delta: Tensor | None = None
+        self._initial: dict[Site, Tensor] = {}
+        self._hidden: dict[int, Tensor] = {}
+        self._capture: Capture | None = None
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Turn the wave into tensors."""
+        self._layout = self._lay_out()
+        self.reads = Reads.of(self.wave, self.device)
+
+    def _lay_out(self) -> Layout:
+        ids, mask = pad([prompt.tokens for prompt in self.wave.prompts])
+        skip = [0] * len(self.wave.prompts)
+        return Layout.of(self.wave, {"input_ids": ids, "attention_mask": mask}, skip, 0, self.device)
+
+    def restrict(self, keep: Sequence[int]) -> list[int]:
+        """Drop all edits but ``keep`` (renumbered in order); returns the indices of the prompts that stay."""
+        self.wave, stays = self.wave.select(keep)
+        self.lay_out()
+        return stays
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hooks and attention capture in place, weights without gradient; everything is put back afterwards."""
+        with ExitStack() as stack:
+            stack.enter_context(inference_state(self.arch.model))
+            for number, site in enumerate(self.sites):
+                stack.enter_context(on_output(self.arch.site(site), partial(self._inject, number, site)))
+            for layer in self._layers(self.needs.hidden):
+                stack.enter_context(on_output(self.arch.block(layer), partial(self._read_hidden, layer)))
+            layers = self._layers(self.needs.attention)
+            if layers:
+                from kedit.capture import capture_attention
+
+                capture = capture_attention(self.arch.model, self._layout.last[:, None], layers=layers)
+                self._capture = stack.enter_context(capture)
+            try:
+                yield
+            finally:
+                self._capture = None
+
+    def run(self, delta: Tensor) -> Reading:
+        """One forward pass with δ [E, S, H] added at each edit's subject-last tokens; gradient flows to δ."""
+        layout = self._layout
+        self._delta = delta
+        self._hidden.clear()
+        if self._capture is not None:
+            self._capture.positions = layout.last[:, None]
+        output = self.arch.model(**layout.inputs, logits_to_keep=layout.keep, use_cache=False)
+        logits = output.logits
+        attention = {} if self._capture is None else {k: rows[:, :, 0] for k, rows in self._capture.rows.items()}
+        last = logits[self.reads.last] if self.needs.logits else None
+        rows = Rows(
+            edit=layout.edit,
+            context=layout.context,
+            subject=layout.column,
+            attention=attention,
+            hidden=dict(self._hidden),
+            logits=last,
+        )
+        return Reading(
+            logits,
+            rows.take(layout.roles[Role.REWRITE]),
+            rows.take(layout.roles[Role.EXTRA]),
+            torch.stack([self._initial[site] for site in self.sites], dim=1),
+        )
+
+    def _layers(self, wanted: range) -> list[int]:
+        return [layer for layer in range(self.arch.num_layers) if layer in wanted]
+
+    def _inject(self, number: int, site: Site, output: Tensor) -> Tensor:
+        assert self._delta is not None
+        layout = self._layout
+        where = (torch.arange(len(layout.lookup), device=output.device), layout.lookup)
+        self._initial[site] = output[layout.bare, layout.lookup[layout.bare]].detach()
+        added = self._delta[layout.edit, number].to(output.device, output.dtype)
+        return output.index_put(where, added, accumulate=True)
+
+    def _read_hidden(self, layer: int, output: Tensor) -> None:
+        layout = self._layout
+        self._hidden[layer] = output[torch.arange(len(layout.last), device=output.device), layout.last]

@@ -1,0 +1,194 @@
+"""Estimating second moments from text: one pass for all layers, cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kedit.arch import ModelArch
+from kedit.batch import context_limit, pad
+from kedit.corpus import Corpus, as_corpus
+from kedit.errors import ConfigError
+from kedit.fingerprint import model_fingerprint
+from kedit.hooks import StopForward, on_input, stops_early
+from kedit.moments import RIDGE, Accumulator, Moment, SecondMoments
+from kedit.progress import Progress, logger
+from kedit.runner import inference_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENS_PER_PASS = 8_192
+KEYS_PER_DIMENSION = 50
+MAX_PIECE = 1_024  # tokens; longer documents are cut, for memory
+VERSION = 1  # of what is computed: raise it when cached results no longer hold
+
+
+def estimate_moments(
+    arch: ModelArch,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    corpus: Corpus | Iterable[str] | str | Path | None = None,
+    *,
+    tokens: int | None = None,
+    ridge: float = RIDGE,
+    cache: bool = True,
+) -> SecondMoments:
+    """Second moments of some layers' keys over a corpus, or over the model's default corpus.
+
+    One pass serves all layers and ends at the highest. The result is cached under the hash of the model's weights, the
+    corpus, the number of tokens and the layer (folder: ``KEDIT_CACHE``, or ``~/.cache/kedit``).
+
+    Args:
+        arch: the model.
+        tokenizer: its tokenizer.
+        layers: whose down-projection inputs are wanted.
+        corpus: texts, a text or JSONL file, or ``None`` for the default.
+        tokens: how many keys to see; 50 per dimension by default, or what the corpus has.
+        ridge: added to the diagonal, relative to its mean.
+        cache: read and write the cache.
+
+    Raises:
+        ConfigError: there is no default corpus for this model, or the corpus is empty.
+    """
+    wanted = sorted({arch.check_layer(layer) for layer in layers})
+    texts = as_corpus(corpus, arch.model)
+    budget = tokens if tokens is not None else KEYS_PER_DIMENSION * max(arch.weight(i).matrix.shape[1] for i in wanted)
+    paths = _cache_paths(arch, texts, budget, ridge, wanted) if cache and texts.key else {}
+    found = {layer: moment for layer, path in paths.items() if (moment := _read(path)) is not None}
+    missing = [layer for layer in wanted if layer not in found]
+    if missing:
+        logger.info("Second moments of layers %s from %s tokens of %s.", missing, f"{budget:,}", texts.name)
+        for layer, accumulator in accumulate(arch, tokenizer, missing, texts, budget).items():
+            found[layer] = accumulator.moment(layer, ridge)
+            if layer in paths:
+                _write(paths[layer], found[layer])
+    return SecondMoments(found)
+
+
+def accumulate(
+    arch: ModelArch, tokenizer: PreTrainedTokenizerBase, layers: Sequence[int], texts: Iterable[str], budget: int
+) -> dict[int, Accumulator]:
+    """Run ``budget`` tokens of ``texts`` up to the highest layer and sum k kᵀ of every layer."""
+    sums: dict[int, Accumulator] = {}
+    for layer in layers:
+        width = arch.weight(layer).matrix.shape[1]
+        sums[layer] = Accumulator(width, arch.device(layer), arch.work_dtype)
+    device = arch.input_device
+    top = max(layers)
+    seen, started = 0, time.monotonic()
+    with inference_state(arch.model), torch.no_grad(), Progress(budget, "second moments", "token") as bar:
+        for rows in _batches(tokenizer, texts, budget, context_limit(arch.model)):
+            ids, mask = pad(rows)
+            real = mask.bool().to(device)
+
+            def collect(keys: Tensor, layer: int, real: Tensor = real) -> None:
+                sums[layer].add(keys[real.to(keys.device)])
+                if layer == top:
+                    raise StopForward
+
+            with _reading(arch, layers, collect), stops_early():
+                arch.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            if seen == 0 and (left := (time.monotonic() - started) * budget / int(mask.sum())) > 10:
+                logger.info("This takes about %.0f s.", left)
+            seen += int(mask.sum())
+            bar.advance(int(mask.sum()))
+    if seen == 0:
+        raise ConfigError("The corpus for the second moments holds no text.")
+    return sums
+
+
+@contextmanager
+def _reading(arch: ModelArch, layers: Sequence[int], collect: Callable[..., None]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(on_input(arch.down(layer), partial(collect, layer=layer)))
+        yield
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], budget: int, limit: int | None
+) -> Iterator[list[list[int]]]:
+    """Token rows of similar length in batches, ``budget`` tokens in all; long documents are cut into pieces."""
+    longest = min(limit or MAX_PIECE, MAX_PIECE)
+    buffer: list[list[int]] = []
+    buffered = 0
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        for start in range(0, len(ids), longest):
+            piece = ids[start : start + min(longest, budget)]
+            if not piece:
+                break
+            buffer.append(piece)
+            buffered += len(piece)
+            budget -= len(piece)
+        if buffered >= 4 * TOKENS_PER_PASS or budget <= 0:
+            yield from _by_length(buffer)
+            buffer, buffered = [], 0
+        if budget <= 0:
+            return
+    yield from _by_length(buffer)
+
+
+def _by_length(rows: list[list[int]]) -> Iterator[list[list[int]]]:
+    batch: list[list[int]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if batch and len(batch[0]) * (len(batch) + 1) > TOKENS_PER_PASS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def cache_folder() -> Path:
+    """Where kedit keeps what is costly to compute: ``KEDIT_CACHE``, or ``~/.cache/kedit``."""
+    return Path(os.environ.get("KEDIT_CACHE") or Path.home() / ".cache" / "kedit")
+
+
+def _cache_paths(arch: ModelArch, texts: Corpus, budget: int, ridge: float, layers: Sequence[int]) -> dict[int, Path]:
+    model = model_fingerprint(arch.model)
+    paths = {}
+    for layer in layers:
+        content = json.dumps([VERSION, model, texts.key, budget, ridge, layer])
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        paths[layer] = cache_folder() / "moments" / f"{digest}.safetensors"
+    return paths
+
+
+def _read(path: Path) -> Moment | None:
+    """A cached moment; ``None`` where there is none or the file is damaged (it is then made anew)."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            figures: dict[str, Any] = json.loads((file.metadata() or {})["figures"])
+            return Moment(file.get_tensor("moment").clone(), **figures)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        logger.warning("The cached second moment %s is damaged (%s); it is computed again.", path, error)
+        return None
+
+
+def _write(path: Path, moment: Moment) -> None:
+    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"moment": moment.matrix.contiguous().cpu()}
+        save_file(tensors, partial_path, metadata={"figures": json.dumps(moment.figures())})
+        partial_path.replace(path)
+    except (OSError, SafetensorError) as error:
+        logger.warning("The second moment could not be cached in %s: %s.", path, error)
+    finally:
+        partial_path.unlink(missing_ok=True)
