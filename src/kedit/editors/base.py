@@ -84,9 +84,9 @@ class Editor(ABC):
         self._given: dict[str, Any] = {**({} if config is None else dict(vars(config))), **overrides}
         self.config = self._configure([])
         self._contexts = None if contexts is None else check_contexts(contexts)
-        self._moments = None if moments is None else _as_moments(moments)
-        if self._moments is not None:
-            self._moments.check(self.arch, self.config.layers)
+        self._moments: SecondMoments | None = None
+        if moments is not None:
+            self.moments = moments
 
     # What a child supplies
 
@@ -122,6 +122,12 @@ class Editor(ABC):
         if self._moments is None:
             self._moments = estimate_moments(self.arch, self.tokenizer, self.config.layers)
         return self._moments
+
+    @moments.setter
+    def moments(self, moments: SecondMoments | Mapping[int, Moment | Tensor]) -> None:
+        found = _as_moments(moments)
+        found.check(self.arch, self.config.layers)
+        self._moments = found
 
     def apply(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> EditResult:
         """Write one edit or many into the model.

@@ -1,0 +1,7 @@
+"""``python -m kedit``."""
+
+import sys
+
+from kedit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,67 @@
+"""The command line: the same words as the Python API.
+
+Each subcommand is a module with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``; it imports what is heavy
+inside ``run``, so that ``kedit --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "kedit.cli.demo",
+    "edit": "kedit.cli.edit",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; errors are one sentence on standard error and exit status 1."""
+    from kedit.errors import KEditError
+
+    parser = _parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("kedit").setLevel(logging.WARNING if args.quiet else logging.INFO)
+    warnings.showwarning = _show_warning
+    try:
+        status: int = args.run(args)
+    except KEditError as error:
+        sys.stderr.write(f"kedit {args.command}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"kedit {args.command}: interrupted; nothing was left half done.\n")
+        return 130
+    except BrokenPipeError:
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    from kedit import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="kedit", description="Edit facts inside open-weight language models, and prove what the edit did."
+    )
+    parser.add_argument("--version", action="version", version=f"kedit {__version__}")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, path in COMMANDS.items():
+        module = importlib.import_module(path)
+        sub = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def _show_warning(message: object, category: type[Warning], *_: object, **__: object) -> None:
+    sys.stderr.write(f"warning: {message}\n")
