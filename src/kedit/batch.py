@@ -20,8 +20,10 @@ from kedit.errors import ContextLengthError, EditError, TokenizerError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OPENING = frozenset("([{<\"'“‘«-–—/_@#$£€\\")
-_CLOSING = frozenset(")]}>,.;:!?%”’»-–—/_'")
+_QUOTES = frozenset("\"'")
+_DASHES = frozenset("-–—")
+_OPENING = frozenset("([{<“‘«/_@#$£€\\「『【《〈（")
+_CLOSING = frozenset(")]}>,.;:!?%”’»-–—/_'」』】》〉）、。，；：！？")
 # Scripts that are written without spaces between words.
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "IDEOGRAPHIC", "FULLWIDTH")
 
@@ -29,22 +31,38 @@ _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "
 def separator(prompt: str, target: str) -> str:
     """The text that belongs between a prompt and its continuation: one space or nothing.
 
-    Rule: nothing where the prompt ends or the target begins with white space, where the prompt ends with an opening
-    mark (bracket, quotation mark after a space, hyphen, slash, currency sign), where the target begins with a closing
-    mark, or where the last character of the prompt and the first of the target are both of a script written without
-    spaces. Else one space.
+    Rule: nothing where the prompt ends or the target begins with white space; where the prompt ends with an opening
+    mark (a bracket, a slash, a currency sign, a straight quotation mark that stands after a space or after an opening
+    mark, a dash that does not stand after a space); where the target begins with a closing mark (but not a number:
+    "-5", ".5"; nor a quotation: "'Dune'"); or where the last character of the prompt and the first of the target are
+    both of a script written without spaces. Else one space.
     """
     if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
         return ""
-    if target[0] in _CLOSING:
-        return ""
-    if prompt[-1] in _OPENING:
-        quote = prompt[-1] in "\"'"
-        closes = quote and prompt.count(prompt[-1]) % 2 == 0  # the second of a pair ends a quotation
-        return " " if closes else ""
-    if _unspaced(prompt[-1]) and _unspaced(target[0]):
+    if _closes(target) or _opens(prompt) or (_unspaced(prompt[-1]) and _unspaced(target[0])):
         return ""
     return " "
+
+
+def _opens(prompt: str) -> bool:
+    """Whether the last character of the prompt belongs to what follows."""
+    last, before = prompt[-1], prompt[-2:-1]
+    after_space = not before or before.isspace()
+    if last in _QUOTES:
+        return after_space or before in _OPENING
+    if last in _DASHES:
+        return not after_space
+    return last in _OPENING
+
+
+def _closes(target: str) -> bool:
+    """Whether the first character of the target belongs to what stands before it."""
+    first, second = target[0], target[1:2]
+    if first in ".-–" and second.isdigit():
+        return False
+    if first == "'" and target[-1] == "'":
+        return False
+    return first in _CLOSING
 
 
 def _unspaced(char: str) -> bool:
@@ -113,7 +131,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], *, limit: 
     Raises:
         TokenizerError: the tokenizer has no offsets.
         ContextLengthError: a row is longer than ``limit``.
-        EditError: no token covers the subject or the target.
+        EditError: no token covers the subject or the target, or one token covers the end of the one and the beginning
+            of the other.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TokenizerError(
@@ -162,6 +181,11 @@ def _row(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]], spe
         raise EditError(
             f"The target in {_short(text.string)!r} begins in the text's first token, which nothing precedes to predict it. "
             "Put words before it."
+        )
+    if lookup[-1] >= target:
+        raise EditError(
+            f"One token covers both the subject's end and the target's beginning in {_short(text.string)!r}, so nothing stands "
+            "between the fact's key and its value. Put words between them."
         )
     return Row(tuple(ids[:end]), lookup[-1], target)
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from kedit.arch import ModelArch
-from kedit.batch import pad
+from kedit.batch import Text, encode, pad
 from kedit.edit import SLOT
-from kedit.errors import ConfigError
+from kedit.errors import ConfigError, NonFiniteError
+from kedit.runner import inference_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,8 @@ _SEEDS = ("The", "Therefore", "Because", "I", "You")  # EasyEdit's, for tokenize
 
 def check_contexts(contexts: Sequence[str]) -> tuple[str, ...]:
     """Return ``contexts`` as a tuple; raise :class:`ConfigError` unless each has one ``{}`` and the first is ``"{}"``."""
+    if isinstance(contexts, str) or not all(isinstance(context, str) for context in contexts):
+        raise ConfigError(f"contexts is a list of templates, each a text with one '{{}}'; found {contexts!r}.")
     found = tuple(contexts)
     if not found or found[0] != BARE:
         raise ConfigError(f"The first context must be '{{}}', the bare prompt; found {found[:1]}.")
@@ -62,7 +65,7 @@ def generate_contexts(
 def _starts(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
     if tokenizer.bos_token_id is not None:
         return [[tokenizer.bos_token_id]] * count
-    seeds = [tokenizer(word)["input_ids"] for word in _SEEDS]
+    seeds = [row.ids for row in encode(tokenizer, [Text(word, (0, len(word))) for word in _SEEDS])]  # without closing EOS
     return [list(seeds[i % len(seeds)]) for i in range(count)]
 
 
@@ -77,19 +80,17 @@ def _sample(
 ) -> list[list[int]]:
     """Continue each start by ``length`` tokens. Short texts: each step runs the whole text again, without a cache."""
     rows = [list(start) for start in starts]
-    training = model.training
-    model.eval()
-    try:
+    with inference_state(model):
         for _ in range(length):
             ids, mask = pad(rows)
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
             last = logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])].float().cpu()
+            if not torch.isfinite(last).all():
+                raise NonFiniteError("The model's logits are NaN or infinite, so no contexts can be sampled. Check its weights.")
             best = last.topk(min(top_k, last.shape[-1]))
             drawn = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
             for row, token in zip(rows, best.indices.gather(1, drawn).flatten().tolist(), strict=True):
                 row.append(token)
-    finally:
-        model.train(training)
     return rows
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from kedit.errors import NonFiniteError, PatchError
 
+_BLOCK = {"cpu": 1 << 18}  # numbers added at a time: what fits the cache
+_BLOCK_ELSEWHERE = 1 << 24
+
 
 @dataclass(frozen=True)
 class LowRankDelta:
@@ -39,6 +42,18 @@ class LowRankDelta:
     def dense(self) -> Tensor:
         """ΔW, [O, I]."""
         return self.left @ self.right.T
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖ (Frobenius), from the factors alone."""
+        left, right = self.left.double(), self.right.double()
+        return float(((left.T @ left) * (right.T @ right)).sum().clamp_min(0.0).sqrt())
+
+    @property
+    def spectral_norm(self) -> float:
+        """Largest singular value of ΔW, from the factors alone."""
+        _, singular, _ = factored_svd(self)
+        return float(singular[0]) if singular.numel() else 0.0
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by their suffix."""
@@ -75,6 +90,16 @@ class DenseDelta:
         """ΔW, [O, I]."""
         return self.matrix
 
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖ (Frobenius)."""
+        return float(torch.linalg.vector_norm(self.matrix, dtype=torch.float64))
+
+    @property
+    def spectral_norm(self) -> float:
+        """Largest singular value of ΔW."""
+        return float(torch.linalg.matrix_norm(self.matrix.double(), 2))
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by their suffix."""
         return {"dense": self.matrix}
@@ -96,6 +121,48 @@ def check_finite(name: str, delta: Delta) -> Delta:
                 "Lower lr or clamp, or check the second moment."
             )
     return delta
+
+
+def factored_svd(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
+    """U [O, r], σ [r], V [I, r] in float64 with ΔW = U diag(σ) Vᵀ, without ever forming ΔW."""
+    left_basis, left_rest = torch.linalg.qr(delta.left.double())
+    right_basis, right_rest = torch.linalg.qr(delta.right.double())
+    u, singular, vh = torch.linalg.svd(left_rest @ right_rest.T, full_matrices=False)
+    return left_basis @ u, singular, right_basis @ vh.T
+
+
+def sum_dtype(stored: torch.dtype) -> torch.dtype:
+    """The dtype in which updates of a weight are summed: float32, or float64 for a float64 weight."""
+    return torch.promote_types(stored, torch.float32)
+
+
+@torch.no_grad()
+def add_delta(total: Tensor, delta: Delta, *, transposed: bool) -> Tensor:
+    """Add an update to a running sum in place, and return the sum.
+
+    A low-rank update is added one column pair after the other, each product and each sum rounded once. So the result
+    has the same bits on every device and with any number of threads, and a patch that is several patches side by side
+    gives the bits that they give one after another.
+
+    Args:
+        total: W₀ plus what was added before, as stored: [O, I], or [I, O] where ``transposed``; in the dtype of the sum.
+        delta: the update, [O, I].
+        transposed: the layout of ``total``.
+    """
+    placed = delta.to(total.device, total.dtype)
+    if isinstance(placed, DenseDelta):
+        return total.add_(placed.matrix.T if transposed else placed.matrix)
+    rows_factor, columns_factor = (placed.right, placed.left) if transposed else (placed.left, placed.right)
+    columns = columns_factor.T.contiguous()  # [r, columns of total]
+    step = max(1, _BLOCK.get(total.device.type, _BLOCK_ELSEWHERE) // max(1, total.shape[1]))
+    for start in range(0, total.shape[0], step):
+        block = total[start : start + step]
+        factor = rows_factor[start : start + step]
+        product = torch.empty_like(block)
+        for i in range(placed.rank):
+            torch.mul(factor[:, i : i + 1], columns[i], out=product)
+            block.add_(product)
+    return total
 
 
 def concatenate(deltas: list[Delta]) -> Delta:

@@ -37,11 +37,14 @@ class Edit:
                 raise EditError(f"Edit.{field} must be text, not {type(value).__name__}: {value!r}.")
             if not value.strip():
                 raise EditError(f"Edit.{field} is empty. Give the {field.replace('_', ' ')} as text.")
-        if self.target_true is not None and not isinstance(self.target_true, str):
-            raise EditError(f"Edit.target_true must be text or None, not {type(self.target_true).__name__}.")
+            _check_encodable(field, value)
+        if self.target_true is not None:
+            if not isinstance(self.target_true, str):
+                raise EditError(f"Edit.target_true must be text or None, not {type(self.target_true).__name__}.")
+            _check_encodable("target_true", self.target_true)
         for field in ("subject", "target_new", "target_true"):
             value = getattr(self, field)
-            object.__setattr__(self, field, value.strip() if value else None)
+            object.__setattr__(self, field, (value.strip() or None) if value else None)
         object.__setattr__(self, "prompt", _with_slot(self.prompt, self.subject))
 
     @property
@@ -73,7 +76,8 @@ class Edit:
             EditError: a line that is not JSON or not an edit, with its number.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): JSON strings may hold U+2028 and other line ends that end no JSON line.
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise EditError(f"Cannot read edits from {path}: {error}.") from error
         edits = []
@@ -89,8 +93,17 @@ class Edit:
         return edits
 
 
+def _check_encodable(field: str, value: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise EditError(f"Edit.{field} holds half of a surrogate pair, which is no text: {value!r}.") from error
+
+
 def as_edits(edits: Edit | Iterable[Edit]) -> list[Edit]:
     """One edit or many, as a list; anything else raises ``EditError``."""
+    if not isinstance(edits, Edit | Iterable):
+        raise EditError(f"Expected a kedit.Edit or a list of them, found {type(edits).__name__}.")
     found = [edits] if isinstance(edits, Edit) else list(edits)
     if not found:
         raise EditError("There is nothing to edit: the list of edits is empty.")

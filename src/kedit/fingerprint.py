@@ -11,12 +11,33 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def tensor_fingerprint(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes, as ``"sha256:..."``."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     _update(digest, tensor)
     return f"sha256:{digest.hexdigest()}"
+
+
+def has_fingerprint(tensor: Tensor, expected: str | None) -> bool:
+    """Whether a weight is the one that ``expected`` was taken of, be it in another dtype that holds the same numbers.
+
+    A bfloat16 checkpoint and the same checkpoint loaded in float32 are the same weights; a float32 weight rounded to
+    bfloat16 is another one.
+    """
+    if expected is None:
+        return False
+    if tensor_fingerprint(tensor) == expected:
+        return True
+    for dtype in _FLOATS:
+        if dtype == tensor.dtype:
+            continue
+        cast = tensor.detach().to(dtype)
+        if torch.equal(cast.to(tensor.dtype), tensor.detach()) and tensor_fingerprint(cast) == expected:
+            return True
+    return False
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -26,6 +47,13 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
         _update(digest, parameter)
     return f"sha256:{digest.hexdigest()}"
+
+
+def checksum(tensor: Tensor) -> int:
+    """A quick sum over a tensor's bits: differs, but for rare chance, after any change; no replacement for a hash."""
+    flat = tensor.detach().contiguous().view(-1)
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    return int(flat.view(bits).sum(dtype=torch.int64))
 
 
 def _update(digest: hashlib._Hash, tensor: Tensor, step: int = 1 << 24) -> None:

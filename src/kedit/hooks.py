@@ -36,13 +36,15 @@ def on_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]) ->
 
 @contextmanager
 def on_input(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call ``function`` with the module's first positional input; what it returns takes its place."""
+    """Call ``function`` with the module's first input (or ``hidden_states``); what it returns takes its place."""
 
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
-        changed = function(args[0])
-        return None if changed is None else (changed, *args[1:])
+    def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        changed = function(args[0] if args else named["hidden_states"])
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), named) if args else (args, {**named, "hidden_states": changed})
 
-    handle = module.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

@@ -1,26 +1,32 @@
 """Which patches a model carries: the only place that writes weights.
 
 A weight is always ``cast(W₀ + Σ deltas)``, summed in the order of application in float32 (float64 for float64
-weights). W₀ is kept once per touched weight, so any patch can be taken back, in any order, bit for bit.
+weights; :func:`kedit.delta.add_delta`). W₀ is kept once per touched weight, so any patch can be taken back, in any
+order, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import signal
+import threading
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 
 from kedit.arch import ModelArch, Weight
-from kedit.delta import Delta, check_finite
-from kedit.errors import NonFiniteError, PatchMismatchError
+from kedit.delta import Delta, add_delta, check_finite, sum_dtype
+from kedit.errors import ArchitectureError, NonFiniteError, PatchMismatchError
+from kedit.fingerprint import checksum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+WRITABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -29,19 +35,26 @@ class _Entry:
 
     weight: Weight
     original: Tensor  # as stored
-    version: int
-    rounded: Tensor | None = None  # [O, I], the sum before the cast, where the cast loses something
+    version: int = 0
+    checksum: int = 0
+    rounded: Tensor | None = None  # as stored, the sum before the cast, where the cast loses something
     deltas: dict[Hashable, Delta] = field(default_factory=dict)
 
-    @property
     def total(self) -> Tensor:
-        """W₀ + Σ deltas [O, I] in the dtype of the sum."""
-        return self.rounded if self.rounded is not None else self.as_sum(self.weight.parameter.detach())
+        """W₀ + Σ deltas as stored, in the dtype of the sum; a new tensor."""
+        now = self.rounded if self.rounded is not None else self.weight.parameter.detach()
+        return now.to(self.weight.parameter.device, sum_dtype(now.dtype), copy=True)
 
-    def as_sum(self, stored: Tensor) -> Tensor:
-        """A stored tensor as [O, I] in the dtype in which deltas are summed."""
-        matrix = stored.T if self.weight.transposed else stored
-        return matrix.to(torch.promote_types(stored.dtype, torch.float32))
+    def store(self, stored: Tensor, rounded: Tensor | None = None) -> None:
+        """Write the weight and remember how it looks now."""
+        _store(self.weight, stored)
+        self.rounded = rounded
+        self.mark()
+
+    def mark(self) -> None:
+        """Remember how the weight looks now."""
+        self.version = self.weight.parameter._version
+        self.checksum = checksum(self.weight.parameter)
 
 
 class Ledger:
@@ -50,7 +63,8 @@ class Ledger:
     _all: WeakKeyDictionary[PreTrainedModel, Ledger] = WeakKeyDictionary()
 
     def __init__(self, arch: ModelArch) -> None:
-        self._lookup: Callable[[str], Weight] = arch.weight_of
+        self._model = ref(arch.model)  # a strong reference would keep every model alive for ever
+        self._spec = arch.spec
         self._entries: dict[str, _Entry] = {}
 
     @classmethod
@@ -69,39 +83,52 @@ class Ledger:
         """Whether deltas of ``owner`` are applied."""
         return any(owner in entry.deltas for entry in self._entries.values())
 
+    def original(self, name: str) -> Tensor | None:
+        """The weight as it was before the first edit, as stored; ``None`` where it is untouched."""
+        entry = self._entries.get(name)
+        return None if entry is None else entry.original
+
     def apply(self, owner: Hashable, deltas: Mapping[str, Delta]) -> None:
         """Add deltas under the key ``owner``: all of them, or none where anything fails.
 
         Raises:
             NonFiniteError: a delta, or the weight it would give, is not finite.
-            PatchMismatchError: a shape does not fit, or a weight was changed by someone else.
+            PatchMismatchError: a shape does not fit, a weight was changed by someone else, or ``owner`` is applied.
         """
+        if self.carries(owner):
+            raise PatchMismatchError("The model carries this patch already. Revert it before applying it again.")
         entries = {name: self._entry(name, delta) for name, delta in deltas.items()}
         totals = {}
         for name, delta in deltas.items():
-            totals[name] = _add(entries[name].total, check_finite(name, delta))
-            _check_total(name, totals[name], entries[name].original.dtype)
+            total = add_delta(entries[name].total(), check_finite(name, delta), transposed=entries[name].weight.transposed)
+            totals[name] = total, cast_checked(name, total, entries[name].original.dtype)
         with self._restoring(entries):
             for name, entry in entries.items():
-                self._write(entry, totals[name])
-                entry.deltas[owner] = deltas[name]
+                total, stored = totals[name]
                 self._entries[name] = entry
+                entry.deltas[owner] = deltas[name]
+                entry.store(stored, None if stored is total else total)
 
     def revert(self, owner: Hashable) -> None:
         """Take the deltas of ``owner`` away; a weight without deltas is its original again, bit for bit."""
         entries = {name: entry for name, entry in self._entries.items() if owner in entry.deltas}
         for entry in entries.values():
-            _check_unchanged(entry)
+            self._check_unchanged(entry)
+        totals = {}
+        for name, entry in entries.items():
+            total = entry.original.to(entry.weight.parameter.device, sum_dtype(entry.original.dtype), copy=True)
+            for other, delta in entry.deltas.items():
+                if other != owner:
+                    add_delta(total, delta, transposed=entry.weight.transposed)
+            totals[name] = total
         with self._restoring(entries):
             for name, entry in entries.items():
                 del entry.deltas[owner]
                 if entry.deltas:
-                    total = entry.as_sum(entry.original)
-                    for delta in entry.deltas.values():
-                        total = _add(total, delta)
-                    self._write(entry, total)
+                    stored = totals[name].to(entry.original.dtype)
+                    entry.store(stored, None if stored is totals[name] else totals[name])
                 else:
-                    _store(entry.weight, entry.original)
+                    entry.store(entry.original)
                     del self._entries[name]
 
     def revert_all(self) -> None:
@@ -117,18 +144,27 @@ class Ledger:
         try:
             yield
         finally:
-            for weight, copy in zip(weights, copies, strict=True):
-                _store(weight, copy)
-                if weight.name in self._entries:
-                    self._entries[weight.name].version = weight.parameter._version
+            with _interrupts_held():
+                for weight, copy in zip(weights, copies, strict=True):
+                    _store(weight, copy)
+                    if weight.name in self._entries:
+                        self._entries[weight.name].version = weight.parameter._version
 
     def _entry(self, name: str, delta: Delta) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
             weight = self._lookup(name)
-            original = weight.parameter.detach().clone()
-            entry = _Entry(weight, original, weight.parameter._version)
-        _check_unchanged(entry)
+            parameter = weight.parameter
+            if parameter.is_meta or parameter.dtype not in WRITABLE:
+                place = "on another device than it says (offloaded)" if parameter.is_meta else f"in {parameter.dtype}"
+                raise PatchMismatchError(
+                    f"{name} is stored {place} and cannot be written in place. Attach the patch instead (patch.attach), "
+                    "or load the model in full precision."
+                )
+            entry = _Entry(weight, parameter.detach().clone())
+            entry.mark()
+        else:
+            self._check_unchanged(entry)
         if delta.shape != tuple(entry.weight.matrix.shape):
             raise PatchMismatchError(
                 f"The update of {name} has shape {delta.shape}; the weight has {tuple(entry.weight.matrix.shape)} [O, I]. "
@@ -136,34 +172,58 @@ class Ledger:
             )
         return entry
 
-    @staticmethod
-    def _write(entry: _Entry, total: Tensor) -> None:
-        stored = total.T if entry.weight.transposed else total
-        _store(entry.weight, stored)
-        entry.rounded = None if entry.original.dtype == total.dtype else total
-        entry.version = entry.weight.parameter._version
+    def _lookup(self, name: str) -> Weight:
+        model = self._model()
+        assert model is not None, "a ledger does not outlive its model"
+        return ModelArch(model, self._spec).weight_of(name)
+
+    def _check_unchanged(self, entry: _Entry) -> None:
+        name, original = entry.weight.name, entry.original
+        try:
+            parameter = self._lookup(name).parameter
+        except ArchitectureError as error:
+            raise PatchMismatchError(f"{name} is no longer where kedit edited it. {error}") from error
+        if parameter.shape != original.shape or parameter.dtype != original.dtype:
+            raise PatchMismatchError(
+                f"{name} changed its shape or dtype since kedit edited it (now {parameter.dtype}, then {original.dtype}). "
+                "Revert edits before converting the model."
+            )
+        same = parameter is entry.weight.parameter and parameter._version == entry.version
+        if not same or checksum(parameter) != entry.checksum:
+            raise PatchMismatchError(
+                f"{name} was written by something else since kedit edited it, so the edit cannot be added to or taken back "
+                "exactly. Reload the model, or call kedit.Ledger.of(model).revert_all() to return to the weights before "
+                "the first edit."
+            )
 
     @contextmanager
     def _restoring(self, entries: Mapping[str, _Entry]) -> Iterator[None]:
         """Undo weights and bookkeeping where anything, Ctrl-C included, breaks in."""
         known = dict(self._entries)
         kept = {
-            name: (dict(entry.deltas), entry.rounded, entry.weight.parameter.detach().clone())
+            name: (dict(entry.deltas), entry.rounded, entry.weight.parameter.detach().clone() if entry.deltas else entry.original)
             for name, entry in entries.items()
         }
         try:
-            yield
+            with _interrupts_held():  # one that came in meanwhile arrives here, when it ends
+                yield
         except BaseException:
-            self._entries = known
-            for name, entry in entries.items():
-                entry.deltas, entry.rounded, stored = kept[name]
-                _store(entry.weight, stored)
-                entry.version = entry.weight.parameter._version
+            with _interrupts_held():
+                self._entries = known
+                for name, entry in entries.items():
+                    entry.deltas, rounded, stored = kept[name]
+                    entry.store(stored, rounded)
             raise
 
 
-def _add(total: Tensor, delta: Delta) -> Tensor:
-    return total + delta.to(total.device, total.dtype).dense
+def cast_checked(name: str, total: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum in the weight's dtype, or :class:`NonFiniteError` where that holds NaN or infinity."""
+    stored = total.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise NonFiniteError(
+            f"{name} would hold NaN or infinite numbers in {dtype} after the update; nothing is written."
+        )
+    return stored
 
 
 @torch.no_grad()
@@ -171,22 +231,18 @@ def _store(weight: Weight, stored: Tensor) -> None:
     weight.parameter.copy_(stored)
 
 
-def _check_total(name: str, total: Tensor, dtype: torch.dtype) -> None:
-    if not torch.isfinite(total.to(dtype)).all():
-        raise NonFiniteError(
-            f"{name} would hold NaN or infinite numbers in {dtype} after the update; nothing is written."
-        )
-
-
-def _check_unchanged(entry: _Entry) -> None:
-    parameter = entry.weight.parameter
-    if parameter.shape != entry.original.shape or parameter.dtype != entry.original.dtype:
-        raise PatchMismatchError(
-            f"{entry.weight.name} changed its shape or dtype since kedit edited it (now {parameter.dtype}, then "
-            f"{entry.original.dtype}). Revert edits before converting the model."
-        )
-    if parameter._version != entry.version:
-        raise PatchMismatchError(
-            f"{entry.weight.name} was written by something else since kedit edited it, so the edit cannot be added to or "
-            "taken back exactly. Reload the model, or call revert_all() to return to the weights before the first edit."
-        )
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C back while weights are written, and deliver it at the end."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield  # interrupts only ever reach the main thread
+        return
+    arrived: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if arrived:
+            signal.raise_signal(signal.SIGINT)

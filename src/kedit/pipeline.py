@@ -1,4 +1,4 @@
-"""The stages in order: encode, optimise the values, spread them over the layers."""
+"""From values to updates: the closed forms, layer by layer."""
 
 from __future__ import annotations
 
@@ -8,51 +8,20 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kedit import locate
 from kedit.arch import ModelArch, Site
-from kedit.batch import Row, Text, context_limit, encode, rewrite_texts
 from kedit.delta import Delta, check_finite
-from kedit.edit import Edit
-from kedit.editors.config import EditorConfig
-from kedit.errors import EditError, KEditWarning
+from kedit.errors import KEditWarning
 from kedit.ledger import Ledger
 from kedit.moments import SecondMoments
-from kedit.optimise import StepLog, Values, optimise
-from kedit.progress import Progress
+from kedit.optimise import Values
 from kedit.regularizers.base import Needs, Regularizer
-from kedit.runner import Prompt, Role, Runner, Wave
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-SUBJECT_PROMPT = "{} is a"  # where the model's idea of the subject is held in place (ROME's KL term)
-TOKENS_PER_WAVE = 16_384
-
-
-@dataclass(frozen=True)
-class Request:
-    """An encoded edit: its prompt in every context, the KL prompt, the regularizers' prompts."""
-
-    edit: Edit
-    rewrite: tuple[Row, ...]
-    kl: Row
-    extra: tuple[Row, ...] = ()
-
-    def prompts(self, edit: int) -> list[Prompt]:
-        """The prompts of a wave in which this is edit number ``edit``."""
-        rows = [Prompt(row, edit, i, Role.REWRITE) for i, row in enumerate(self.rewrite)]
-        rows.append(Prompt(self.kl, edit, 0, Role.KL))
-        return rows + [Prompt(row, edit, i, Role.EXTRA) for i, row in enumerate(self.extra)]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(len(prompt.tokens) for prompt in self.prompts(0))
+from kedit.request import Request
 
 
 @dataclass(frozen=True)
@@ -107,71 +76,16 @@ class Timer:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def encode_edits(
-    arch: ModelArch, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], contexts: Sequence[str], needs: Needs
-) -> list[Request]:
-    """Encode every prompt of every edit; bad input is found here, before anything runs.
-
-    Raises:
-        EditError: an edit does not fit the tokenizer or the context window; its number is named.
-    """
-    limit = context_limit(arch.model)
-    requests = []
-    for number, edit in enumerate(edits):
-        texts = rewrite_texts(edit, contexts)
-        texts += [Text.fill(template, edit.subject) for template in (SUBJECT_PROMPT, *needs.prompts)]
-        try:
-            rows = encode(tokenizer, texts, limit=limit)
-        except EditError as error:
-            if len(edits) == 1:
-                raise
-            raise type(error)(f"Edit {number}: {error}") from error
-        count = len(contexts)
-        requests.append(Request(edit, tuple(rows[:count]), rows[count], tuple(rows[count + 1 :])))
-    return requests
-
-
-def make_waves(requests: Sequence[Request], budget: int) -> list[list[int]]:
-    """Numbers of the edits that are optimised together: in order, at most ``budget`` tokens (one edit at least)."""
-    waves: list[list[int]] = []
-    held = 0
-    for number, request in enumerate(requests):
-        if waves and held + request.tokens <= budget:
-            waves[-1].append(number)
-            held += request.tokens
-        else:
-            waves.append([number])
-            held = request.tokens
-    return waves
-
-
-def optimise_values(
-    arch: ModelArch,
-    sites: Sequence[Site],
-    requests: Sequence[Request],
-    config: EditorConfig,
-    regularizers: Sequence[Regularizer],
-    needs: Needs,
-    *,
-    budget: int = TOKENS_PER_WAVE,
-) -> Values:
-    """The values of all edits, wave by wave."""
-    parts: list[Values] = []
-    with Progress(len(requests), "optimising") as progress:
-        for numbers in make_waves(requests, budget):
-            prompts = [p for i, number in enumerate(numbers) for p in requests[number].prompts(i)]
-            runner = Runner(arch, sites, Wave(tuple(prompts), len(numbers)), needs)
-            parts.append(optimise(runner, config.objective, regularizers, numbers=numbers, progress=progress))
-    known = [flag for part in parts for flag in part.known]
-    for request, said in zip(requests, known, strict=True):
-        if said:
+def warn_of_known(requests: Sequence[Request], values: Values) -> None:
+    """Warn of edits whose target the model says already."""
+    for request, known in zip(requests, values.known, strict=True):
+        if known:
             warnings.warn(
-                f"The model already continues {request.edit.text!r} with {request.edit.target_new!r}; the edit changes little.",
+                f"The model already continues {request.edit.text!r} with {request.edit.target_new!r}; the edit changes "
+                "little.",
                 KEditWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-    log: list[list[StepLog]] = [steps for part in parts for steps in part.log]
-    return Values(torch.cat([p.delta for p in parts]), torch.cat([p.initial for p in parts]), log, known)
 
 
 def spread(

@@ -18,6 +18,7 @@ class Registry(Generic[T]):
 
     Outsiders add theirs with :meth:`register` or with an entry point in the group ``kedit.<kind>s``
     (``[project.entry-points."kedit.regularizers"]``), so ``regularizer="mine"`` works without importing it first.
+    A name of kedit's own is never taken over by an entry point; one that two packages offer is refused when asked for.
     """
 
     def __init__(self, kind: str, targets: dict[str, str] | None = None) -> None:
@@ -29,7 +30,7 @@ class Registry(Generic[T]):
     def register(self, name: str, target: T) -> T:
         """Add ``target`` under ``name`` (case is ignored); a name that is taken raises ``ValueError``."""
         key = name.lower()
-        if key in self._targets or key in self._objects:
+        if key in self.names():
             raise ValueError(f"The {self.kind} name {name!r} is taken. Choose another name.")
         self._objects[key] = target
         return target
@@ -46,7 +47,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """The object called ``name``; raises :class:`UnknownNameError` with the nearest names."""
-        key = name.lower()
+        key = str(name).lower()
         if key not in self._objects:
             self._objects[key] = self._resolve(name, key)
         return self._objects[key]
@@ -55,12 +56,22 @@ class Registry(Generic[T]):
         if key in self._targets:
             module, _, attribute = self._targets[key].partition(":")
             return cast(T, getattr(importlib.import_module(module), attribute))
-        outside = self._entry_points()
-        if key in outside:
-            return cast(T, outside[key].load())
+        outside = self._entry_points().get(key, [])
+        if len(outside) > 1:
+            raise UnknownNameError(
+                f"The {self.kind} name {name!r} is offered by {len(outside)} installed packages "
+                f"({', '.join(point.value for point in outside)}). Import the one that is meant and pass its object."
+            )
+        if outside:
+            return cast(T, outside[0].load())
         near = difflib.get_close_matches(key, self.names(), n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(self.names())}."
         raise UnknownNameError(f"There is no {self.kind} called {name!r}. {hint}")
 
-    def _entry_points(self) -> dict[str, EntryPoint]:
-        return {point.name.lower(): point for point in entry_points(group=f"kedit.{self.kind}s")}
+    def _entry_points(self) -> dict[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
+        for point in entry_points(group=f"kedit.{self.kind}s"):
+            points = found.setdefault(point.name.lower(), [])
+            if all(point.value != other.value for other in points):
+                points.append(point)
+        return found

@@ -247,7 +247,9 @@ class Runner:
     def _lay_out(self) -> Layout:
         ids, mask = pad([prompt.tokens for prompt in self.wave.prompts])
         skip = [0] * len(self.wave.prompts)
-        return Layout.of(self.wave, {"input_ids": ids, "attention_mask": mask}, skip, 0, self.device)
+        return Layout.of(
+            self.wave, {"input_ids": ids, "attention_mask": mask, "use_cache": False}, skip, 0, self.device
+        )
 
     def restrict(self, keep: Sequence[int]) -> list[int]:
         """Drop all edits but ``keep`` (renumbered in order); returns the indices of the prompts that stay."""
@@ -260,8 +262,7 @@ class Runner:
         """Hooks and attention capture in place, weights without gradient; everything is put back afterwards."""
         with ExitStack() as stack:
             stack.enter_context(inference_state(self.arch.model))
-            for number, site in enumerate(self.sites):
-                stack.enter_context(on_output(self.arch.site(site), partial(self._inject, number, site)))
+            self._install(stack)
             for layer in self._layers(self.needs.hidden):
                 stack.enter_context(on_output(self.arch.block(layer), partial(self._read_hidden, layer)))
             layers = self._layers(self.needs.attention)
@@ -275,6 +276,10 @@ class Runner:
             finally:
                 self._capture = None
 
+    def _install(self, stack: ExitStack) -> None:
+        for number, site in enumerate(self.sites):
+            stack.enter_context(on_output(self.arch.site(site), partial(self._inject, number, site)))
+
     def run(self, delta: Tensor) -> Reading:
         """One forward pass with δ [E, S, H] added at each edit's subject-last tokens; gradient flows to δ."""
         layout = self._layout
@@ -282,7 +287,7 @@ class Runner:
         self._hidden.clear()
         if self._capture is not None:
             self._capture.positions = layout.last[:, None]
-        output = self.arch.model(**layout.inputs, logits_to_keep=layout.keep, use_cache=False)
+        output = self.arch.model(**layout.inputs, logits_to_keep=layout.keep)
         logits = output.logits
         attention = {} if self._capture is None else {k: rows[:, :, 0] for k, rows in self._capture.rows.items()}
         last = logits[self.reads.last] if self.needs.logits else None
@@ -298,8 +303,12 @@ class Runner:
             logits,
             rows.take(layout.roles[Role.REWRITE]),
             rows.take(layout.roles[Role.EXTRA]),
-            torch.stack([self._initial[site] for site in self.sites], dim=1),
+            self._initial_values(),
         )
+
+    def _initial_values(self) -> Tensor:
+        """v₀ [E, S, H] of the edits at work, as the last pass saw it."""
+        return torch.stack([self._initial[site].to(self.device) for site in self.sites], dim=1)
 
     def _layers(self, wanted: range) -> list[int]:
         return [layer for layer in range(self.arch.num_layers) if layer in wanted]

@@ -17,25 +17,17 @@ from kedit.contexts import check_contexts, generate_contexts
 from kedit.delta import Delta, concatenate
 from kedit.edit import Edit, as_edits
 from kedit.editors.config import EditorConfig
+from kedit.engine import Engine
 from kedit.errors import ConfigError
 from kedit.ledger import Ledger
 from kedit.moments import Moment, SecondMoments
 from kedit.optimise import StepLog, Values
 from kedit.patch import EditPatch, fingerprints
-from kedit.pipeline import (
-    Insertion,
-    Request,
-    Timer,
-    describe,
-    encode_edits,
-    needs_of,
-    optimise_values,
-    overwrite,
-    spread,
-)
+from kedit.pipeline import Insertion, Timer, describe, needs_of, overwrite, spread, warn_of_known
 from kedit.progress import logger
 from kedit.regularizers import Choice, resolve
 from kedit.regularizers.base import Regularizer
+from kedit.request import Request, encode_edits
 from kedit.result import EditResult
 from kedit.stats import estimate_moments
 
@@ -83,6 +75,7 @@ class Editor(ABC):
             raise ConfigError(f"config must be a {type(self).__name__}.Config, not {type(config).__name__}.")
         self._given: dict[str, Any] = {**({} if config is None else dict(vars(config))), **overrides}
         self.config = self._configure([])
+        self.engine = Engine(self.arch)
         self._contexts = None if contexts is None else check_contexts(contexts)
         self._moments: SecondMoments | None = None
         if moments is not None:
@@ -203,9 +196,11 @@ class Editor(ABC):
         return encode_edits(self.arch, self.tokenizer, edits, self.contexts, settings.needs)
 
     def _values(self, requests: Sequence[Request], settings: _Settings) -> Values:
-        return optimise_values(
-            self.arch, settings.sites, requests, settings.config, settings.regularizers, settings.needs
+        values = self.engine.optimise(
+            settings.sites, requests, settings.config.objective, settings.regularizers, settings.needs
         )
+        warn_of_known(requests, values)
+        return values
 
     def _configure(self, regularizers: Sequence[str]) -> EditorConfig:
         """User > preset of (editor, model, regularizer) > preset of (editor, model) > rule."""
@@ -258,6 +253,7 @@ class Editor(ABC):
             "regularizers": [describe(item) for item in settings.regularizers],
             "edits": [edit.to_dict() for edit in edits],
             "contexts": list(self.contexts),
+            "budget": self.engine.budget,
             "moments": {str(layer): self.moments[layer].figures() for layer in settings.config.layers},
             "model": {
                 "name": Path(source).name if Path(source).exists() else source,

@@ -1,0 +1,159 @@
+"""Packing edits into waves, choosing how they run, and surviving a lack of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from kedit.arch import ModelArch, Site
+from kedit.errors import KEditError
+from kedit.optimise import Objective, Values, optimise
+from kedit.partial import PartialRunner
+from kedit.progress import Progress, logger
+from kedit.regularizers.base import Needs, Regularizer
+from kedit.runner import Runner, Wave
+
+if TYPE_CHECKING:
+    from kedit.request import Request
+
+Mode = Literal["auto", "partial", "plain"]
+TOKENS_PER_WAVE = 8_192
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class Engine:
+    """How the value optimisation of one model runs.
+
+    Attributes:
+        arch: the model.
+        mode: ``"partial"`` runs only what depends on δ, ``"plain"`` everything; ``"auto"`` is partial where a check
+            on the model's first wave finds both to agree, and says so where they do not.
+        budget: tokens per wave, padding included; recorded in the patch, as results are bit-equal for one budget only.
+        halved: how often a lack of memory halved the budget.
+    """
+
+    arch: ModelArch
+    mode: Mode = "auto"
+    budget: int = TOKENS_PER_WAVE
+    halved: int = 0
+    _verdicts: dict[tuple[Site, ...], bool] = field(default_factory=dict)
+
+    def optimise(
+        self,
+        sites: Sequence[Site],
+        requests: Sequence[Request],
+        objective: Objective,
+        regularizers: Sequence[Regularizer],
+        needs: Needs,
+    ) -> Values:
+        """The values of all edits, in the order of ``requests``.
+
+        Edits of similar length go into one wave, which stays together for all its steps. Where memory runs out, the
+        budget is halved and the wave begins again in smaller ones.
+
+        Raises:
+            NonFiniteError: a loss is not finite.
+            KEditError: a single edit does not fit into memory.
+        """
+        order = sorted(range(len(requests)), key=lambda number: (requests[number].span, number))
+        pending = self._waves(requests, order)
+        done: list[tuple[list[int], Values]] = []
+        with Progress(len(requests), "optimising") as progress:
+            while pending:
+                numbers = pending.pop(0)
+                prompts = [p for i, number in enumerate(numbers) for p in requests[number].prompts(i)]
+                wave = Wave(tuple(prompts), len(numbers))
+                try:
+                    runner = self.runner(sites, wave, needs)
+                    values = optimise(runner, objective, regularizers, numbers=numbers, progress=progress)
+                except torch.OutOfMemoryError as error:
+                    if len(numbers) == 1:
+                        raise KEditError(
+                            f"Edit {numbers[0]} alone ({sum(len(p.tokens) for p in prompts)} tokens) does not fit into the "
+                            "device's memory. Use fewer or shorter contexts, or a dtype of 16 bits."
+                        ) from error
+                else:
+                    done.append((numbers, values))
+                    continue
+                self.budget //= 2
+                self.halved += 1
+                logger.warning("Out of memory: waves now hold %d tokens.", self.budget)
+                torch.cuda.empty_cache()
+                rest = [number for wave_numbers in (numbers, *pending) for number in wave_numbers]
+                pending = self._waves(requests, rest)
+        return _in_order(done)
+
+    def runner(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
+        """What executes ``wave``, by the mode and, for ``"auto"``, by the check of the model."""
+        if self.mode == "plain":
+            return Runner(self.arch, sites, wave, needs)
+        key = tuple(sites)
+        if self.mode == "auto" and key not in self._verdicts:
+            self._verdicts[key] = self._check(sites, wave)
+        if self.mode == "auto" and not self._verdicts[key]:
+            return Runner(self.arch, sites, wave, needs)
+        return PartialRunner(self.arch, sites, wave, needs)
+
+    def _waves(self, requests: Sequence[Request], order: Sequence[int]) -> list[list[int]]:
+        """Numbers of the edits that run together: in order, at most ``budget`` padded tokens (one edit at least)."""
+        waves: list[list[int]] = []
+        width = rows = 0
+        for number in order:
+            span, count = requests[number].span, len(requests[number].prompts(0))
+            if waves and max(width, span) * (rows + count) <= self.budget:
+                waves[-1].append(number)
+                width, rows = max(width, span), rows + count
+            else:
+                waves.append([number])
+                width, rows = span, count
+        return waves
+
+    def _check(self, sites: Sequence[Site], wave: Wave) -> bool:
+        """Whether the partial way gives the plain way's logits on the wave's first edit, with a δ of some size."""
+        first, _ = wave.select([0])
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, len(sites), self.arch.hidden)
+        delta = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.arch.input_device)
+        logits: list[torch.Tensor] = []
+        reason = ""
+        try:
+            for kind in (Runner, PartialRunner):
+                runner = kind(self.arch, sites, first, Needs())
+                with runner.installed(), torch.no_grad():
+                    if not logits:
+                        reading = runner.run(delta.to(self.arch.work_dtype) * 0)
+                        delta = delta / delta.norm(dim=-1, keepdim=True) * reading.initial.norm(dim=-1, keepdim=True)
+                    logits.append(runner.run(delta.to(self.arch.work_dtype)).logits.to(torch.float64))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            error_size = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-30))
+            if not error_size <= _TOLERANCE.get(self.arch.dtype, 1e-2):
+                reason = f"its logits differ by {error_size:.1e} relative"
+        if reason:
+            logger.warning(
+                "This %s is run the plain way, every prompt whole at every step: the partial way failed its check (%s).",
+                self.arch.model_type,
+                reason,
+            )
+        return not reason
+
+
+def _in_order(done: Sequence[tuple[list[int], Values]]) -> Values:
+    """Put the waves' values together in the order of the edits' numbers."""
+    numbers = [number for wave, _ in done for number in wave]
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    log = [steps for _, values in done for steps in values.log]
+    known = [flag for _, values in done for flag in values.known]
+    return Values(
+        torch.cat([values.delta for _, values in done])[order],
+        torch.cat([values.initial for _, values in done])[order],
+        [log[i] for i in order],
+        [known[i] for i in order],
+    )
