@@ -1,0 +1,39 @@
+"""What every test shares: test data, tiny models, and memory that hurts when it is read before it is written."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+TEST_DATA = "KEDIT_TEST_DATA"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Tiny tensors: more threads only wait for one another, and change the order of sums.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(request: pytest.FixtureRequest):
+    """Fill uninitialised memory with NaN (CPU tests; on CUDA the switch forbids needed operations)."""
+    if request.node.get_closest_marker("gpu"):
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Give the folder of the test data, or skip: it is not part of the project."""
+    folder = os.environ.get(TEST_DATA)
+    if not folder:
+        pytest.skip(f"Needs the test data: set the environment variable {TEST_DATA} to its folder.")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"{TEST_DATA} is {folder!r}, which is not a folder.")
+    return path
