@@ -194,12 +194,12 @@ def _short(text: str, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def pad(rows: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad token rows on the right: ids [P, T] and mask [P, T], both int64.
+def pad(rows: Sequence[Sequence[int]], *, width: int = 0, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad token rows on the right, to ``width`` or the longest: ids [P, T] and mask [P, T], both int64.
 
     The filling token is never attended to, so any valid id serves; tokenizers without a pad token need none.
     """
-    width = max(len(row) for row in rows)
+    width = max(width, *(len(row) for row in rows))
     ids = torch.full((len(rows), width), fill, dtype=torch.int64)
     mask = torch.zeros((len(rows), width), dtype=torch.int64)
     for i, row in enumerate(rows):

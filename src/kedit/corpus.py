@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from kedit.errors import ConfigError
 
@@ -48,8 +49,12 @@ def as_corpus(corpus: Corpus | Iterable[str] | str | Path | None, model: PreTrai
     if isinstance(corpus, str | Path):
         path = Path(corpus)
         return _file(path) if path.exists() else _dataset(str(corpus))
+    if not isinstance(corpus, Iterable):
+        raise ConfigError(f"A corpus is a file or an iterable of texts, not {type(corpus).__name__}.")
     if isinstance(corpus, list | tuple):
         texts = list(corpus)
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError("A corpus is a list of texts; this list holds something else.")
         digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         return Corpus(f"{len(texts)} texts", f"sha256:{digest}", lambda: iter(texts))
     iterator = iter(corpus)
@@ -66,18 +71,32 @@ def _default(model: PreTrainedModel) -> Corpus:
     except ConfigError as error:
         raise ConfigError(
             f"Second moments are estimated from Wikipedia by default, which cannot be read here: {error} Pass "
-            "moments={layer: C}, or estimate them from text of your own with kedit.second_moments(model, tok, layers, corpus)."
+            "moments={layer: C}, or estimate them from text of your own: moments=kedit.stats.estimate_moments(editor.arch, tok, "
+            "layers, corpus), or --moments-corpus FILE on the command line."
         ) from error
 
 
 def _file(path: Path) -> Corpus:
-    with path.open("rb") as file:
-        key = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-    return Corpus(str(path), key, lambda: _records(path) if path.suffix == ".jsonl" else _paragraphs(path))
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"The corpus {path} cannot be read ({error}). Give a text or JSONL file.") from error
+    kind, read = ("records", _records) if path.suffix == ".jsonl" else ("paragraphs", _paragraphs)
+    return Corpus(str(path), f"{kind}:sha256:{digest}", lambda: read(path))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            yield lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The corpus {path} cannot be read ({error}). Give a text or JSONL file in UTF-8.") from error
 
 
 def _records(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -89,7 +108,7 @@ def _records(path: Path) -> Iterator[str]:
 
 def _paragraphs(path: Path) -> Iterator[str]:
     held: list[str] = []
-    with path.open(encoding="utf-8") as lines:
+    with _opened(path) as lines:
         for line in lines:
             if line.strip():
                 held.append(line.strip())

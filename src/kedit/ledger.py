@@ -125,7 +125,7 @@ class Ledger:
             for name, entry in entries.items():
                 del entry.deltas[owner]
                 if entry.deltas:
-                    stored = totals[name].to(entry.original.dtype)
+                    stored = cast_checked(name, totals[name], entry.original.dtype)
                     entry.store(stored, None if stored is totals[name] else totals[name])
                 else:
                     entry.store(entry.original)

@@ -29,12 +29,13 @@ def load(
         from kedit import testbed
 
         return testbed.load(dtype=dtype)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype or "auto", **options)
         tokenizer = AutoTokenizer.from_pretrained(str(name), use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ArchitectureError(
             f"Cannot load a causal language model and tokenizer from {str(name)!r}: {error} "
             "Give a folder written by save_pretrained, or a name on the hub."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kedit.arch import ModelArch
-from kedit.errors import ConfigError, KEditWarning
+from kedit.errors import ConfigError, KEditWarning, NonFiniteError, SingularMomentError
 from kedit.solve import cholesky
 
 RIDGE = 1e-4
@@ -26,7 +26,7 @@ class Moment:
 
     Attributes:
         matrix: C as the closed forms use it, ridge included, [I, I].
-        tokens: how many keys it was estimated from; ``None`` for a matrix handed in.
+        tokens: how many keys it was estimated from, every token's counted; ``None`` for a matrix handed in.
         ridge: what was added to the diagonal, relative to its mean.
         split_half: relative difference between the estimates from two halves of the corpus.
         effective_rank: (tr C)² / tr C²: how many directions carry the keys.
@@ -37,6 +37,16 @@ class Moment:
     ridge: float = 0.0
     split_half: float | None = None
     effective_rank: float | None = None
+
+    def warn_if_scarce(self, layer: int) -> None:
+        """Warn where the estimate saw fewer keys than their width."""
+        if self.tokens is not None and self.tokens < len(self.matrix):
+            warnings.warn(
+                f"The second moment of layer {layer} saw {self.tokens} keys of width {len(self.matrix)}: directions it never "
+                "saw are held up by the ridge alone. Estimate it from more text.",
+                KEditWarning,
+                stacklevel=2,
+            )
 
     def figures(self) -> dict[str, Any]:
         """All but the matrix, for a patch's provenance."""
@@ -92,8 +102,8 @@ class SecondMoments(Mapping[int, Moment]):
 class Accumulator:
     """Sums k kᵀ of one layer, batch by batch, in float32 (float64 for float64 keys).
 
-    Two sketches, C z over the even and the odd batches for a few random z, tell how far the halves of the corpus
-    differ without a second matrix.
+    Two sketches, C z over two halves of the batches for a few random z, tell how far the halves of the corpus differ
+    without a second matrix.
     """
 
     probes = 16
@@ -115,21 +125,26 @@ class Accumulator:
         self.counts[half] += len(keys)
 
     def moment(self, layer: int, ridge: float = RIDGE) -> Moment:
-        """C with its ridge; warns where too few keys were seen for the width."""
+        """C with its ridge.
+
+        Raises:
+            NonFiniteError: some key was NaN or infinite.
+            SingularMomentError: every key was 0.
+        """
         tokens = sum(self.counts)
-        width = len(self.total)
         matrix = self.total / tokens
-        spread = float(matrix.diagonal().sum()) ** 2 / float(matrix.square().sum())
+        if not torch.isfinite(matrix).all():
+            raise NonFiniteError(
+                f"The second moment of layer {layer} holds NaN or infinite numbers: the model's keys do. Check its weights, or "
+                "load it in float32 or bfloat16 if it is float16."
+            )
+        trace = float(matrix.diagonal().sum())
+        if trace == 0:
+            raise SingularMomentError(f"All {tokens} keys of layer {layer} are 0, so nothing can be written there.")
+        spread = trace**2 / float(matrix.square().sum())
         difference = None
         if min(self.counts) > 0:
             halves = [sketch / count for sketch, count in zip(self._sketches, self.counts, strict=True)]
             difference = float((halves[0] - halves[1]).norm() / ((halves[0] + halves[1]) / 2).norm())
-        if tokens < width:
-            warnings.warn(
-                f"The second moment of layer {layer} saw {tokens} keys of width {width}: directions it never saw are held "
-                "up by the ridge alone. Estimate it from more text.",
-                KEditWarning,
-                stacklevel=2,
-            )
         matrix.diagonal().add_(ridge * matrix.diagonal().mean())
         return Moment(matrix, tokens, ridge, difference, spread)

@@ -30,6 +30,8 @@ class Objective:
         lr: Adam's step size.
         clamp: bound of ‖δ‖ / ‖v₀‖, enforced after every update.
         stop_loss: an edit whose total falls below is finished.
+        settle: PMET's rule: an edit is also finished when every target token is the first choice and the KL term is
+            at most 0.01; its NLL counts a tenth after a step at which every target token was.
         dtype: of δ; ``None``: float32, or float64 for a float64 model.
     """
 
@@ -39,6 +41,7 @@ class Objective:
     kl_factor: float
     clamp: float
     stop_loss: float
+    settle: bool = False
     dtype: torch.dtype | None = None
 
 
@@ -95,6 +98,8 @@ def optimise(
             state.record(step, total, terms)
             last = step == objective.steps - 1
             finished = torch.full_like(total, last, dtype=torch.bool) | (total < objective.stop_loss)
+            if objective.settle:
+                finished |= state.settle(terms["kl"])
             if progress is not None:
                 progress.advance(int(finished.sum()))
             if finished.all():
@@ -121,6 +126,8 @@ class _State:
         self._initial: Tensor | None = None
         self._before: Captured | None = None
         self._subject_log_probs: Tensor | None = None
+        self._nll_factor = torch.ones(num_edits, device=device)
+        self._missed: Tensor | None = None  # target tokens that are not the first choice, per active edit
         self._adam: torch.optim.Adam | None = None
 
     @property
@@ -140,7 +147,7 @@ class _State:
         if step == 0:
             self._initial = reading.initial.to(device, dtype)
         delta = self.delta[self.active]
-        nll, subject = self._read(reading.logits.to(device))
+        nll, subject = self._read(reading.logits.to(device), count_misses=step == 0 or objective.settle)
         if step == 0:
             self._subject_log_probs = subject.detach()
         assert self._subject_log_probs is not None
@@ -148,7 +155,7 @@ class _State:
         norms = self.initial[self.active].norm(dim=-1)
         decay = (delta.norm(dim=-1) / norms.square()).sum(-1)
         terms = {
-            "nll": nll.to(dtype),
+            "nll": (nll * self._nll_factor.to(nll)).to(dtype),
             "kl": objective.kl_factor * kl.to(dtype),
             "weight_decay": objective.weight_decay * decay,
         }
@@ -162,18 +169,19 @@ class _State:
             terms[regularizer.name] = regularizer.penalty(now, self._before).to(device, dtype)
         return terms
 
-    def _read(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, logits: Tensor, *, count_misses: bool) -> tuple[Tensor, Tensor]:
         """NLL of the target, mean over tokens and contexts, [E]; log-probabilities of the KL prompt [E, V]."""
         reads = self.runner.reads
         log_probs = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         target = log_probs[reads.target]
         token_nll = -target.gather(1, reads.label[:, None]).squeeze(1)
         nll = log_probs.new_zeros(len(self.active)).index_add(0, reads.edit, token_nll * reads.weight.to(token_nll))
-        if self._before is None:
-            missed = torch.zeros_like(nll).index_add(
-                0, reads.edit, (reads.bare & (target.argmax(1) != reads.label)) * 1.0
-            )
-            self.known = (missed == 0).tolist()
+        if count_misses:
+            missed = target.detach().argmax(1) != reads.label
+            self._missed = torch.zeros_like(reads.subject).index_add(0, reads.edit, missed.long())
+            if self._before is None:
+                bare = torch.zeros_like(reads.subject).index_add(0, reads.edit, (missed & reads.bare).long())
+                self.known = (bare == 0).tolist()
         return nll, log_probs[reads.subject]
 
     def record(self, step: int, total: Tensor, terms: dict[str, Tensor]) -> None:
@@ -189,6 +197,13 @@ class _State:
                     f"The loss of edit {self.names[edit]} is not finite at step {step} ({bad}). Nothing was written. "
                     "Lower lr, or load the model in float32 or bfloat16 if it is float16."
                 )
+
+    def settle(self, kl: Tensor) -> Tensor:
+        """PMET's second stopping rule [E]; sets the factor of the NLL for the next step."""
+        assert self._missed is not None
+        all_first = self._missed == 0
+        self._nll_factor = torch.where(all_first, 0.1, 1.0)
+        return all_first & (kl <= 0.01)
 
     def update(self, total: Tensor, goes_on: Tensor, objective: Objective) -> None:
         """One Adam step for the edits that go on, and the clamp."""
@@ -213,4 +228,5 @@ class _State:
         self.active = self.active[stays]
         self._before = self._before.keep_edits(stays)
         self._subject_log_probs = self._subject_log_probs[stays]
+        self._nll_factor = self._nll_factor[stays]
         self.runner.restrict(stays.tolist())

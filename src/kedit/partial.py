@@ -78,10 +78,10 @@ class PartialRunner(Runner):
     def _lay_out(self) -> Layout:
         prompts = self.wave.prompts
         skip = [prompt.row.lookup for prompt in prompts]
-        ids, mask = pad([prompt.tokens[prompt.row.lookup :] for prompt in prompts])
-        prefix = max(skip)
+        ids, mask = pad([prompt.tokens[prompt.row.lookup :] for prompt in prompts], width=self.width)
+        self.width, self.prefix = ids.shape[1], max(self.prefix, *skip)
         lengths = torch.tensor(skip)
-        before = torch.arange(prefix)[None] >= prefix - lengths[:, None]  # right-aligned against the running tokens
+        before = torch.arange(self.prefix)[None] >= self.prefix - lengths[:, None]  # right-aligned against the running tokens
         position = lengths[:, None] + torch.arange(ids.shape[1])
         last = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
         inputs: dict[str, Any] = {
@@ -90,20 +90,17 @@ class PartialRunner(Runner):
             "position_ids": position.minimum(last[:, None]),
             "use_cache": True,
         }
-        return Layout.of(self.wave, inputs, skip, prefix, self.device)
+        return Layout.of(self.wave, inputs, skip, self.prefix, self.width, self.device)
 
     def restrict(self, keep: Sequence[int]) -> list[int]:
         """Drop all edits but ``keep``, and what is stored for the others."""
         stays = super().restrict(keep)
         if self._entering is not None:
             chosen = torch.tensor(stays, device=self._entering.device)
-            width = self._layout.keep.shape[1]
-            self._entering = self._entering[chosen, :width]
-            prefix = max(prompt.row.lookup for prompt in self.wave.prompts)
+            self._entering = self._entering[chosen]
             for layer, (keys, values) in self._stored.items():
                 at = chosen.to(keys.device)
-                crop = keys.shape[2] - prefix
-                self._stored[layer] = (keys[at, :, crop:], values[at, :, crop:])
+                self._stored[layer] = (keys[at], values[at])
             self._attach_cache()
         return stays
 
@@ -136,7 +133,6 @@ class PartialRunner(Runner):
         arch, prompts = self.arch, self.wave.prompts
         ids, mask = pad([prompt.tokens for prompt in prompts])
         skip = torch.tensor([prompt.row.lookup for prompt in prompts])
-        width, prefix = self._layout.keep.shape[1], int(skip.max())
         layers = [_Recording(layer >= self.start) for layer in range(arch.num_layers)]
         initial: dict[Site, Tensor] = {}
         bare = self._layout.bare
@@ -146,7 +142,7 @@ class PartialRunner(Runner):
 
         def read_entering(hidden: Tensor) -> None:
             rows = torch.arange(len(skip), device=hidden.device)[:, None]
-            columns = (skip[:, None] + torch.arange(width)).clamp(max=hidden.shape[1] - 1).to(hidden.device)
+            columns = (skip[:, None] + torch.arange(self.width)).clamp(max=hidden.shape[1] - 1).to(hidden.device)
             self._entering = hidden[rows, columns]
 
         entry = arch.block(self.start) if self.start < arch.num_layers else arch.final_norm
@@ -167,7 +163,7 @@ class PartialRunner(Runner):
         for layer in range(self.start, arch.num_layers):
             seen = layers[layer].seen
             assert seen is not None
-            self._stored[layer] = (_right_aligned(seen[0], skip, prefix), _right_aligned(seen[1], skip, prefix))
+            self._stored[layer] = (_right_aligned(seen[0], skip, self.prefix), _right_aligned(seen[1], skip, self.prefix))
         self._attach_cache()
 
     @contextmanager
@@ -183,8 +179,7 @@ class PartialRunner(Runner):
             handle.remove()
 
     def _attach_cache(self) -> None:
-        prefix = self._layout.inputs["attention_mask"].shape[1] - self._layout.keep.shape[1]
-        cache = Cache(layers=[_Prefix(prefix, self._stored.get(layer)) for layer in range(self.arch.num_layers)])
+        cache = Cache(layers=[_Prefix(self.prefix, self._stored.get(layer)) for layer in range(self.arch.num_layers)])
         self._layout.inputs["past_key_values"] = cache
 
 

@@ -196,9 +196,16 @@ class Layout:
     roles: dict[Role, Tensor]
 
     @classmethod
-    def of(cls, wave: Wave, inputs: dict[str, Any], skip: Sequence[int], prefix: int, device: torch.device) -> Layout:
+    def of(
+        cls,
+        wave: Wave,
+        inputs: dict[str, Any],
+        skip: Sequence[int],
+        prefix: int,
+        width: int,
+        device: torch.device,
+    ) -> Layout:
         """Lay ``wave`` out when ``skip[i]`` tokens of prompt i are left out and ``prefix`` stored keys stand first."""
-        width = max(len(prompt.tokens) - out for prompt, out in zip(wave.prompts, skip, strict=True))
         keep = torch.zeros((len(wave.prompts), width), dtype=torch.bool)
         for i, prompt in enumerate(wave.prompts):
             keep[i, prompt.reads.start - skip[i] : prompt.reads.stop - skip[i]] = True
@@ -237,6 +244,9 @@ class Runner:
         self._initial: dict[Site, Tensor] = {}
         self._hidden: dict[int, Tensor] = {}
         self._capture: Capture | None = None
+        # Tokens per prompt and stored keys before them; they stay when edits leave, so that rows captured at
+        # different steps line up.
+        self.width = self.prefix = 0
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -245,11 +255,11 @@ class Runner:
         self.reads = Reads.of(self.wave, self.device)
 
     def _lay_out(self) -> Layout:
-        ids, mask = pad([prompt.tokens for prompt in self.wave.prompts])
+        ids, mask = pad([prompt.tokens for prompt in self.wave.prompts], width=self.width)
+        self.width = ids.shape[1]
         skip = [0] * len(self.wave.prompts)
-        return Layout.of(
-            self.wave, {"input_ids": ids, "attention_mask": mask, "use_cache": False}, skip, 0, self.device
-        )
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        return Layout.of(self.wave, inputs, skip, self.prefix, self.width, self.device)
 
     def restrict(self, keep: Sequence[int]) -> list[int]:
         """Drop all edits but ``keep`` (renumbered in order); returns the indices of the prompts that stay."""

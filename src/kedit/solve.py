@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -66,3 +68,97 @@ def rank_one(whitened: Tensor, key: Tensor, residual: Tensor) -> LowRankDelta:
             "sensible size writes this fact. Give the second moment more text, or fewer contexts."
         )
     return LowRankDelta((residual.to(u) / overlap)[:, None], u[:, None])
+
+
+def ridge(keys: Tensor, residuals: Tensor, moment: Tensor, weight: float, factor: Callable[[], Tensor]) -> LowRankDelta:
+    """Write many associations at once: Δ = R Kᵀ (λ C + K Kᵀ)⁻¹ (MEMIT, arXiv:2210.07229, eq. 14).
+
+    With A = C⁻¹ K this is R (λ 1 + Kᵀ A)⁻¹ Aᵀ (Woodbury), a system in the number of edits, for which C's factor is
+    kept; used where there are fewer edits than key dimensions. λ = 0 writes every residual exactly (EMMET's form).
+
+    Args:
+        keys: K transposed, [E, I].
+        residuals: R transposed, [E, O].
+        moment: C, [I, I].
+        weight: λ, at least 0.
+        factor: makes the Cholesky factor of C; only asked where it is needed.
+
+    Returns:
+        left R as [O, E] and right [I, E], float64.
+
+    Raises:
+        SingularMomentError: the system has no solution (C not positive definite, or λ = 0 and dependent keys).
+    """
+    keys, residuals = keys.to(torch.float64), residuals.to(torch.float64)
+    if len(keys) < keys.shape[1] or weight == 0:
+        whitened = whiten(factor(), keys)  # A transposed, [E, I]
+        right = _solve_spd(keys @ whitened.T, whitened, weight)
+    else:
+        system = weight * moment.to(keys) + keys.T @ keys
+        right = torch.cholesky_solve(keys.T, cholesky(system)).T
+    return LowRankDelta(residuals.T, right.T)
+
+
+def _solve_spd(gram: Tensor, right_side: Tensor, weight: float) -> Tensor:
+    """(gram + weight · 1)⁻¹ right_side for a symmetric positive gram matrix [n, n]."""
+    gram = (gram + gram.T) / 2
+    gram.diagonal().add_(weight)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal().square()
+    if bool(info != 0) or bool((pivots <= torch.finfo(gram.dtype).eps * len(gram) * gram.diagonal().amax()).any()):
+        raise SingularMomentError(
+            "Two edits of this batch have the same key (up to the others), so they cannot both be written exactly. "
+            "Remove the repeated subject, or give the ridge a weight above 0."
+        )
+    return torch.cholesky_solve(right_side, factor)
+
+
+def null_space(moment: Tensor, threshold: float, *, relative: bool = True) -> Tensor:
+    """An orthonormal basis of the directions that ordinary keys hardly use.
+
+    Args:
+        moment: C, [I, I].
+        threshold: directions with an eigenvalue below it are free to be written.
+        relative: whether the threshold is a multiple of the mean eigenvalue.
+
+    Returns:
+        The *used* directions, [I, d] float64: the projection on the free ones is P = 1 − U Uᵀ.
+    """
+    values, vectors = torch.linalg.eigh(moment.to(torch.float64))
+    bound = threshold * float(values.mean()) if relative else threshold
+    return vectors[:, values >= bound].contiguous()
+
+
+def projected(used: Tensor, keys: Tensor) -> Tensor:
+    """P k for each key: what is left of [n, I] without the directions ``used`` [I, d]."""
+    keys = keys.to(used)
+    return keys - (keys @ used) @ used.T
+
+
+def null_space_update(used: Tensor, keys: Tensor, residuals: Tensor, past: Tensor, weight: float) -> LowRankDelta:
+    """AlphaEdit (arXiv:2410.02355, eq. 14): (P (K Kᵀ + Kₚ Kₚᵀ) + λ 1) X = P K Rᵀ, Δ = Xᵀ.
+
+    X lies in the range of P, so with Z = P [K, Kₚ] it is Z (ZᵀZ + λ 1)⁻¹ restricted to the columns of K: a system in the
+    number of keys. Where there are more keys than dimensions the system in the dimensions is solved instead.
+
+    Args:
+        used: directions that must not be written, [I, d] float64.
+        keys: K transposed, [E, I].
+        residuals: R transposed, [E, O].
+        past: keys of earlier edits, Kₚ transposed, [n, I].
+        weight: λ, above 0.
+
+    Returns:
+        left R as [O, E] and right [I, E], float64; right has no part in the used directions.
+    """
+    both = projected(used, torch.cat([keys.to(used), past.to(used)]))  # Z transposed
+    count = len(keys)
+    if len(both) < both.shape[1]:
+        gram = both @ both.T
+        identity = torch.eye(len(both), dtype=gram.dtype, device=gram.device)[:, :count]
+        right = both.T @ _solve_spd(gram, identity, weight)
+    else:
+        system = both.T @ both
+        system.diagonal().add_(weight)
+        right = torch.cholesky_solve(both[:count].T, torch.linalg.cholesky(system))
+    return LowRankDelta(residuals.to(used).T, right)

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ def estimate_moments(
     """Second moments of some layers' keys over a corpus, or over the model's default corpus.
 
     One pass serves all layers and ends at the highest. The result is cached under the hash of the model's weights, the
-    corpus, the number of tokens and the layer (folder: ``KEDIT_CACHE``, or ``~/.cache/kedit``).
+    tokenizer, the corpus, the number of tokens and the layer (folder: ``KEDIT_CACHE``, or ``~/.cache/kedit``).
 
     Args:
         arch: the model.
@@ -61,12 +61,17 @@ def estimate_moments(
         cache: read and write the cache.
 
     Raises:
-        ConfigError: there is no default corpus for this model, or the corpus is empty.
+        ConfigError: there is no default corpus for this model, or the corpus is empty; a number is out of range.
+        NonFiniteError: the model's keys are NaN or infinite.
     """
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"tokens must be at least 1, not {tokens!r}.")
+    if not 0 <= ridge < float("inf"):
+        raise ConfigError(f"ridge must be a finite number of at least 0, not {ridge!r}.")
     wanted = sorted({arch.check_layer(layer) for layer in layers})
     texts = as_corpus(corpus, arch.model)
     budget = tokens if tokens is not None else KEYS_PER_DIMENSION * max(arch.weight(i).matrix.shape[1] for i in wanted)
-    paths = _cache_paths(arch, texts, budget, ridge, wanted) if cache and texts.key else {}
+    paths = _cache_paths(arch, tokenizer, texts, budget, ridge, wanted) if cache and texts.key else {}
     found = {layer: moment for layer, path in paths.items() if (moment := _read(path)) is not None}
     missing = [layer for layer in wanted if layer not in found]
     if missing:
@@ -75,6 +80,8 @@ def estimate_moments(
             found[layer] = accumulator.moment(layer, ridge)
             if layer in paths:
                 _write(paths[layer], found[layer])
+    for layer, moment in found.items():
+        moment.warn_if_scarce(layer)
     return SecondMoments(found)
 
 
@@ -158,14 +165,30 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KEDIT_CACHE") or Path.home() / ".cache" / "kedit")
 
 
-def _cache_paths(arch: ModelArch, texts: Corpus, budget: int, ridge: float, layers: Sequence[int]) -> dict[int, Path]:
-    model = model_fingerprint(arch.model)
+def _cache_paths(
+    arch: ModelArch,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Corpus,
+    budget: int,
+    ridge: float,
+    layers: Sequence[int],
+) -> dict[int, Path]:
+    parts = [VERSION, model_fingerprint(arch.model), _tokenizer_fingerprint(tokenizer), texts.key, budget, ridge]
     paths = {}
     for layer in layers:
-        content = json.dumps([VERSION, model, texts.key, budget, ridge, layer])
+        content = json.dumps([*parts, layer])
         digest = hashlib.sha256(content.encode()).hexdigest()
         paths[layer] = cache_folder() / "moments" / f"{digest}.safetensors"
     return paths
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what turns text into tokens."""
+    backend: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        del backend["padding"], backend["truncation"]  # the state that the last call left behind
+    return hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path) -> Moment | None:
@@ -175,7 +198,10 @@ def _read(path: Path) -> Moment | None:
     try:
         with safe_open(str(path), framework="pt") as file:
             figures: dict[str, Any] = json.loads((file.metadata() or {})["figures"])
-            return Moment(file.get_tensor("moment").clone(), **figures)
+            matrix = file.get_tensor("moment").clone()
+            if not torch.isfinite(matrix).all():
+                raise ValueError("it holds NaN or infinite numbers")
+            return Moment(matrix, **figures)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         logger.warning("The cached second moment %s is damaged (%s); it is computed again.", path, error)
         return None
@@ -191,4 +217,5 @@ def _write(path: Path, moment: Moment) -> None:
     except (OSError, SafetensorError) as error:
         logger.warning("The second moment could not be cached in %s: %s.", path, error)
     finally:
-        partial_path.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial_path.unlink(missing_ok=True)

@@ -16,6 +16,9 @@ EDITORS: Registry[type[Editor]] = Registry(
     {
         "rome": "kedit.editors.rome:ROME",
         "rrome": "kedit.editors.rome:RROME",
+        "memit": "kedit.editors.memit:MEMIT",
+        "pmet": "kedit.editors.memit:PMET",
+        "emmet": "kedit.editors.memit:EMMET",
     },
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -40,13 +41,13 @@ class EditorConfig:
     def __post_init__(self) -> None:
         """Check every field."""
         given: object = self.layers
-        layers = (given,) if isinstance(given, int) else tuple(self.layers)
-        object.__setattr__(self, "layers", layers)
-        if not layers or list(layers) != sorted(set(layers)):
-            raise ConfigError(f"layers must be ascending block numbers without repeats, found {layers!r}.")
+        layers = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ConfigError(f"A layer must be a whole number from 0, not {layer!r}.")
+        if not layers or list(layers) != sorted(set(layers)):
+            raise ConfigError(f"layers must be ascending block numbers without repeats, found {layers!r}.")
+        object.__setattr__(self, "layers", layers)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(f"steps must be a whole number of at least 1, not {self.steps!r}.")
         self.check_range("lr", above=0.0)
@@ -87,5 +88,6 @@ class EditorConfig:
             kl_factor=self.kl_factor,
             clamp=self.clamp,
             stop_loss=self.stop_loss,
+            settle=bool(getattr(self, "settle", False)),
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
         )

@@ -98,12 +98,12 @@ class Rows:
             logits=None if self.logits is None else self.logits[prompts],
         )
 
-    def keep_edits(self, keep: Tensor) -> Rows:
-        """Only the prompts of the edits ``keep``, renumbered in order."""
-        number = torch.full((int(self.edit.max()) + 1 if len(self.edit) else 1,), -1, device=self.edit.device)
+    def keep_edits(self, keep: Tensor, num_edits: int) -> Rows:
+        """Only the prompts of the edits ``keep`` of ``num_edits``, renumbered in order."""
+        number = torch.full((num_edits,), -1, device=self.edit.device)
         number[keep] = torch.arange(len(keep), device=self.edit.device)
-        taken = self.take(torch.nonzero(number[self.edit] >= 0).flatten()) if len(self.edit) else self
-        return replace(taken, edit=number[taken.edit]) if len(taken.edit) else taken
+        taken = self.take(torch.nonzero(number[self.edit] >= 0).flatten())
+        return replace(taken, edit=number[taken.edit])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +139,8 @@ class Captured:
             self,
             delta=self.delta[keep],
             initial=self.initial[keep],
-            rewrite=self.rewrite.keep_edits(keep),
-            extra=self.extra.keep_edits(keep),
+            rewrite=self.rewrite.keep_edits(keep, self.num_edits),
+            extra=self.extra.keep_edits(keep, self.num_edits),
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +32,11 @@ class SADR:
         divergence: D: ``"kl"`` (original ‖ current), ``"js"``, or ``"l2"``, the squared distance.
         exact: use the exact KL instead of the published form, which adds ε to both rows; its gradient does not
             vanish where q < ε.
-        eps: ε of the published form.
-        layers: first and last block to restrain; ``None``: all above the edit.
+        eps: ε of the published form; also in ``"js"``.
+        layers: first and last block to restrain, as far as they are above the edit; ``None``: all above the edit.
+
+    Raises:
+        ConfigError: a field is out of range.
     """
 
     gamma: float | None = None
@@ -48,28 +53,45 @@ class SADR:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if self.gamma is not None and not 0 <= self.gamma < float("inf"):
+        if self.gamma is not None and not _finite(self.gamma, 0.0):
             raise ConfigError(f"SADR.gamma must be a finite number of at least 0, not {self.gamma!r}.")
         if self.select not in ("max", "all"):
             raise ConfigError(f"SADR.select is 'max' or 'all', not {self.select!r}.")
         if self.divergence not in ("kl", "js", "l2"):
             raise ConfigError(f"SADR.divergence is 'kl', 'js' or 'l2', not {self.divergence!r}.")
-        if self.layers is not None and not 0 <= self.layers[0] <= self.layers[1]:
-            raise ConfigError(f"SADR.layers is (first, last) with 0 <= first <= last, not {self.layers!r}.")
+        if self.exact and self.divergence != "kl":
+            raise ConfigError(f"SADR.exact is a form of the divergence 'kl'; with {self.divergence!r} it has no meaning.")
+        if not _finite(self.eps, 0.0) or self.eps == 0:
+            raise ConfigError(f"SADR.eps must be a finite number above 0, not {self.eps!r}.")
+        if self.layers is not None:
+            layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
+            if len(layers) != 2 or not all(type(i) is int for i in layers) or not 0 <= layers[0] <= layers[1]:
+                raise ConfigError(f"SADR.layers is (first, last) with 0 <= first <= last, not {self.layers!r}.")
+            object.__setattr__(self, "layers", layers)
 
     def needs(self, site: Site) -> Needs:
         """Attention rows of the blocks above the edit, within ``layers``."""
         above = site.layer if site.kind == "attention" else site.layer + 1
         first, last = self.layers if self.layers is not None else (above, None)
+        if last is not None and last < above:
+            raise ConfigError(
+                f"SADR.layers {self.layers} end below the edit: attention changes from block {above} on. Choose later blocks."
+            )
         return Needs(attention=blocks_from(max(first, above), last))
 
     def penalty(self, now: Captured, before: Captured) -> Tensor:
         """γ · mean over contexts of the (selected) drift, [E]."""
-        assert self.gamma is not None, "gamma is filled in before the optimisation"
+        if self.gamma is None:
+            raise ConfigError(
+                "SADR's γ is not published for this editor and model. Give it: regularizer=kedit.SADR(gamma=...), or --gamma. "
+                "It does not carry over from other models; try values from 1e-3 up and watch the sadr column of the log."
+            )
         return self.gamma * self.drift(now.rewrite, before.rewrite, now.num_edits)
 
     def drift(self, now: Rows, before: Rows, num_edits: int) -> Tensor:
         """The penalty without γ: mean over contexts, sum over blocks and heads, [E]."""
+        if self.layers is not None and not now.attention:
+            raise ConfigError(f"SADR.layers {self.layers} lie above the model's last block. Choose lower blocks.")
         total = now.subject.new_zeros(num_edits, dtype=torch.float32)
         for layer, current in now.attention.items():
             original = before.attention[layer]
@@ -86,8 +108,16 @@ class SADR:
         """D(p, q) of rows [P, A, Tk], per prompt and head."""
         if self.divergence == "l2":
             return (p - q).square().sum(-1)
+        if self.exact:
+            return (torch.xlogy(p, p) - p * q.clamp(min=torch.finfo(q.dtype).tiny).log()).sum(-1)
         p, q = p + self.eps, q + self.eps
         if self.divergence == "kl":
             return (p * (p / q).log()).sum(-1)
         middle = (p + q) / 2
         return ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)) / 2
+
+
+def _finite(value: Any, least: float) -> bool:
+    """Whether ``value`` is a finite number of at least ``least``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= least

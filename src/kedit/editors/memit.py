@@ -1,0 +1,154 @@
+"""MEMIT (Meng et al., 2023, arXiv:2210.07229) and its relatives that share the ridge solution."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kedit import presets
+from kedit.arch import ModelArch, Site
+from kedit.delta import Delta
+from kedit.editors.base import Editor
+from kedit.editors.config import EditorConfig
+from kedit.pipeline import Insertion
+from kedit.solve import ridge
+
+
+def mixed_keys(keys: Tensor) -> Tensor:
+    """One key per edit from the keys per context [E, C, I]: half the bare prompt's, half the mean of the others'."""
+    return keys[:, 0] if keys.shape[1] == 1 else (keys[:, 0] + keys[:, 1:].mean(1)) / 2
+
+
+class MEMIT(Editor):
+    """Mass editing: many associations, several layers, one ridge solution per layer.
+
+    The value z is optimised at the output of the last edited block. Layer by layer, lowest first, with the residual
+    measured anew below L::
+
+        R = (z − h_L) / (L − l + 1),   Δ_l = R Kᵀ (λ C + K Kᵀ)⁻¹
+
+    exact at the bare prompt as λ → 0 with one layer and ``contexts=["{}"]``.
+    """
+
+    name: ClassVar[str] = "memit"
+    joint: ClassVar[bool] = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(EditorConfig):
+        """MEMIT's hyper-parameters.
+
+        Attributes:
+            moment_weight: λ, how much the keys of ordinary text weigh against the edits (``mom2_update_weight``).
+        """
+
+        moment_weight: float = 15_000.0
+
+        def __post_init__(self) -> None:
+            """Check every field."""
+            super().__post_init__()
+            self.check_range("moment_weight")
+
+    def sites(self, config: Any) -> tuple[Site, ...]:
+        """The output of the last edited block."""
+        return (Site(config.layers[-1], "block"),)
+
+    def share(self, config: Any, layer: int) -> float:
+        """The number of layers left to write, this one included."""
+        return float(len(config.layers) - config.layers.index(layer))
+
+    def solve(self, insertion: Insertion, config: Any) -> Delta:
+        """The ridge solution of one layer."""
+        moments, layer = insertion.moments, insertion.layer
+        return ridge(
+            mixed_keys(insertion.keys),
+            insertion.residual,
+            moments[layer].matrix,
+            config.moment_weight,
+            lambda: moments.factor(layer),
+        )
+
+    @classmethod
+    def default_layers(cls, arch: ModelArch) -> tuple[int, ...]:
+        """The blocks around ROME's, up to five of them."""
+        return presets.layer_span_rule(arch)
+
+
+class PMET(MEMIT):
+    """PMET (Li et al., 2024, arXiv:2308.08742): values for attention and MLP together, only the MLP's is written.
+
+    Two δ are optimised, at the outputs of the attention and of the MLP of the last edited block, each with its own
+    clamp and weight decay. The residual of the MLP's is divided by √(L − l + 1).
+    """
+
+    name: ClassVar[str] = "pmet"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MEMIT.Config):
+        """PMET's hyper-parameters.
+
+        Attributes:
+            moment_weight: λ.
+            settle: the published stopping rule: besides ``stop_loss``, an edit is finished when every target token is
+                the model's first choice and the KL term is at most 0.01, and its NLL counts a tenth after a step at
+                which every target token was.
+        """
+
+        moment_weight: float = 6_000.0
+        kl_factor: float = 1.0
+        settle: bool = True
+
+    def sites(self, config: Any) -> tuple[Site, ...]:
+        """The MLP's output, which is written, and the attention's."""
+        return (Site(config.layers[-1], "mlp"), Site(config.layers[-1], "attention"))
+
+    def share(self, config: Any, layer: int) -> float:
+        """The root of the number of layers left to write."""
+        return math.sqrt(super().share(config, layer))
+
+
+class EMMET(MEMIT):
+    """EMMET (Gupta et al., 2024, arXiv:2403.14236): equality-constrained editing of a batch in one layer.
+
+    Δ = R (Kᵀ C'⁻¹ K + λ 1)⁻¹ Kᵀ C'⁻¹ with C' = α C, which is MEMIT's solution with the weight α λ. A single edit needs no
+    λ and is then written exactly, as by ROME.
+    """
+
+    name: ClassVar[str] = "emmet"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(EditorConfig):
+        """EMMET's hyper-parameters.
+
+        Attributes:
+            alpha: α, the weight of the second moment.
+            ridge: λ, used where a batch holds more than one edit.
+        """
+
+        alpha: float = 1.0
+        ridge: float = 0.1
+
+        def __post_init__(self) -> None:
+            """Check every field."""
+            super().__post_init__()
+            self.check_range("alpha", above=0.0)
+            self.check_range("ridge")
+
+    def solve(self, insertion: Insertion, config: Any) -> Delta:
+        """The constrained solution of one layer."""
+        moments, layer = insertion.moments, insertion.layer
+        weight = config.alpha * config.ridge if len(insertion.keys) > 1 else 0.0
+        return ridge(
+            mixed_keys(insertion.keys),
+            insertion.residual,
+            moments[layer].matrix,
+            weight,
+            lambda: moments.factor(layer),
+        )
+
+    @classmethod
+    def default_layers(cls, arch: ModelArch) -> tuple[int, ...]:
+        """One layer, as ROME's."""
+        return (presets.layer_rule(arch),)
