@@ -65,7 +65,8 @@ def generate_contexts(
 def _starts(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
     if tokenizer.bos_token_id is not None:
         return [[tokenizer.bos_token_id]] * count
-    seeds = [row.ids for row in encode(tokenizer, [Text(word, (0, len(word))) for word in _SEEDS])]  # without closing EOS
+    texts = [Text(word, (0, len(word))) for word in _SEEDS]
+    seeds = [row.ids for row in encode(tokenizer, texts)]  # without the EOS that some tokenizers add
     return [list(seeds[i % len(seeds)]) for i in range(count)]
 
 
@@ -86,7 +87,9 @@ def _sample(
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
             last = logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])].float().cpu()
             if not torch.isfinite(last).all():
-                raise NonFiniteError("The model's logits are NaN or infinite, so no contexts can be sampled. Check its weights.")
+                raise NonFiniteError(
+                    "The model's logits are NaN or infinite, so no contexts can be sampled. Check its weights."
+                )
             best = last.topk(min(top_k, last.shape[-1]))
             drawn = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
             for row, token in zip(rows, best.indices.gather(1, drawn).flatten().tolist(), strict=True):

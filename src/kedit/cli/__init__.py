@@ -27,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("kedit").setLevel(logging.WARNING if args.quiet else logging.INFO)
-    warnings.showwarning = _show_warning
     try:
-        status: int = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status: int = args.run(args)
     except KEditError as error:
         sys.stderr.write(f"kedit {args.command}: {error}\n")
         return 1

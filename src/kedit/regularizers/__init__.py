@@ -29,9 +29,10 @@ def resolve(choice: Choice) -> list[Regularizer]:
     """
     if choice is None:
         return []
-    single = isinstance(choice, str | type | Regularizer) or not isinstance(choice, Iterable)
+    if isinstance(choice, str | type | Regularizer) or not isinstance(choice, Iterable):
+        choice = [choice]
     found: list[Regularizer] = []
-    for item in [choice] if single else choice:
+    for item in choice:
         made = REGULARIZERS[item]() if isinstance(item, str) else item
         if isinstance(made, type):
             raise ConfigError(f"{made.__name__} is a class. Pass an object of it: {made.__name__}(...).")

@@ -60,7 +60,9 @@ class SADR:
         if self.divergence not in ("kl", "js", "l2"):
             raise ConfigError(f"SADR.divergence is 'kl', 'js' or 'l2', not {self.divergence!r}.")
         if self.exact and self.divergence != "kl":
-            raise ConfigError(f"SADR.exact is a form of the divergence 'kl'; with {self.divergence!r} it has no meaning.")
+            raise ConfigError(
+                f"SADR.exact is a form of the divergence 'kl'; with {self.divergence!r} it has no meaning."
+            )
         if not _finite(self.eps, 0.0) or self.eps == 0:
             raise ConfigError(f"SADR.eps must be a finite number above 0, not {self.eps!r}.")
         if self.layers is not None:
