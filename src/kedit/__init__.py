@@ -13,11 +13,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _NAMES = {
+    "AlphaEdit": "kedit.editors.alphaedit",
+    "EMMET": "kedit.editors.memit",
     "Edit": "kedit.edit",
     "EditPatch": "kedit.patch",
     "EditResult": "kedit.result",
     "Editor": "kedit.editors.base",
+    "FT": "kedit.editors.ft",
     "KEditError": "kedit.errors",
+    "MEMIT": "kedit.editors.memit",
+    "PMET": "kedit.editors.memit",
     "ROME": "kedit.editors.rome",
     "RROME": "kedit.editors.rome",
     "SADR": "kedit.regularizers.sadr",
@@ -29,7 +34,12 @@ _NAMES = {
 if TYPE_CHECKING:
     from kedit.edit import Edit as Edit
     from kedit.editors import editor as editor
+    from kedit.editors.alphaedit import AlphaEdit as AlphaEdit
     from kedit.editors.base import Editor as Editor
+    from kedit.editors.ft import FT as FT
+    from kedit.editors.memit import EMMET as EMMET
+    from kedit.editors.memit import MEMIT as MEMIT
+    from kedit.editors.memit import PMET as PMET
     from kedit.editors.rome import ROME as ROME
     from kedit.editors.rome import RROME as RROME
     from kedit.errors import KEditError as KEditError

@@ -100,7 +100,9 @@ class Ledger:
         entries = {name: self._entry(name, delta) for name, delta in deltas.items()}
         totals = {}
         for name, delta in deltas.items():
-            total = add_delta(entries[name].total(), check_finite(name, delta), transposed=entries[name].weight.transposed)
+            total = add_delta(
+                entries[name].total(), check_finite(name, delta), transposed=entries[name].weight.transposed
+            )
             totals[name] = total, cast_checked(name, total, entries[name].original.dtype)
         with self._restoring(entries):
             for name, entry in entries.items():
@@ -201,7 +203,11 @@ class Ledger:
         """Undo weights and bookkeeping where anything, Ctrl-C included, breaks in."""
         known = dict(self._entries)
         kept = {
-            name: (dict(entry.deltas), entry.rounded, entry.weight.parameter.detach().clone() if entry.deltas else entry.original)
+            name: (
+                dict(entry.deltas),
+                entry.rounded,
+                entry.weight.parameter.detach().clone() if entry.deltas else entry.original,
+            )
             for name, entry in entries.items()
         }
         try:

@@ -66,6 +66,11 @@ class Values:
         """v* = v₀ + δ, [E, S, H]."""
         return self.initial + self.delta
 
+    def only(self, edit: int) -> Values:
+        """The value of one edit."""
+        one = slice(edit, edit + 1)
+        return Values(self.delta[one], self.initial[one], self.log[one], self.known[one])
+
 
 def optimise(
     runner: Runner,

@@ -81,7 +81,9 @@ class PartialRunner(Runner):
         ids, mask = pad([prompt.tokens[prompt.row.lookup :] for prompt in prompts], width=self.width)
         self.width, self.prefix = ids.shape[1], max(self.prefix, *skip)
         lengths = torch.tensor(skip)
-        before = torch.arange(self.prefix)[None] >= self.prefix - lengths[:, None]  # right-aligned against the running tokens
+        before = (
+            torch.arange(self.prefix)[None] >= self.prefix - lengths[:, None]
+        )  # right-aligned against the running tokens
         position = lengths[:, None] + torch.arange(ids.shape[1])
         last = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
         inputs: dict[str, Any] = {
@@ -163,7 +165,10 @@ class PartialRunner(Runner):
         for layer in range(self.start, arch.num_layers):
             seen = layers[layer].seen
             assert seen is not None
-            self._stored[layer] = (_right_aligned(seen[0], skip, self.prefix), _right_aligned(seen[1], skip, self.prefix))
+            self._stored[layer] = (
+                _right_aligned(seen[0], skip, self.prefix),
+                _right_aligned(seen[1], skip, self.prefix),
+            )
         self._attach_cache()
 
     @contextmanager

@@ -101,18 +101,19 @@ class Reading:
 
 
 @contextmanager
-def inference_state(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient for the weights inside; both as before afterwards."""
+def inference_state(model: nn.Module, trained: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Evaluation mode inside, gradient for the ``trained`` weights alone; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = {id(parameter) for parameter in trained}
     try:
         model.eval()
         for parameter in wanted:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(id(parameter) in chosen)
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        for parameter, before in wanted.items():
+            parameter.requires_grad_(before)
         for module in training:
             module.training = True
 

@@ -126,7 +126,8 @@ def null_space(moment: Tensor, threshold: float, *, relative: bool = True) -> Te
     """
     values, vectors = torch.linalg.eigh(moment.to(torch.float64))
     bound = threshold * float(values.mean()) if relative else threshold
-    return vectors[:, values >= bound].contiguous()
+    used: Tensor = vectors[:, values >= bound].contiguous()
+    return used
 
 
 def projected(used: Tensor, keys: Tensor) -> Tensor:

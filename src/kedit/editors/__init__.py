@@ -19,6 +19,8 @@ EDITORS: Registry[type[Editor]] = Registry(
         "memit": "kedit.editors.memit:MEMIT",
         "pmet": "kedit.editors.memit:PMET",
         "emmet": "kedit.editors.memit:EMMET",
+        "alphaedit": "kedit.editors.alphaedit:AlphaEdit",
+        "ft": "kedit.editors.ft:FT",
     },
 )
 

@@ -24,15 +24,30 @@ from kedit.moments import Moment, SecondMoments
 from kedit.optimise import StepLog, Values
 from kedit.patch import EditPatch, fingerprints
 from kedit.pipeline import Insertion, Timer, describe, needs_of, overwrite, spread, warn_of_known
-from kedit.progress import logger
+from kedit.progress import Progress, logger
 from kedit.regularizers import Choice, resolve
-from kedit.regularizers.base import Regularizer
+from kedit.regularizers.base import Needs, Regularizer
 from kedit.request import Request, encode_edits
 from kedit.result import EditResult
 from kedit.stats import estimate_moments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What holds for one call: hyper-parameters, regularizers with all their fields, sites, names of edited weights."""
+
+    config: Any
+    regularizers: Sequence[Regularizer]
+    sites: tuple[Site, ...]
+    names: tuple[str, ...]
+
+    @property
+    def needs(self) -> Needs:
+        """What the regularizers want to see."""
+        return needs_of(self.regularizers, self.sites)
 
 
 class Editor(ABC):
@@ -56,6 +71,7 @@ class Editor(ABC):
     joint: ClassVar[bool] = False  # several edits become one update, solved together
     context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((10, 5),)  # (tokens, how many)
     context_seed: ClassVar[int] = 0
+    needs_moments: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -139,30 +155,29 @@ class Editor(ABC):
         settings = self._settings(regularizer)
         requests = self._encode(chosen, settings)
         timer = Timer()
-        with timer.stage("moments"):
-            moments = self.moments
-        groups = [requests] if self.joint else [[request] for request in requests]
-        names = [self.arch.weight(layer).name for layer in settings.config.layers]
-        base = fingerprints(self.arch, names)
-        written: dict[str, list[Delta]] = {name: [] for name in names}
+        self._prepare(timer)
+        base = fingerprints(self.arch, settings.names)
+        written: dict[str, list[Delta]] = {name: [] for name in settings.names}
         log: list[list[StepLog]] = []
+        groups = [requests] if self.joint else [[request] for request in requests]
         with ExitStack() as stack:
             if len(groups) > 1:
-                scratch = Ledger.of(self.model).scratch([self.arch.weight_of(name) for name in names])
-                stack.enter_context(scratch)
+                stack.enter_context(
+                    Ledger.of(self.model).scratch([self.arch.weight_of(name) for name in settings.names])
+                )
+            progress = stack.enter_context(Progress(len(groups), self.name))
             for number, group in enumerate(groups):
-                with timer.stage("optimise"):
-                    values = self._values(group, settings)
-                with timer.stage("solve"):
-                    deltas = spread(self.arch, self, group, values, settings.config, moments)
-                log += values.log
+                deltas, steps = self.write(group, settings, timer)
+                log += steps
                 for name, delta in deltas.items():
                     written[name].append(delta)
                 if number < len(groups) - 1:
                     overwrite(self.arch, deltas)
+                progress.advance()
         summed = {name: concatenate(parts) for name, parts in written.items()}
         patch = EditPatch(summed, base, self._provenance(chosen, settings))
         patch.apply(self.model)
+        self.kept(patch, requests, settings)
         return EditResult(patch, chosen, log, timer.seconds, self.model)
 
     def propose(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> list[EditPatch]:
@@ -170,32 +185,60 @@ class Editor(ABC):
         chosen = as_edits(edits)
         settings = self._settings(regularizer)
         requests = self._encode(chosen, settings)
-        moments = self.moments
-        base = fingerprints(self.arch, [self.arch.weight(layer).name for layer in settings.config.layers])
+        self._prepare(Timer())
+        base = fingerprints(self.arch, settings.names)
+        found = self.propose_deltas(requests, settings)
+        return [
+            EditPatch(deltas, base, self._provenance([edit], settings))
+            for edit, deltas in zip(chosen, found, strict=True)
+        ]
+
+    # What a child may replace
+
+    def write(
+        self, requests: Sequence[Request], settings: Settings, timer: Timer
+    ) -> tuple[dict[str, Delta], list[list[StepLog]]]:
+        """The updates that write ``requests`` into the model as it is, and the log; the weights are left as they are."""
+        with timer.stage("optimise"):
+            values = self._values(requests, settings)
+        with timer.stage("solve"):
+            return spread(self.arch, self, requests, values, settings.config, self.moments), values.log
+
+    def propose_deltas(self, requests: Sequence[Request], settings: Settings) -> list[dict[str, Delta]]:
+        """The updates that write each request alone."""
         values = self._values(requests, settings)
-        patches = []
-        for i, request in enumerate(requests):
-            one = Values(
-                values.delta[i : i + 1], values.initial[i : i + 1], values.log[i : i + 1], values.known[i : i + 1]
-            )
-            deltas = spread(self.arch, self, [request], one, settings.config, moments)
-            provenance = self._provenance([chosen[i]], settings)
-            patches.append(EditPatch(deltas, base, provenance))
-        return patches
+        with Progress(len(requests), "solving") as progress:
+            found = []
+            for number, request in enumerate(requests):
+                one = values.only(number)
+                found.append(spread(self.arch, self, [request], one, settings.config, self.moments))
+                progress.advance()
+        return found
+
+    def kept(self, patch: EditPatch, requests: Sequence[Request], settings: Settings) -> None:
+        """Called once the patch is on the model; an editor with a memory of past edits updates it here."""
+        return
 
     # Inside
 
-    def _settings(self, regularizer: Choice) -> _Settings:
+    def _settings(self, regularizer: Choice) -> Settings:
         found = resolve(regularizer)
         config = self._configure([item.name for item in found])
         filled = [self._fill(item) for item in found]
-        sites = self.sites(config)
-        return _Settings(config, filled, sites)
+        names = tuple(self.arch.weight(layer).name for layer in config.layers)
+        return Settings(config, filled, self.sites(config), names)
 
-    def _encode(self, edits: Sequence[Edit], settings: _Settings) -> list[Request]:
+    def _prepare(self, timer: Timer) -> None:
+        """Get what takes long and depends on the model alone, before anything is written."""
+        if self.needs_moments:
+            with timer.stage("moments"):
+                moments = self.moments
+            moments.check(self.arch, self.config.layers)
+
+    def _encode(self, edits: Sequence[Edit], settings: Settings) -> list[Request]:
         return encode_edits(self.arch, self.tokenizer, edits, self.contexts, settings.needs)
 
-    def _values(self, requests: Sequence[Request], settings: _Settings) -> Values:
+    def _values(self, requests: Sequence[Request], settings: Settings) -> Values:
         values = self.engine.optimise(
             settings.sites, requests, settings.config.objective, settings.regularizers, settings.needs
         )
@@ -244,7 +287,7 @@ class Editor(ABC):
                     f"{type(self).__name__} has no hyper-parameter {name!r}. It has {', '.join(sorted(known))}."
                 )
 
-    def _provenance(self, edits: Sequence[Edit], settings: _Settings) -> dict[str, Any]:
+    def _provenance(self, edits: Sequence[Edit], settings: Settings) -> dict[str, Any]:
         config = self.model.config
         source = str(getattr(config, "_name_or_path", "") or "")
         return {
@@ -254,7 +297,7 @@ class Editor(ABC):
             "edits": [edit.to_dict() for edit in edits],
             "contexts": list(self.contexts),
             "budget": self.engine.budget,
-            "moments": {str(layer): self.moments[layer].figures() for layer in settings.config.layers},
+            "moments": {} if self._moments is None else {str(i): m.figures() for i, m in self._moments.items()},
             "model": {
                 "name": Path(source).name if Path(source).exists() else source,
                 "type": self.arch.model_type,
@@ -263,20 +306,6 @@ class Editor(ABC):
                 "dtype": str(self.arch.dtype).removeprefix("torch."),
             },
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """What holds for one call: the hyper-parameters, the regularizers with all their fields, and the sites."""
-
-    config: EditorConfig
-    regularizers: Sequence[Regularizer]
-    sites: tuple[Site, ...]
-
-    @property
-    def needs(self) -> Any:
-        """What the regularizers want to see."""
-        return needs_of(self.regularizers, self.sites)
 
 
 def _as_moments(moments: SecondMoments | Mapping[int, Moment | Tensor]) -> SecondMoments:

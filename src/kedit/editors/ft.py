@@ -1,0 +1,140 @@
+"""FT-L: constrained fine-tuning of one layer (Zhu et al., 2020, arXiv:2012.00363; ROME's baseline)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from kedit.arch import Site
+from kedit.batch import pad
+from kedit.delta import Delta, DenseDelta, check_finite
+from kedit.editors.base import Editor, Settings
+from kedit.editors.config import EditorConfig
+from kedit.errors import ConfigError, NonFiniteError
+from kedit.ledger import Ledger
+from kedit.optimise import StepLog
+from kedit.pipeline import Insertion, Timer
+from kedit.regularizers import Choice
+from kedit.request import Request
+from kedit.runner import inference_state
+
+
+class FT(Editor):
+    """Fine-tunes the down-projection on the edit's sentence, every weight staying within ±ε of where it was.
+
+    There is no value, so there are no value regularizers, and nothing is guaranteed to hold afterwards.
+    """
+
+    name: ClassVar[str] = "ft"
+    needs_moments: ClassVar[bool] = False
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(EditorConfig):
+        """FT's hyper-parameters; ``clamp`` is ε, absolute, and ``kl_factor`` does not apply.
+
+        Attributes:
+            objective: ``"masked"``: each target token is predicted from the tokens before it; ``"prompt_last"``: the
+                published form, all target tokens from the prompt's last position, wrong beyond one token.
+        """
+
+        steps: int = 25
+        lr: float = 5e-4
+        weight_decay: float = 0.0
+        kl_factor: float = 0.0
+        clamp: float = 5e-4
+        stop_loss: float = 1e-2
+        objective_form: Literal["masked", "prompt_last"] = "masked"
+
+        def __post_init__(self) -> None:
+            """Check every field."""
+            super().__post_init__()
+            if self.kl_factor:
+                raise ConfigError("FT has no KL term: leave kl_factor at 0.")
+            if self.objective_form not in ("masked", "prompt_last"):
+                raise ConfigError(f"objective_form is 'masked' or 'prompt_last', not {self.objective_form!r}.")
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The bare prompt alone, unless contexts were given."""
+        return self._contexts or ("{}",)
+
+    def sites(self, config: Any) -> tuple[Site, ...]:
+        """None: FT optimises weights, not values."""
+        return ()
+
+    def solve(self, insertion: Insertion, config: Any) -> Delta:
+        """Not used: FT has no closed form."""
+        raise NotImplementedError
+
+    def write(
+        self, requests: Sequence[Request], settings: Settings, timer: Timer
+    ) -> tuple[dict[str, Delta], list[list[StepLog]]]:
+        """Fine-tune on one edit; the weights are put back."""
+        (request,) = requests
+        with timer.stage("optimise"), Ledger.of(self.model).scratch([self.arch.weight_of(n) for n in settings.names]):
+            return self._tune(request, settings)
+
+    def propose_deltas(self, requests: Sequence[Request], settings: Settings) -> list[dict[str, Delta]]:
+        """Fine-tune on each edit alone."""
+        return [self.write([request], settings, Timer())[0] for request in requests]
+
+    def _settings(self, regularizer: Choice) -> Settings:
+        settings = super()._settings(regularizer)
+        if settings.regularizers:
+            raise ConfigError(
+                f"FT optimises weights, not a value, so {settings.regularizers[0].name!r} has nothing to restrain. "
+                "Use another editor, or no regularizer."
+            )
+        return settings
+
+    def _tune(self, request: Request, settings: Settings) -> tuple[dict[str, Delta], list[list[StepLog]]]:
+        config = settings.config
+        weights = [self.arch.weight_of(name) for name in settings.names]
+        original = [w.parameter.detach().to(self.arch.work_dtype, copy=True) for w in weights]
+        changes = [torch.zeros_like(tensor, requires_grad=True) for tensor in original]
+        adam = torch.optim.Adam(changes, lr=config.lr, weight_decay=config.weight_decay)
+        log: list[StepLog] = []
+        with inference_state(self.model, [w.parameter for w in weights]):
+            for step in range(config.steps):
+                loss = self._loss(request, config.objective_form)
+                log.append({"step": float(step), "total": float(loss), "nll": float(loss)})
+                if not math.isfinite(log[-1]["total"]):
+                    raise NonFiniteError(f"The loss of {request.edit.text!r} is not finite at step {step}.")
+                if log[-1]["total"] < config.stop_loss:
+                    break
+                grads = torch.autograd.grad(loss, [w.parameter for w in weights])
+                for change, grad in zip(changes, grads, strict=True):
+                    change.grad = grad.to(change.dtype)
+                adam.step()
+                with torch.no_grad():
+                    for weight, change, base in zip(weights, changes, original, strict=True):
+                        change.clamp_(-config.clamp, config.clamp)
+                        weight.parameter.copy_(base + change)
+        deltas: dict[str, Delta] = {}
+        for weight, change in zip(weights, changes, strict=True):
+            matrix = change.detach().T if weight.transposed else change.detach()
+            deltas[weight.name] = check_finite(weight.name, DenseDelta(matrix.contiguous()))
+        return deltas, [log]
+
+    def _loss(self, request: Request, form: str) -> Tensor:
+        """Mean NLL of the target's tokens, over the contexts."""
+        rows = request.rewrite
+        ids, mask = pad([row.ids[:-1] if form == "masked" else row.ids[: row.target] for row in rows])
+        device = self.arch.input_device
+        output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        losses = []
+        for i, row in enumerate(rows):
+            if form == "masked":
+                logits = output.logits[i, row.prompt_last : len(row.ids) - 1]
+            else:
+                logits = output.logits[i, row.prompt_last].expand(len(row.labels), -1)
+            log_probs = log_softmax(logits.to(self.arch.work_dtype), -1)
+            labels = torch.tensor(row.labels, device=log_probs.device)
+            losses.append(-log_probs.gather(1, labels[:, None]).mean())
+        return torch.stack(losses).mean()
