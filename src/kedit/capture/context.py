@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kedit.capture import state
+from kedit.capture.dispatch import RowsBackend, choose, load, report
 from kedit.capture.install import attention_modules, use_capture_attention
-from kedit.capture.reference import reference_rows
-from kedit.capture.rule import Rule
+from kedit.capture.node import Attend, attention_and_rows, rows_node
+from kedit.capture.rule import Memo, Rule
 from kedit.errors import CaptureError
 
 
@@ -39,6 +39,8 @@ class Capture:
         self.thread = threading.get_ident()
         self._number = {id(module): layer for layer, module in self.modules.items()}
         self._grad: bool | None = None
+        self._memo: Memo = {}
+        self._backends: dict[tuple[torch.device, torch.dtype], RowsBackend] = {}
         self.positions = positions
 
     @property
@@ -56,19 +58,45 @@ class Capture:
                 f"positions must be integers [B, R]; found {positions.dtype} of shape {tuple(positions.shape)}."
             )
         self._positions = positions.to(torch.int64)
+        self._memo = {}
         self._highest = int(positions.max()) if positions.numel() else -1
 
     def begin(self) -> None:
         """A forward pass of the model starts."""
         if not state.recomputing():
             self.rows = {}
+            self._memo = {}
             self._grad = torch.is_grad_enabled()
 
     def record(self, module: nn.Module, q: Tensor, k: Tensor, rule: Rule) -> None:
-        """Compute and keep the rows of one attention layer."""
-        self.keep(module, lambda at: reference_rows(q, k, at, rule), q.shape[2], q.device)
+        """Compute and keep the rows of one attention layer, whose own attention runs apart."""
+        backend = self._backend(q)
 
-    def keep(self, module: nn.Module, compute: Any, num_queries: int, device: torch.device) -> None:
+        def compute(positions: Tensor) -> Tensor:
+            return rows_node(q, k, positions, rule, backend, self._memo)
+
+        self.keep(module, compute, q.shape[2], q.device)
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, rule: Rule, attend: Attend) -> Tensor:
+        """Run one layer's attention and keep its rows, in one node of the graph where the rows carry gradient."""
+        if self.detach:
+            out = attend(q, k, v)
+            self.record(module, q, k, rule)
+            return out
+        outs: list[Tensor] = []
+        backend = self._backend(q)
+
+        def compute(positions: Tensor) -> Tensor:
+            out, rows = attention_and_rows(q, k, v, attend, positions, rule, backend, self._memo)
+            outs.append(out)
+            return rows
+
+        self.keep(module, compute, q.shape[2], q.device)
+        return outs[0]
+
+    def keep(
+        self, module: nn.Module, compute: Callable[[Tensor], Tensor], num_queries: int, device: torch.device
+    ) -> None:
         """Keep what ``compute(positions)`` returns as the rows of one attention layer."""
         if self._highest >= num_queries:
             raise CaptureError(
@@ -80,10 +108,21 @@ class Capture:
                 "The rows would carry no gradient: a block runs without one, as reentrant gradient checkpointing does. "
                 'Use gradient_checkpointing_kwargs={"use_reentrant": False}, or pass detach=True.'
             )
+        positions = self._memo.setdefault(("positions", device), None)
+        if positions is None:
+            positions = self._memo["positions", device] = self._positions.to(device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
-            rows = compute(self._positions.to(device))
+            rows = compute(positions)
         if not state.recomputing():
             self.rows[self._number[id(module)]] = rows
+
+    def _backend(self, q: Tensor) -> RowsBackend:
+        key = (q.device, q.dtype)
+        if key not in self._backends:
+            name = choose(self.backend, *key)
+            report(self.backend, name, *key)
+            self._backends[key] = load(name)
+        return self._backends[key]
 
 
 def _choose(modules: dict[int, nn.Module], layers: Collection[int] | None) -> dict[int, nn.Module]:

@@ -89,13 +89,16 @@ def own_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | Non
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     home = sys.modules[type(module).__module__]
-    original = original_of(getattr(module, "config", None))
-    if original == "eager":
+    if _is_eager(module):
         eager: Callable[..., tuple[Tensor, Tensor | None]] = home.eager_attention_forward
         return eager
     interface = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    chosen: Callable[..., tuple[Tensor, Tensor | None]] = interface[original]
+    chosen: Callable[..., tuple[Tensor, Tensor | None]] = interface[original_of(getattr(module, "config", None))]
     return chosen
+
+
+def _is_eager(module: nn.Module) -> bool:
+    return original_of(getattr(module, "config", None)) == "eager"
 
 
 def attention(
@@ -119,9 +122,16 @@ def attention(
     if capture is None:
         return own(module, query, key, value, attention_mask, **kwargs)
     rule = rule_of(module, query, key, attention_mask, kwargs)
-    out, weights = own(module, query, key, value, attention_mask, **kwargs)
-    capture.record(module, query, key, rule)
-    return out, weights
+    if any(isinstance(extra, Tensor) and extra.requires_grad for extra in kwargs.values()) or _is_eager(module):
+        # The attention depends on more than q, k and v (sinks, a learned bias): its own graph has to stay.
+        out, weights = own(module, query, key, value, attention_mask, **kwargs)
+        capture.record(module, query, key, rule)
+        return out, weights
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return own(module, q, k, v, attention_mask, **kwargs)[0]
+
+    return capture.attend(module, query, key, value, rule, attend), None
 
 
 def rule_of(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, extra: dict[str, Any]) -> Rule:
@@ -132,10 +142,11 @@ def rule_of(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, extra:
         causal = getattr(module, "is_causal", True)
     num_keys = k.shape[2]
     add = extra.get("position_bias")
-    add = None if add is None else add[..., :num_keys]
+    add = None if add is None else add[..., :num_keys].detach()
     allow = None
     if mask is not None:
-        mask = mask[..., :num_keys]
+        if mask.shape[-1] > num_keys:
+            mask = mask[..., :num_keys]
         if mask.dtype == torch.bool:
             allow = mask
         else:
@@ -143,7 +154,7 @@ def rule_of(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, extra:
     return Rule(
         scaling=q.shape[-1] ** -0.5 if scaling is None else float(scaling),
         allow=allow,
-        add=None if add is None else add.detach(),
+        add=add,
         causal=bool(causal) and mask is None and q.shape[2] > 1,
         offset=0,
         softcap=extra.get("softcap"),

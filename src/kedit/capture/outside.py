@@ -94,6 +94,9 @@ class _Overhear(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _SDPA and not self.done:
+            self.done = True
+            return self._sdpa(*args, **kwargs)
         out = func(*args, **kwargs)
         if self.done:
             return out
@@ -103,9 +106,6 @@ class _Overhear(TorchFunctionMode):
             self.done = True
             scores = args[0] if args else kwargs["input"]
             self._from_scores(self.cast[1] if self.cast and self.cast[0] is scores else scores)
-        elif func is _SDPA:
-            self.done = True
-            self._from_sdpa(*args, **kwargs)
         return out
 
     def _from_scores(self, scores: Tensor) -> None:
@@ -122,7 +122,7 @@ class _Overhear(TorchFunctionMode):
 
         self.capture.keep(self.module, rows, scores.shape[2], scores.device)
 
-    def _from_sdpa(
+    def _sdpa(
         self,
         query: Tensor,
         key: Tensor,
@@ -132,7 +132,7 @@ class _Overhear(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> None:
+    ) -> Tensor:
         bool_mask = attn_mask is not None and attn_mask.dtype == torch.bool
         rule = Rule(
             scaling=query.shape[-1] ** -0.5 if scale is None else scale,
@@ -141,4 +141,9 @@ class _Overhear(TorchFunctionMode):
             causal=is_causal,
             offset=0,
         )
-        self.capture.record(self.module, query, key, rule)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _SDPA(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+        out: Tensor = self.capture.attend(self.module, query, key, value, rule, attend)
+        return out

@@ -36,42 +36,16 @@ def reference_rows(q: Tensor, k: Tensor, positions: Tensor, rule: Rule) -> Tenso
         scores = scores + gather_queries(rule.add, positions)[..., :num_keys].to(dtype)
     seen = visible(rule, positions, q.shape[2], num_keys)
     scores = torch.where(seen, scores, -torch.inf)
-    return normalise(scores, rule.sinks)
+    return normalise(scores, rule.sinks, rule.lse)
 
 
-def attention_rows(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    *,
-    scaling: float,
-    allow: Tensor | None = None,
-    add: Tensor | None = None,
-    causal: bool = False,
-    offset: int | None = None,
-    window: int = 0,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """:func:`reference_rows` with the rule spelled out; see :class:`~kedit.capture.rule.Rule` for the arguments."""
-    rule = Rule(
-        scaling=scaling,
-        allow=allow,
-        add=add,
-        causal=causal,
-        offset=offset,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-    )
-    return reference_rows(q, k, positions, rule)
-
-
-def normalise(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+def normalise(scores: Tensor, sinks: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
     """Softmax over the last axis of [B, A, R, Tk]; a row of only -inf becomes 0, not NaN."""
+    if lse is not None:
+        return torch.exp(scores - lse.to(scores.dtype).unsqueeze(-1))
     top = scores.amax(-1, keepdim=True)
     if sinks is not None:
-        sink = sinks.to(scores.dtype)[:, None, None]
+        sink = sinks.detach().to(scores.dtype)[:, None, None]
         top = torch.maximum(top, sink)
     top = torch.where(top == -torch.inf, 0.0, top).detach()
     weights = torch.exp(scores - top)

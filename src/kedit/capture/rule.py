@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kedit.errors import CaptureError
+
+Memo = dict[Any, Any]
+"""What the layers of one forward pass share, such as masks gathered at the captured rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,9 @@ class Rule:
         offset: key at which query 0 stands; ``None``: the queries are the last of the keys (Tk - Tq).
         window: query at key p sees no key before ``p - window + 1``; 0 is no window.
         softcap: scores become ``softcap * tanh(score / softcap)`` before the masks.
-        sinks: [A], a score per head that takes part in the normalisation and is dropped from the row.
+        sinks: [A], a score per head that takes part in the normalisation and is dropped from the row. No gradient
+            flows to it.
+        lse: [B, A, R], the rows' log-normalisers where a fast attention already returned them (sinks included).
     """
 
     scaling: float
@@ -35,6 +41,7 @@ class Rule:
     window: int = 0
     softcap: float | None = None
     sinks: Tensor | None = None
+    lse: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("allow", "add"):
