@@ -55,7 +55,6 @@ ARCHITECTURES: dict[str, ArchSpec] = {
         attention="attention",
         attention_out="attention.dense",
         final_norm="gpt_neox.final_layer_norm",
-        head="embed_out",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
