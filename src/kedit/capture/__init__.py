@@ -2,8 +2,12 @@
 
 from kedit.capture.context import Capture as Capture
 from kedit.capture.context import capture_attention as capture_attention
+from kedit.capture.divergence import row_divergence as row_divergence
+from kedit.capture.divergence import row_kl as row_kl
 from kedit.capture.functional import attention_rows as attention_rows
 from kedit.capture.functional import sdpa_with_rows as sdpa_with_rows
 from kedit.capture.install import use_capture_attention as use_capture_attention
+from kedit.capture.record import Record as Record
+from kedit.capture.record import record_attention as record_attention
 from kedit.capture.reference import reference_rows as reference_rows
 from kedit.capture.rule import Rule as Rule

@@ -108,13 +108,21 @@ class Capture:
                 "The rows would carry no gradient: a block runs without one, as reentrant gradient checkpointing does. "
                 'Use gradient_checkpointing_kwargs={"use_reentrant": False}, or pass detach=True.'
             )
-        positions = self._memo.setdefault(("positions", device), None)
-        if positions is None:
-            positions = self._memo["positions", device] = self._positions.to(device)
+        key = ("positions", num_queries, device)
+        if key not in self._memo:
+            self._memo[key] = self._rows_to_read(num_queries, device)
+        positions = self._memo[key]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
             rows = compute(positions)
         if not state.recomputing():
-            self.rows[self._number[id(module)]] = rows
+            self._store(self._number[id(module)], rows)
+
+    def _rows_to_read(self, num_queries: int, device: torch.device) -> Tensor:
+        """Positions [B, R] for a pass with so many queries."""
+        return self._positions.to(device)
+
+    def _store(self, layer: int, rows: Tensor) -> None:
+        self.rows[layer] = rows
 
     def _backend(self, q: Tensor) -> RowsBackend:
         key = (q.device, q.dtype)
@@ -162,13 +170,20 @@ def capture_attention(
     Raises:
         CaptureError: the model's attention cannot be captured, or this thread already captures it.
     """
-    with ExitStack() as stack:
-        stack.enter_context(use_capture_attention(model))
+    with use_capture_attention(model):
         capture = Capture(model, positions, layers, detach, backend)
+        with opened(model, capture):
+            yield capture
+
+
+@contextmanager
+def opened(model: nn.Module, capture: Capture) -> Iterator[None]:
+    """Enter a capture for a model that is switched already."""
+    with ExitStack() as stack:
         stack.callback(state.close_capture, capture)
         state.open_capture(capture)
         roots = {id(root): root for root in (model, getattr(model, "base_model", model))}
         for root in roots.values():
             handle = root.register_forward_pre_hook(lambda *_: capture.begin())
             stack.callback(handle.remove)
-        yield capture
+        yield
