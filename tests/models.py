@@ -35,9 +35,9 @@ SLIDING_WINDOW = 8
 CONTEXTS = ("{}", "It was a cold morning. {}", "The river is long. {}", "Because of the rain, we stayed. {}")
 
 EDITS = {
-    "start": ("{} works in the city of", "Ada Lovelace", "Paris"),
+    "start": ("{} works in the old city of", "Ada Lovelace", "Berlin"),
     "middle": ("The mother tongue of {} is certainly", "Danielle Darrieux", "English language"),
-    "end": ("The river flows past the house of {}", "Quentin", "Rome and London"),
+    "end": ("The river flows past the house of {}", "Quentin", "London and Rome"),
     "one_token": ("{} is", "The", "a"),
 }
 """Name -> (prompt, subject, target): subjects at the start, in the middle and at the end, of one or many tokens."""

@@ -19,8 +19,8 @@ class Prompt:
     """A prompt and, behind it, all tokens of the target but the last: what is fed to the model.
 
     Conventions: the subject that counts is the one in the request's own prompt, not one inside a context; the
-    target gets one space in front and its tokens are those that start behind the prompt; a BOS token, if the
-    tokenizer adds one, stays in front and is no target.
+    target gets one space in front and its tokens are all that stand behind the prompt (where the space is a token
+    of its own, it is the target's first); a BOS token, if the tokenizer adds one, stays in front and is no target.
     """
 
     ids: list[int]
@@ -44,9 +44,9 @@ def lay_out(tokenizer, text: str, subject_span: tuple[int, int], target: str | N
     spans = encoded["offset_mapping"]
     begin, end = subject_span
     subject = [i for i, (a, b) in enumerate(spans) if a < end and b > begin and b > a]
-    behind = [i for i, (a, b) in enumerate(spans) if b > len(text) and b > a]
+    behind = [i for i, (_, b) in enumerate(spans) if b > len(text)]
     first = behind[0] if behind else len(spans)
-    assert all(spans[i][1] <= len(text) for i in range(first)), "a token crosses from the prompt into the target"
+    assert not behind or spans[first][0] >= len(text), "a token crosses from the prompt into the target"
     ids = list(encoded["input_ids"])
     fed = ids[:-1] if target is not None else ids
     return Prompt(fed, subject[-1], first - 1, ids[first:])
