@@ -63,7 +63,7 @@ class Capture:
 
     def begin(self) -> None:
         """A forward pass of the model starts."""
-        if not state.recomputing():
+        if threading.get_ident() == self.thread and not state.recomputing():
             self.rows = {}
             self._memo = {}
             self._grad = torch.is_grad_enabled()
@@ -106,7 +106,7 @@ class Capture:
         if self._grad and not self.detach and not torch.is_grad_enabled():
             raise CaptureError(
                 "The rows would carry no gradient: a block runs without one, as reentrant gradient checkpointing does. "
-                'Use gradient_checkpointing_kwargs={"use_reentrant": False}, or pass detach=True.'
+                'Use activation_checkpointing_kwargs={"use_reentrant": False}, or pass detach=True.'
             )
         key = ("positions", num_queries, device)
         if key not in self._memo:

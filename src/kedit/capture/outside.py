@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from kedit.capture import state
 from kedit.capture.reference import normalise
 from kedit.capture.rule import Rule, accumulator, gather_queries
+from kedit.errors import CaptureError
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _SOFTMAX = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
@@ -110,8 +111,13 @@ class _Overhear(TorchFunctionMode):
 
     def _from_scores(self, scores: Tensor) -> None:
         batch = self.capture.positions.shape[0]
-        if scores.dim() == 3:
-            scores = scores.view(batch, -1, *scores.shape[1:])
+        if scores.dim() == 3:  # prompts and heads in one axis
+            scores = scores.view(-1, int(self.module.num_heads), *scores.shape[1:])  # type: ignore[arg-type]
+        if scores.shape[0] != batch:
+            raise CaptureError(
+                f"positions has {batch} rows but the forward pass has a batch of {scores.shape[0]}. "
+                "Give one row of positions per prompt."
+            )
 
         def rows(positions: Tensor) -> Tensor:
             dtype = accumulator(scores.dtype)

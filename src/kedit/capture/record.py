@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -46,7 +47,8 @@ class Record(Capture):
     def begin(self) -> None:
         """A forward pass of the model starts."""
         super().begin()
-        self._fresh = True
+        if threading.get_ident() == self.thread:
+            self._fresh = True
 
     def _rows_to_read(self, num_queries: int, device: torch.device) -> Tensor:
         """The last queries of the pass; dead rows in front where it has fewer."""
