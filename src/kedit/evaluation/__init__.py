@@ -1,0 +1,7 @@
+"""Evaluation: cases, metrics, the runner and its report."""
+
+from kedit.evaluation.cases import EditCase as EditCase
+from kedit.evaluation.cases import Kind as Kind
+from kedit.evaluation.cases import Probe as Probe
+from kedit.evaluation.metrics import METRICS as METRICS
+from kedit.evaluation.metrics import Metric as Metric

@@ -1,0 +1,130 @@
+"""Figures with their uncertainty: pooled means, harmonic means, paired differences, bootstrap intervals by case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+RESAMPLES = 2000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure.
+
+    Attributes:
+        value: the figure on all cases.
+        low: lower end of its 95% bootstrap interval by case; ``None`` with fewer than two cases.
+        high: upper end.
+        n: how many values it pools (prompts, for a per-prompt metric).
+        cases: how many cases they come from.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    cases: int
+
+    @property
+    def half_width(self) -> float | None:
+        """Half the interval's width."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A metric's values, case by case: their sums [C] and how many they are [C]; zero where a case has none."""
+
+    sums: Floats
+    counts: Floats
+
+    @classmethod
+    def of(cls, values: Sequence[Sequence[float]], *, by_case: bool = False) -> Tally:
+        """Values per case; ``by_case`` takes each case's mean as its one value."""
+        sums = np.array([sum(found) for found in values], dtype=np.float64)
+        counts = np.array([len(found) for found in values], dtype=np.float64)
+        if by_case:
+            sums = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+            counts = (counts > 0).astype(np.float64)
+        return cls(sums, counts)
+
+    @property
+    def n(self) -> int:
+        """Number of values."""
+        return int(self.counts.sum())
+
+    @property
+    def cases(self) -> int:
+        """Number of cases that have any."""
+        return int((self.counts > 0).sum())
+
+    def means(self, weights: Floats) -> Floats:
+        """The pooled mean under each row of case weights [B, C]: [B]; NaN where a row holds no value."""
+        counts = weights @ self.counts
+        empty = np.full_like(counts, np.nan)
+        return np.divide(weights @ self.sums, counts, out=empty, where=counts > 0)
+
+
+def case_weights(cases: int, resamples: int = RESAMPLES, seed: int = SEED) -> Floats:
+    """How often each case is drawn in each resample, [B, C]; the same for every metric of a run, so pairs stay pairs."""
+    drawn = np.random.default_rng(seed).multinomial(cases, np.full(cases, 1 / cases), size=resamples)
+    return drawn.astype(np.float64)
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """Count over Σ 1/v; 0 as soon as a value is not above 0."""
+    if not values:
+        raise ValueError("The harmonic mean of nothing is not defined.")
+    return float(harmonic_means(np.array([values], dtype=np.float64).T)[0])
+
+
+def harmonic_means(values: Floats) -> Floats:
+    """Harmonic means over the first axis, [K, B] to [B]."""
+    positive = (values > 0).all(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = len(values) / (1.0 / values).sum(0)
+    return np.where(np.isnan(values).any(0), np.nan, np.where(positive, means, 0.0))
+
+
+def estimate(parts: Sequence[Tally], weights: Floats) -> Estimate | None:
+    """One tally's mean, or the harmonic mean of several, with its interval; ``None`` where a part has no value."""
+    return _estimate([parts], weights)
+
+
+def difference(now: Sequence[Tally], then: Sequence[Tally], weights: Floats) -> Estimate | None:
+    """``now - then`` on the same cases, with the interval of the paired difference."""
+    return _estimate([now, then], weights)
+
+
+def _estimate(sides: Sequence[Sequence[Tally]], weights: Floats) -> Estimate | None:
+    if any(part.n == 0 for parts in sides for part in parts):
+        return None
+    everyone = np.ones((1, weights.shape[1]))
+    value = float(_combine(sides, everyone)[0])
+    first = sides[0]
+    n, cases = min(part.n for part in first), min(part.cases for part in first)
+    if cases < 2:
+        return Estimate(value, None, None, n, cases)
+    drawn = _combine(sides, weights)
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return Estimate(value, float(low), float(high), n, cases)
+
+
+def _combine(sides: Sequence[Sequence[Tally]], weights: Floats) -> Floats:
+    found = []
+    for parts in sides:
+        means = np.stack([part.means(weights) for part in parts])
+        found.append(means[0] if len(parts) == 1 else harmonic_means(means))
+    return found[0] if len(found) == 1 else found[0] - found[1]
