@@ -103,7 +103,7 @@ class FT(Editor):
         with inference_state(self.model, [w.parameter for w in weights]):
             for step in range(config.steps):
                 loss = self._loss(request, config.objective_form)
-                log.append({"step": float(step), "total": float(loss), "nll": float(loss)})
+                log.append({"step": float(step), "total": loss.item(), "nll": loss.item()})
                 if not math.isfinite(log[-1]["total"]):
                     raise NonFiniteError(f"The loss of {request.edit.text!r} is not finite at step {step}.")
                 if log[-1]["total"] < config.stop_loss:
