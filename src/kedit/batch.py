@@ -73,12 +73,14 @@ def _unspaced(char: str) -> bool:
 class Text:
     """A text to encode, with the places that matter as character positions.
 
-    ``subject`` is the half-open span of the subject; ``target`` the position where the target begins, or ``None``.
+    ``subject`` is the half-open span of the subject; ``target`` the position where the target begins, or ``None``;
+    ``separator`` the number of characters before it that stand between prompt and target.
     """
 
     string: str
     subject: tuple[int, int]
     target: int | None = None
+    separator: int = 0
 
     @classmethod
     def fill(cls, template: str, subject: str, target: str | None = None) -> Text:
@@ -88,8 +90,8 @@ class Text:
         span = (start, start + len(subject))
         if target is None:
             return cls(prompt, span)
-        joint = prompt + separator(prompt, target)
-        return cls(joint + target, span, len(joint))
+        between = separator(prompt, target)
+        return cls(prompt + between + target, span, len(prompt + between), len(between))
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], *, limit: 
     """Encode ``texts``, each once and whole, and find their places by offsets.
 
     The subject's last token is the last token that covers a character of the subject, also where it reaches past
-    the subject's end. The target's tokens are those from the first that covers a character of the target on.
+    the subject's end. The target's tokens are those from the first that covers a character of the target on; where
+    the separator is a token of its own, it is the target's first, for the model has to say it too.
 
     Args:
         tokenizer: a fast tokenizer (one that knows offsets).
@@ -177,6 +180,13 @@ def _row(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]], spe
         if not covered:
             raise EditError(f"No token covers the target in {_short(text.string)!r}. Check the target's characters.")
         target = covered[0]
+        while (
+            text.separator
+            and target > 0
+            and not special[target - 1]
+            and offsets[target - 1][0] >= text.target - text.separator
+        ):
+            target -= 1
     if target == 0:
         raise EditError(
             f"The target in {_short(text.string)!r} begins in the text's first token, which nothing precedes to predict it. "

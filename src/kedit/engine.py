@@ -11,7 +11,7 @@ import torch
 from kedit.arch import ModelArch, Site
 from kedit.errors import KEditError
 from kedit.optimise import Objective, Values, optimise
-from kedit.partial import PartialRunner
+from kedit.partial import PartialRunner, first_block
 from kedit.progress import Progress, logger
 from kedit.regularizers.base import Needs, Regularizer
 from kedit.runner import Runner, Wave
@@ -90,6 +90,11 @@ class Engine:
     def runner(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
         """What executes ``wave``, by the mode and, for ``"auto"``, by the check of the model."""
         if self.mode == "plain":
+            return Runner(self.arch, sites, wave, needs)
+        if any(wanted and wanted.start < first_block(sites) for wanted in (needs.attention, needs.hidden)):
+            logger.info(
+                "A regularizer reads blocks below %d, so every prompt runs whole at every step.", first_block(sites)
+            )
             return Runner(self.arch, sites, wave, needs)
         key = tuple(sites)
         if self.mode == "auto" and key not in self._verdicts:

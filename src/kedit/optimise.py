@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from kedit.errors import NonFiniteError
 from kedit.progress import Progress
-from kedit.regularizers.base import Captured, Regularizer
+from kedit.regularizers.base import Captured, Regularizer, score
 from kedit.runner import Reading, Runner
 
 StepLog = dict[str, float]
@@ -171,7 +171,8 @@ class _State:
             self._before = now.detach()
         assert self._before is not None
         for regularizer in regularizers:
-            terms[regularizer.name] = regularizer.penalty(now, self._before).to(device, dtype)
+            penalty = score(regularizer, now, self._before, self.runner.sites, self.runner.needs)
+            terms[regularizer.name] = penalty.to(device, dtype)
         return terms
 
     def _read(self, logits: Tensor, *, count_misses: bool) -> tuple[Tensor, Tensor]:
@@ -207,7 +208,7 @@ class _State:
         """PMET's second stopping rule [E]; sets the factor of the NLL for the next step."""
         assert self._missed is not None
         all_first = self._missed == 0
-        self._nll_factor = torch.where(all_first, 0.1, 1.0)
+        self._nll_factor = torch.ones_like(kl).masked_fill(all_first, 0.1)
         return all_first & (kl <= 0.01)
 
     def update(self, total: Tensor, goes_on: Tensor, objective: Objective) -> None:

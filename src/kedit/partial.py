@@ -59,6 +59,15 @@ class _Prefix(DynamicLayer):
         return self.length
 
 
+def _joins_unchanged(sites: Sequence[Site]) -> bool:
+    return len(sites) == 1 and sites[0].kind in ("mlp", "block")
+
+
+def first_block(sites: Sequence[Site]) -> int:
+    """The lowest block that must run when only δ at ``sites`` changes; below it nothing can be read either."""
+    return sites[0].layer + 1 if _joins_unchanged(sites) else min(site.layer for site in sites)
+
+
 class PartialRunner(Runner):
     """A :class:`~kedit.runner.Runner` that computes only what depends on δ.
 
@@ -67,8 +76,8 @@ class PartialRunner(Runner):
     """
 
     def __init__(self, arch: ModelArch, sites: Sequence[Site], wave: Wave, needs: Needs) -> None:
-        self._above = len(sites) == 1 and sites[0].kind in ("mlp", "block")
-        self.start = max(site.layer for site in sites) + 1 if self._above else min(site.layer for site in sites)
+        self._above = _joins_unchanged(sites)
+        self.start = first_block(sites)
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
         self._entering: Tensor | None = None
         self._initials: Tensor | None = None

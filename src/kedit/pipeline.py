@@ -20,7 +20,7 @@ from kedit.errors import KEditWarning
 from kedit.ledger import Ledger
 from kedit.moments import SecondMoments
 from kedit.optimise import Values
-from kedit.regularizers.base import Needs, Regularizer
+from kedit.regularizers.base import needs_of as needs_of
 from kedit.request import Request
 
 
@@ -125,15 +125,6 @@ def overwrite(arch: ModelArch, deltas: Mapping[str, Delta]) -> None:
         weight = arch.weight_of(name)
         total = weight.matrix.to(arch.work_dtype) + delta.dense
         weight.parameter.copy_(total.T if weight.transposed else total)
-
-
-def needs_of(regularizers: Sequence[Regularizer], sites: Sequence[Site]) -> Needs:
-    """What all regularizers together want to see."""
-    needs = Needs()
-    for regularizer in regularizers:
-        for site in sites:
-            needs = needs | regularizer.needs(site)
-    return needs
 
 
 def describe(value: Any) -> dict[str, Any]:

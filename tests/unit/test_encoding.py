@@ -63,6 +63,8 @@ def check_by_decoding(tok, text, row):
     before = [i for i in row.ids[: row.target] if i not in special]
     assert tok.decode(before, clean_up_tokenization_spaces=False).strip() == prompt.strip()
     assert row.prompt_last == row.target - 1
+    if text.separator:
+        assert tok.convert_ids_to_tokens(row.ids[row.prompt_last]) not in ("Ġ", "▁")
     # Up to the lookup token the subject is complete; one token earlier it is not.
     upto = [i for i in row.ids[: row.lookup + 1] if i not in special]
     reached = tok.decode(upto, clean_up_tokenization_spaces=False)
@@ -102,13 +104,24 @@ def test_counterfact_prompts_decode_to_their_parts(test_data, name):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_between_subject_and_target_stands_at_most_the_separator(test_data, name):
+def test_separator_that_is_a_token_of_its_own_is_the_targets_first(test_data, name):
+    """Nothing stands between a subject at the prompt's end and the target, whatever the tokenizer makes of the space."""
     tok = real(test_data, name)
-    for target in ("Paris", "1815", "東京"):
+    own = 0
+    for target in ("Paris", "1815", "東京", "Quentin"):
         [row] = encode(tok, [Text.fill("The house of {}", "Ada Lovelace", target)])
-        between = row.ids[row.lookup + 1 : row.target]
-        assert tok.decode(between).strip() == ""
-        assert len(between) <= 1
+        assert row.lookup == row.prompt_last
+        own += tok.convert_ids_to_tokens(row.labels[0]) in ("Ġ", "▁")
+    assert own >= (name != "tokenizers/gpt2")
+
+
+def test_space_of_the_prompt_stays_with_the_prompt(test_data):
+    tok = real(test_data, "tokenizers/qwen2")
+    [row] = encode(tok, [Text.fill("{} was born in ", "Ada", "1815")])
+    assert tok.decode(row.labels) == "1815"
+    assert tok.decode(row.ids[: row.target]) == "Ada was born in "
+    [row] = encode(tok, [Text.fill("{} was born in", "Ada", "1815")])
+    assert tok.decode(row.labels) == " 1815"
 
 
 def straddling():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit.arch import Site
+from kedit.errors import ConfigError
 
 
 def blocks_from(first: int, last: int | None = None) -> range:
@@ -42,6 +43,13 @@ class Needs:
     logits: bool = False
     prompts: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Check the prompts."""
+        if isinstance(self.prompts, str) or any(p.count("{}") != 1 for p in self.prompts):
+            raise ConfigError(
+                f"Needs.prompts is a tuple of texts with one '{{}}' each, the place of the subject; found {self.prompts!r}."
+            )
+
     def __or__(self, other: Needs) -> Needs:
         """What satisfies both; extra prompts stay in order, those of ``self`` first."""
         return Needs(
@@ -58,7 +66,7 @@ class Rows:
 
     Attributes:
         edit: [P], the edit (0..E-1) that each prompt belongs to.
-        context: [P], number of the context (or of the extra prompt) among those of its edit.
+        context: [P], number of the context (or of the extra prompt, as in ``Needs.prompts``) among those of its edit.
         subject: [P], column of the subject's last token in the attention rows.
         attention: by block, [P, A, Tk]: probabilities of the last prompt token's row, float32 or float64.
         hidden: by block, [P, H].
@@ -105,6 +113,27 @@ class Rows:
         taken = self.take(torch.nonzero(number[self.edit] >= 0).flatten())
         return replace(taken, edit=number[taken.edit])
 
+    def only(self, needs: Needs) -> Rows:
+        """Only the kinds and blocks that ``needs`` names."""
+        return replace(
+            self,
+            attention={layer: rows for layer, rows in self.attention.items() if layer in needs.attention},
+            hidden={layer: rows for layer, rows in self.hidden.items() if layer in needs.hidden},
+            logits=self.logits if needs.logits else None,
+        )
+
+    def keep_contexts(self, keep: Sequence[int]) -> Rows:
+        """Only the contexts ``keep``, numbered by their place in it; rows in the order of edit and context."""
+        number = {old: new for new, old in enumerate(keep)}
+        held = [
+            (edit, number[context], row)
+            for row, (edit, context) in enumerate(zip(self.edit.tolist(), self.context.tolist(), strict=True))
+            if context in number
+        ]
+        order = torch.tensor([row for _, _, row in sorted(held)], dtype=torch.int64, device=self.edit.device)
+        context = torch.tensor([new for _, new, _ in sorted(held)], dtype=torch.int64, device=self.edit.device)
+        return replace(self.take(order), context=context)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
@@ -132,6 +161,13 @@ class Captured:
     def detach(self) -> Captured:
         """The same without gradient."""
         return replace(self, delta=self.delta.detach(), rewrite=self.rewrite.detach(), extra=self.extra.detach())
+
+    def only(self, needs: Needs, asked: Needs) -> Captured:
+        """What ``needs`` names of what was captured for ``asked``; extra prompts are numbered as in ``needs``."""
+        if needs == asked:
+            return self
+        extra = self.extra.keep_contexts([asked.prompts.index(prompt) for prompt in needs.prompts])
+        return replace(self, rewrite=self.rewrite.only(needs), extra=extra.only(needs))
 
     def keep_edits(self, keep: Tensor) -> Captured:
         """Only the edits ``keep``, renumbered in order."""
@@ -164,3 +200,28 @@ class Regularizer(Protocol):
     def penalty(self, now: Captured, before: Captured) -> Tensor:
         """One value per edit, [E]; ``before`` is step 0 without gradient."""
         ...
+
+
+def needs_of(regularizers: Sequence[Regularizer], sites: Sequence[Site]) -> Needs:
+    """What some regularizers together want to see."""
+    needs = Needs()
+    for regularizer in regularizers:
+        for site in sites:
+            needs = needs | regularizer.needs(site)
+    return needs
+
+
+def score(regularizer: Regularizer, now: Captured, before: Captured, sites: Sequence[Site], asked: Needs) -> Tensor:
+    """The penalty of one regularizer, which sees only what it asked for of all that was ``asked``; [E].
+
+    Raises:
+        ConfigError: the penalty is not one number per edit.
+    """
+    needs = needs_of([regularizer], sites)
+    penalty = regularizer.penalty(now.only(needs, asked), before.only(needs, asked))
+    if not isinstance(penalty, Tensor) or penalty.shape != (now.num_edits,):
+        found = f"shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
+        raise ConfigError(
+            f"The penalty of {regularizer.name!r} must be one number per edit, shape ({now.num_edits},); found {found}."
+        )
+    return penalty
