@@ -87,7 +87,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> Pr
     torch.manual_seed(1)
     if name == "falcon-alibi":  # transformers' SDPA and eager differ with alibi: compare eager with eager
         changes = {"attn_implementation": "eager", **changes}
-    model = AutoModelForCausalLM.from_config(config_of(name), **changes).eval()
+    attention = {key: changes.pop(key) for key in ("attn_implementation",) if key in changes}
+    model = AutoModelForCausalLM.from_config(config_of(name, **changes), **attention).eval()
     torch.manual_seed(2)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.15)

@@ -37,9 +37,14 @@ def test_nothing_stays_after_an_exception(name: str) -> None:
     model = make(name)
     given, positions = inputs()
     before, plain = traces(model), model(**given).logits
-    with pytest.raises(KeyboardInterrupt), capture_attention(model, positions):
-        assert traces(model) != before
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with capture_attention(model, positions):
+            assert traces(model) != before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert traces(model) == before
     bad = torch.full((3, 1), 99)
     with pytest.raises(CaptureError, match="Row 99 was asked for"), capture_attention(model, bad):
