@@ -29,6 +29,7 @@ _NAMES = {
     "SecondMoments": "kedit.moments",
     "editor": "kedit.editors",
     "load": "kedit.loading",
+    "second_moments": "kedit.stats",
 }
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from kedit.patch import EditPatch as EditPatch
     from kedit.regularizers.sadr import SADR as SADR
     from kedit.result import EditResult as EditResult
+    from kedit.stats import second_moments as second_moments
 
 __all__ = list(_NAMES)
 

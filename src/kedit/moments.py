@@ -6,10 +6,13 @@ They say which directions the keys of ordinary text use; the closed forms leave 
 from __future__ import annotations
 
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +85,27 @@ class SecondMoments(Mapping[int, Moment]):
             self._factors[layer] = cholesky(self._moments[layer].matrix, layer)
         return self._factors[layer]
 
+    @classmethod
+    def from_npz(cls, paths: Mapping[int, str | Path]) -> SecondMoments:
+        """Read statistics that the ROME and MEMIT code wrote, ``{layer: path}``; no ridge is added.
+
+        Raises:
+            ConfigError: a file is not such a statistic.
+        """
+        found: dict[int, Moment | Tensor] = {}
+        for layer, path in paths.items():
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    total, count = file["mom2.mom2"], int(file["mom2.count"])
+            except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+                raise ConfigError(
+                    f"{path} is no statistic of the ROME or MEMIT code, which holds mom2.mom2 and mom2.count: {error}."
+                ) from error
+            if total.ndim != 2 or count < 1 or not np.isfinite(total).all():
+                raise ConfigError(f"{path}: mom2.mom2 is not a finite matrix of at least one key.")
+            found[layer] = Moment(torch.from_numpy(total / np.float32(count)), count)
+        return cls(found)
+
     def check(self, arch: ModelArch, layers: tuple[int, ...]) -> None:
         """Raise :class:`ConfigError` unless every layer has a square matrix of its keys' width."""
         for layer in layers:
@@ -123,6 +147,18 @@ class Accumulator:
         self.total.addmm_(keys.T, keys)
         self._sketches[half] += keys.T @ (keys @ self._signs)
         self.counts[half] += len(keys)
+
+    def state(self) -> dict[str, Tensor]:
+        """What :meth:`restore` needs to go on."""
+        return {"total": self.total, "sketches": self._sketches, "counts": torch.tensor(self.counts)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` returned; raises ``ValueError`` where it is of another shape."""
+        if state["total"].shape != self.total.shape or state["sketches"].shape != self._sketches.shape:
+            raise ValueError("the state of another accumulator")
+        self.total.copy_(state["total"])
+        self._sketches.copy_(state["sketches"])
+        self.counts = [int(count) for count in state["counts"]]
 
     def moment(self, layer: int, ridge: float = RIDGE) -> Moment:
         """C with its ridge.

@@ -44,6 +44,13 @@ def _rome(layer: int, steps: int, weight_decay: float, clamp: float = 4.0) -> di
     return {"layers": (layer,), "steps": steps, "lr": 0.5, "weight_decay": weight_decay, "clamp": clamp}
 
 
+def _span(
+    layers: tuple[int, int], steps: int, lr: float, weight_decay: float, clamp: float, **own: Any
+) -> dict[str, Any]:
+    chosen = tuple(range(layers[0], layers[1] + 1))
+    return {"layers": chosen, "steps": steps, "lr": lr, "weight_decay": weight_decay, "clamp": clamp, **own}
+
+
 _ROME: dict[Model, Preset] = {
     GPT2_XL: Preset(_rome(17, 20, 0.5)),
     GPT_J_6B: Preset(_rome(5, 20, 0.5), {"sadr": {"steps": 80, "self": {"gamma": 1e-2}}}),
@@ -54,8 +61,56 @@ _ROME: dict[Model, Preset] = {
     MISTRAL_7B: Preset(_rome(5, 25, 1e-3)),
     QWEN2_7B: Preset(_rome(5, 25, 1e-3)),
 }
+_MEMIT: dict[Model, Preset] = {
+    GPT2_XL: Preset(_span((13, 17), 20, 0.5, 0.5, 0.75, moment_weight=20_000.0)),
+    GPT_J_6B: Preset(
+        _span((3, 8), 25, 0.5, 0.5, 0.75, moment_weight=15_000.0),
+        {"sadr": {"steps": 20, "self": {"gamma": 5e-3}}},
+    ),
+    NEOX_20B: Preset(_span((6, 10), 20, 0.5, 0.5, 0.8, moment_weight=6_000.0)),
+    LLAMA_7B: Preset(_span((4, 8), 25, 0.5, 1e-3, 4.0)),
+    LLAMA_13B: Preset(_span((5, 9), 20, 0.5, 1e-3, 4.0)),
+    TINYLLAMA: Preset(_span((3, 5), 20, 0.5, 0.5, 8.0, moment_weight=20_000.0)),
+    MISTRAL_7B: Preset(_span((4, 8), 25, 0.5, 1e-3, 4.0)),
+    QWEN2_7B: Preset(_span((4, 8), 25, 0.5, 1e-3, 4.0)),
+}
+_PMET: dict[Model, Preset] = {
+    GPT_J_6B: Preset(
+        _span((3, 8), 30, 0.2, 0.5, 0.75, kl_factor=1.0, moment_weight=6_000.0),
+        # The SADR authors run PMET with a larger weight of the second moment.
+        {"sadr": {"steps": 40, "moment_weight": 15_000.0, "self": {"gamma": 8e-2}}},
+    ),
+    NEOX_20B: Preset(_span((6, 10), 30, 0.5, 0.5, 0.8, kl_factor=0.8, moment_weight=15_000.0)),
+    LLAMA_7B: Preset(_span((4, 8), 20, 0.5, 0.5, 1.0)),
+    LLAMA_13B: Preset(_span((7, 9), 20, 0.5, 1e-3, 4.0)),
+    TINYLLAMA: Preset(_span((3, 5), 20, 0.5, 0.5, 4.0)),
+}
+_EMMET: dict[Model, Preset] = {
+    GPT2_XL: Preset(_span((17, 17), 20, 0.5, 0.5, 0.75, alpha=1_000.0)),
+    GPT_J_6B: Preset(_span((5, 5), 25, 0.5, 0.5, 0.75)),
+    LLAMA_7B: Preset(_span((5, 5), 25, 0.5, 1e-3, 4.0)),
+}
+_ALPHAEDIT: dict[Model, Preset] = {
+    GPT2_XL: Preset(_span((13, 17), 20, 0.5, 0.5, 0.75)),
+    GPT_J_6B: Preset(_span((3, 8), 25, 0.5, 0.5, 0.75)),
+    LLAMA_7B: Preset(_span((4, 8), 25, 0.1, 0.5, 0.75)),
+    QWEN2_7B: Preset(_span((7, 11), 25, 0.1, 0.5, 0.75)),
+}
+_FT: dict[Model, Preset] = {
+    GPT2_XL: Preset({"layers": (0,), "clamp": 5e-4}),
+    GPT_J_6B: Preset({"layers": (0,), "clamp": 5e-5}),
+    MISTRAL_7B: Preset({"layers": (21,), "clamp": 5e-5}),
+}
 
-PRESETS: dict[str, dict[Model, Preset]] = {"rome": _ROME, "rrome": _ROME}
+PRESETS: dict[str, dict[Model, Preset]] = {
+    "rome": _ROME,
+    "rrome": _ROME,
+    "memit": _MEMIT,
+    "pmet": _PMET,
+    "emmet": _EMMET,
+    "alphaedit": _ALPHAEDIT,
+    "ft": _FT,
+}
 
 # The kind of model the testbed trains is recognised by its mark, not by its shape.
 TESTBED_PRESETS: dict[str, Preset] = {}

@@ -28,11 +28,12 @@ from kedit.progress import Progress, logger
 from kedit.runner import inference_state
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS_PER_PASS = 8_192
 KEYS_PER_DIMENSION = 50
 MAX_PIECE = 1_024  # tokens; longer documents are cut, for memory
+CHECKPOINT_SECONDS = 60.0
 VERSION = 1  # of what is computed: raise it when cached results no longer hold
 
 
@@ -76,29 +77,46 @@ def estimate_moments(
     missing = [layer for layer in wanted if layer not in found]
     if missing:
         logger.info("Second moments of layers %s from %s tokens of %s.", missing, f"{budget:,}", texts.name)
-        for layer, accumulator in accumulate(arch, tokenizer, missing, texts, budget).items():
+        checkpoint = _checkpoint_path([paths[layer] for layer in missing]) if paths else None
+        for layer, accumulator in accumulate(arch, tokenizer, missing, texts, budget, checkpoint).items():
             found[layer] = accumulator.moment(layer, ridge)
             if layer in paths:
                 _write(paths[layer], found[layer])
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
     for layer, moment in found.items():
         moment.warn_if_scarce(layer)
     return SecondMoments(found)
 
 
 def accumulate(
-    arch: ModelArch, tokenizer: PreTrainedTokenizerBase, layers: Sequence[int], texts: Iterable[str], budget: int
+    arch: ModelArch,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    texts: Iterable[str],
+    budget: int,
+    checkpoint: Path | None = None,
 ) -> dict[int, Accumulator]:
-    """Run ``budget`` tokens of ``texts`` up to the highest layer and sum k kᵀ of every layer."""
+    """Run ``budget`` tokens of ``texts`` up to the highest layer and sum k kᵀ of every layer.
+
+    With a ``checkpoint`` the sums are kept there every minute and when interrupted; the next call goes on from them
+    with the same result.
+    """
     sums: dict[int, Accumulator] = {}
     for layer in layers:
         width = arch.weight(layer).matrix.shape[1]
         sums[layer] = Accumulator(width, arch.device(layer), arch.work_dtype)
     device = arch.input_device
     top = max(layers)
-    seen, started = 0, time.monotonic()
+    done, seen = _resume(checkpoint, sums), 0
+    started = saved = time.monotonic()
     with inference_state(arch.model), torch.no_grad(), Progress(budget, "second moments", "token") as bar:
-        for rows in _batches(tokenizer, texts, budget, context_limit(arch.model)):
+        for number, rows in enumerate(_batches(tokenizer, texts, budget, context_limit(arch.model))):
             ids, mask = pad(rows)
+            if number < done:
+                seen += int(mask.sum())
+                bar.advance(int(mask.sum()))
+                continue
             real = mask.bool().to(device)
 
             def collect(keys: Tensor, layer: int, real: Tensor = real) -> None:
@@ -106,15 +124,58 @@ def accumulate(
                 if layer == top:
                     raise StopForward
 
-            with _reading(arch, layers, collect), stops_early():
+            with _kept_on_interrupt(checkpoint, sums, number), _reading(arch, layers, collect), stops_early():
                 arch.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-            if seen == 0 and (left := (time.monotonic() - started) * budget / int(mask.sum())) > 10:
+            if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                _keep(checkpoint, sums, number + 1)
+                saved = time.monotonic()
+            if number == done and (left := (time.monotonic() - started) * budget / int(mask.sum())) > 10:
                 logger.info("This takes about %.0f s.", left)
             seen += int(mask.sum())
             bar.advance(int(mask.sum()))
     if seen == 0:
         raise ConfigError("The corpus for the second moments holds no text.")
     return sums
+
+
+@contextmanager
+def _kept_on_interrupt(checkpoint: Path | None, sums: dict[int, Accumulator], done: int) -> Iterator[None]:
+    """Keep the sums of the first ``done`` batches where Ctrl-C ends the pass over the next one."""
+    before = {layer: total.counts.copy() for layer, total in sums.items()}
+    try:
+        yield
+    except KeyboardInterrupt:
+        # A batch that some layers have summed already would count twice.
+        if checkpoint is not None and all(total.counts == before[layer] for layer, total in sums.items()):
+            _keep(checkpoint, sums, done)
+        raise
+
+
+def _checkpoint_path(paths: Sequence[Path]) -> Path:
+    digest = hashlib.sha256("".join(path.name for path in paths).encode()).hexdigest()
+    return paths[0].with_name(f"{digest}.partial.safetensors")
+
+
+def _keep(path: Path, sums: dict[int, Accumulator], done: int) -> None:
+    tensors = {f"{layer}.{key}": t.cpu().clone() for layer, total in sums.items() for key, t in total.state().items()}
+    _save(path, tensors, {"batches": str(done)})
+
+
+def _resume(path: Path | None, sums: dict[int, Accumulator]) -> int:
+    """Restore the sums of an interrupted pass; the number of batches that they hold."""
+    if path is None or not path.exists():
+        return 0
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            done = int((file.metadata() or {})["batches"])
+            states = {i: {k: file.get_tensor(f"{i}.{k}") for k in ("total", "sketches", "counts")} for i in sums}
+        for layer, total in sums.items():
+            total.restore(states[layer])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        logger.warning("The interrupted estimate %s cannot be continued (%s); it begins again.", path, error)
+        return 0
+    logger.info("Continuing an interrupted estimate after %d batches.", done)
+    return done
 
 
 @contextmanager
@@ -208,14 +269,32 @@ def _read(path: Path) -> Moment | None:
 
 
 def _write(path: Path, moment: Moment) -> None:
+    _save(path, {"moment": moment.matrix.contiguous().cpu()}, {"figures": json.dumps(moment.figures())})
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file as a whole or not at all; a cache that cannot be written is only worth a warning."""
     partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"moment": moment.matrix.contiguous().cpu()}
-        save_file(tensors, partial_path, metadata={"figures": json.dumps(moment.figures())})
+        save_file(tensors, partial_path, metadata=metadata)
         partial_path.replace(path)
     except (OSError, SafetensorError) as error:
-        logger.warning("The second moment could not be cached in %s: %s.", path, error)
+        logger.warning("The second moment could not be kept in %s: %s.", path, error)
     finally:
         with suppress(OSError):
             partial_path.unlink(missing_ok=True)
+
+
+def second_moments(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    corpus: Corpus | Iterable[str] | str | Path | None = None,
+    **options: Any,
+) -> SecondMoments:
+    """Second moments for an editor: ``kedit.ROME(model, tok, moments=kedit.second_moments(model, tok, [5], "text.txt"))``.
+
+    Arguments as of :func:`estimate_moments`.
+    """
+    return estimate_moments(ModelArch(model), tokenizer, layers, corpus, **options)

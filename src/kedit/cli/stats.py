@@ -1,0 +1,40 @@
+"""Estimate the second moments of a model's keys, which the closed forms need, and keep them in the cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from kedit.cli import common
+from kedit.errors import ConfigError
+
+HELP = "estimate second moments ahead of editing"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    common.add_model(parser)
+    parser.add_argument("--layers", required=True, metavar="N[,N...]", help="blocks, for example 3,4,5,6,7,8")
+    parser.add_argument("--corpus", metavar="FILE", help="text, JSONL or data set name (default: the model's)")
+    parser.add_argument("--tokens", type=int, help="keys to see (default: 50 per dimension)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Estimate, cache, print the figures."""
+    from kedit.stats import cache_folder, second_moments
+
+    try:
+        layers = [int(part) for part in args.layers.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--layers is a list of block numbers like 3,4,5, not {args.layers!r}.") from error
+    model, tokenizer = common.load_model(args)
+    moments = second_moments(model, tokenizer, layers, args.corpus, tokens=args.tokens)
+    sys.stdout.write("layer     keys  split halves differ by  effective rank  width\n")
+    for layer in layers:
+        m = moments[layer]
+        half = "-" if m.split_half is None else f"{100 * m.split_half:.1f} %"
+        sys.stdout.write(
+            f"{layer:5d} {m.tokens or 0:8,d} {half:>23} {m.effective_rank or 0:15.1f} {len(m.matrix):6d}\n"
+        )
+    sys.stdout.write(f"kept in {cache_folder()}\n")
+    return 0
