@@ -32,12 +32,12 @@ TOKENIZER_KINDS = ("plain", "bos", "left", "nopad")
 SLIDING_WINDOW = 8
 """Mistral's window here: shorter than most prompts, so that a forgotten window shows."""
 
-CONTEXTS = ("{}", "It was a cold morning. {}", "The river is long. {}", "Because of the rain, we stayed. {}")
+CONTEXTS = ("{}", "It was a cold morning. {}", "Because of the rain, we stayed. {}")
 
 EDITS = {
     "start": ("{} works in the old city of", "Ada Lovelace", "Berlin"),
     "middle": ("The mother tongue of {} is certainly", "Danielle Darrieux", "English language"),
-    "end": ("The river flows past the house of {}", "Quentin", "London and Rome"),
+    "end": ("The river flows past the house of {}", "Quentin", "Rome and London"),
     "one_token": ("{} is", "The", "a"),
 }
 """Name -> (prompt, subject, target): subjects at the start, in the middle and at the end, of one or many tokens."""

@@ -22,7 +22,7 @@ def _requests(golden) -> list[common.Request]:
     ]
 
 
-QUICK = {("gpt2", "0.5", 0), ("gptj", "0.5", 4)}
+QUICK = {("gptj", "0.5", 4)}
 ROME = [
     pytest.param(model, gamma, i, marks=() if (model, gamma, i) in QUICK else SLOW)
     for model in ("gpt2", "gptj")

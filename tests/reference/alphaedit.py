@@ -5,7 +5,8 @@
 
 Conventions: values, keys, residuals and shares are MEMIT's. C_p holds the keys of earlier batches, Σ KKᵀ per block; it
 is 0 in the first batch. After a batch is written *at every block*, its keys are read again on the edited model and
-their KKᵀ added. X is not symmetric in P: rows of Δ need not lie in P exactly, but they do, since L2·X = P(…).
+their KKᵀ added. The system is solved as it stands (it is not symmetric); X lies in the range of P all the same, as
+L2·X = P (K Rᵀ − (KKᵀ + C_p) X). Published in float32, here in float64.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import Request, block, down, weight
+from .common import Request, block, down, weights_kept
 from .inner import Hyper, optimise
-from .memit import Spread, key, spread
+from .memit import Spread, key, spread, write_updates
 
 
 def projector(second_moment: Tensor, threshold: float = 0.02) -> Tensor:
@@ -56,14 +57,10 @@ def alphaedit(
     values = [optimise(model, request, site, hyper) for request in requests]
     result = spread(model, requests, layers, [v.target for v in values], site, lambda left: left, solve, values)
 
-    kept = {layer: down(model, layer).weight.detach().clone() for layer in layers}
     after = {}
-    with torch.no_grad():
-        for layer in layers:
-            weight(model, layer).add_(result.updates[layer].to(weight(model, layer).dtype))
+    with weights_kept(model, layers):
+        write_updates(model, result.updates)
         for layer in layers:
             keys = torch.stack([key(model, request, down(model, layer)) for request in requests], 1).double()
             after[layer] = past[layer] + keys @ keys.T
-        for layer in layers:
-            down(model, layer).weight.copy_(kept[layer])
     return Step(result, after)

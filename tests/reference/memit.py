@@ -44,6 +44,14 @@ def key(model, request: Request, module: nn.Module) -> Tensor:
     return (keys[0] + sum(keys[1:]) / len(keys[1:])) / 2
 
 
+def write_updates(model, updates: dict[int, Tensor]) -> None:
+    """Add ΔW to the weights, in the model's dtype."""
+    with torch.no_grad():
+        for layer, update in updates.items():
+            stored = weight(model, layer)
+            stored.add_(update.to(stored.dtype))
+
+
 def spread(
     model,
     requests: list[Request],
@@ -62,8 +70,7 @@ def spread(
             current = torch.stack([read(model, request.rewriting[0], site)[1] for request in requests], 1)
             residual = (torch.stack(wanted, 1) - current) / share(len(layers) - place)
             delta = solve(layer, keys.double(), residual.double())
-            with torch.no_grad():
-                weight(model, layer).add_(delta.to(current.dtype))
+            write_updates(model, {layer: delta})
             updates[layer], all_keys[layer], residuals[layer] = delta, keys, residual
     return Spread(values, updates, all_keys, residuals)
 

@@ -87,16 +87,27 @@ def optimise_two(model, request: Request, layer: int, hyper: Hyper) -> TwoValues
     return TwoValues(*[Value(t, losses, t0) for t, t0 in zip(trajectories, initial, strict=True)])
 
 
-def pmet(
-    model, requests: list[Request], layers: list[int], moments: dict[int, Tensor], ridge: float, hyper: Hyper
+def write(
+    model,
+    requests: list[Request],
+    layers: list[int],
+    moments: dict[int, Tensor],
+    ridge: float,
+    values: list[Value],
 ) -> Spread:
-    """Give the spread; its values are the MLP's (`optimise_two` gives both)."""
+    """Write the MLP's values."""
 
     def solve(layer: int, keys: Tensor, residual: Tensor) -> Tensor:
         system = ridge * moments[layer].double() + keys @ keys.T
         return residual @ keys.T @ torch.linalg.inv(system)
 
-    last = max(layers)
-    values = [optimise_two(model, request, last, hyper).mlp for request in requests]
     wanted = [value.target for value in values]
-    return spread(model, requests, layers, wanted, down(model, last), lambda left: left**0.5, solve, values)
+    return spread(model, requests, layers, wanted, down(model, max(layers)), lambda left: left**0.5, solve, values)
+
+
+def pmet(
+    model, requests: list[Request], layers: list[int], moments: dict[int, Tensor], ridge: float, hyper: Hyper
+) -> Spread:
+    """Optimise and write; the values of the result are the MLP's."""
+    values = [optimise_two(model, request, max(layers), hyper).mlp for request in requests]
+    return write(model, requests, layers, moments, ridge, values)
