@@ -1,0 +1,114 @@
+"""Evaluation cases from files and data sets; malformed records are counted and named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kedit.data.records import Loaded as Loaded
+from kedit.data.records import Malformed as Malformed
+from kedit.data.records import Parser as Parser
+from kedit.data.records import Record as Record
+from kedit.data.records import parse as parse
+from kedit.data.records import read_records as read_records
+from kedit.errors import EditError
+from kedit.evaluation.cases import EditCase
+from kedit.registry import Registry
+
+FORMATS: Registry[Parser] = Registry(
+    "format",
+    {
+        "kedit": "kedit.data:own",
+        "counterfact": "kedit.data.counterfact:original",
+        "counterfact-flat": "kedit.data.counterfact:flat",
+        "sadr": "kedit.data.sadr:merged",
+        "zsre": "kedit.data.zsre:mend",
+        "knowedit": "kedit.data.knowedit:knowedit",
+        "mquake": "kedit.data.mquake:mquake",
+        "ripple": "kedit.data.ripple:ripple",
+    },
+)
+
+# Fields that together occur in one format only; the first row that fits names the format.
+_MARKS: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"edit", "probes"}), "kedit"),
+    (frozenset({"edit", "Relation_Specificity"}), "ripple"),
+    (frozenset({"requested_rewrite", "questions"}), "mquake"),
+    (frozenset({"requested_rewrite", "rewrite"}), "sadr"),
+    (frozenset({"requested_rewrite", "neighborhood_prompts"}), "counterfact"),
+    (frozenset({"src", "alt"}), "zsre"),
+    (frozenset({"prompt", "locality_prompt"}), "counterfact-flat"),
+    (frozenset({"prompt", "target_new", "locality"}), "knowedit"),
+    (frozenset({"prompt", "target_new", "portability"}), "knowedit"),
+    (frozenset({"edit"}), "kedit"),
+)
+
+
+def load_cases(
+    source: str | Path,
+    format: str | None = None,
+    *,
+    strict: bool = False,
+    limit: int | None = None,
+    split: str = "train",
+) -> Loaded:
+    """Evaluation cases from a file or a data set of the ``datasets`` package.
+
+    Args:
+        source: a ``.json`` or ``.jsonl`` file, or the name of a data set (needs ``kedit[data]``).
+        format: its form, a name in :data:`FORMATS`; recognised by its fields if not given.
+        strict: raise at the first malformed record instead of leaving it out.
+        limit: so many records at most, from the beginning.
+        split: of a data set.
+
+    Raises:
+        EditError: nothing can be read, the format is not recognised, no record is a case, or one is not and
+            ``strict`` is set.
+    """
+    path = Path(source)
+    records: Sequence[Any] = read_records(path) if path.exists() else _dataset(str(source), split, limit)
+    records = records[:limit]
+    name = format or recognise(records, str(source))
+    loaded = parse(records, FORMATS[name], name, strict=strict)
+    if not loaded.cases:
+        reason = f" The first: {loaded.malformed[0].reason}." if loaded.malformed else ""
+        raise EditError(
+            f"{source} holds no case in the form {name!r}.{reason} Give another --format, or mend the file."
+        )
+    return loaded
+
+
+def recognise(records: Sequence[Any], source: str = "The file") -> str:
+    """The name of the format that the first well-formed record's fields belong to."""
+    for record in records:
+        if isinstance(record, Mapping):
+            for fields, name in _MARKS:
+                if fields <= record.keys():
+                    return name
+    found = next((sorted(record) for record in records if isinstance(record, Mapping)), [])
+    raise EditError(
+        f"{source} is in no known form (fields of its first record: {', '.join(found) or 'none'}). "
+        f"Name one of {', '.join(FORMATS)}."
+    )
+
+
+def own(record: Record, name: str) -> EditCase:
+    """Kedit's own JSON lines: what :meth:`EditCase.to_dict` writes; the ``id`` may be missing."""
+    return EditCase.from_dict({"id": name, **record})
+
+
+def _dataset(name: str, split: str, limit: int | None) -> list[Any]:
+    from itertools import islice
+
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise EditError(
+            f"{name!r} is no file, and reading it as a data set needs the datasets package. Install kedit[data]."
+        ) from error
+    try:
+        data = load_dataset(name, split=split, streaming=True)
+    except Exception as error:  # datasets raises many kinds: no network, no such name, ...
+        raise EditError(f"The data set {name!r} cannot be read ({error}). Give a JSON or JSONL file.") from error
+    return list(islice(data, limit))

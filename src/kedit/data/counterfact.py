@@ -1,0 +1,38 @@
+"""CounterFact (Meng et al. 2022, arXiv:2202.05262), as published and in EasyEdit's flat form."""
+
+from __future__ import annotations
+
+from kedit.data.records import Record, subject_slot, text, texts
+from kedit.edit import Edit
+from kedit.evaluation.cases import EditCase, Kind, Probe
+
+
+def original(record: Record, name: str) -> EditCase:
+    """Published schema: ``requested_rewrite`` with ``paraphrase_prompts``, ``neighborhood_prompts``, ``generation_prompts``.
+
+    Neighbours share the old target, so that is right for them and the new one wrong. ``attribute_prompts`` (subjects
+    that have the new target already) are only used by the published code's references and are not probed.
+    """
+    request = record["requested_rewrite"]
+    new, true = text(request["target_new"]), text(request["target_true"])
+    edit = Edit(text(request["prompt"]), text(request["subject"]), new, true)
+    probes = [Probe(kind=Kind.PARAPHRASE, prompt=p, right=new, wrong=true) for p in texts(record["paraphrase_prompts"])]
+    neighbours = texts(record["neighborhood_prompts"])
+    probes += [Probe(kind=Kind.NEIGHBOUR, prompt=p, right=true, wrong=new) for p in neighbours]
+    probes += [Probe(kind=Kind.GENERATION, prompt=p) for p in texts(record.get("generation_prompts"))]
+    return EditCase.of(str(record.get("case_id", name)), edit, probes)
+
+
+def flat(record: Record, name: str) -> EditCase:
+    """EasyEdit's schema: one rephrased prompt and one neighbour; the subject stands inside the prompt."""
+    new, true = text(record["target_new"]), text(record["ground_truth"])
+    subject = text(record["subject"])
+    edit = Edit(subject_slot(text(record["prompt"]), subject), subject, new, true)
+    probes = []
+    for prompt in texts(record.get("rephrase_prompt")):
+        probes.append(Probe(kind=Kind.PARAPHRASE, prompt=prompt, right=new, wrong=true))
+    for prompt in texts(record.get("locality_prompt")):
+        right = text(record["locality_ground_truth"])
+        wrong = new if new != right else None
+        probes.append(Probe(kind=Kind.NEIGHBOUR, prompt=prompt, right=right, wrong=wrong))
+    return EditCase.of(str(record.get("case_id", name)), edit, probes)

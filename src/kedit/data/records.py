@@ -1,0 +1,128 @@
+"""What all loaders share: reading a file, and turning records into cases without stopping at a bad one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kedit.errors import EditError
+from kedit.evaluation.cases import EditCase
+
+Record = Mapping[str, Any]
+Parser = Callable[[Record, str], EditCase]
+
+PARSE_ERRORS = (EditError, KeyError, TypeError, ValueError, AttributeError, IndexError)
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A record that is no case: its number (from 0) and what is wrong with it."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a file gave.
+
+    Attributes:
+        cases: the cases, in the file's order.
+        malformed: the records that gave none.
+        format: the format's name.
+    """
+
+    cases: list[EditCase]
+    malformed: list[Malformed]
+    format: str
+
+    def report(self) -> str:
+        """Counts, and the malformed records by number and reason."""
+        lines = [f"{len(self.cases)} cases ({self.format})"]
+        if self.malformed:
+            lines[0] += f", {len(self.malformed)} malformed records left out"
+            lines += [f"  record {bad.number}: {bad.reason}" for bad in self.malformed]
+        return "\n".join(lines)
+
+
+def parse(records: Iterable[Any], parser: Parser, format: str, *, strict: bool = False) -> Loaded:
+    """Every record through ``parser``; a malformed one is counted and named, or raised where ``strict``."""
+    cases: list[EditCase] = []
+    malformed: list[Malformed] = []
+    names: set[str] = set()
+    for number, record in enumerate(records):
+        try:
+            case = parser(_mapping(record), str(number))
+            if case.id in names:
+                raise EditError(f"the id {case.id!r} is taken by an earlier record")
+        except PARSE_ERRORS as error:
+            reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+            if strict:
+                raise EditError(f"Record {number} is no {format} record: {reason}") from error
+            malformed.append(Malformed(number, reason))
+            continue
+        names.add(case.id)
+        cases.append(case)
+    return Loaded(cases, malformed, format)
+
+
+def read_records(path: Path) -> list[Any]:
+    """The records of a JSON list or JSON-lines file; a line that is not JSON becomes a malformed record of its own."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EditError(f"Cannot read cases from {path}: {error}.") from error
+    if path.suffix == ".jsonl":
+        return list(_lines(text))
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise EditError(f"{path} is not JSON: {error}. JSON lines need the suffix .jsonl.") from error
+    if isinstance(found, dict):  # some files wrap their list: {"data": [...]}
+        lists = [value for value in found.values() if isinstance(value, list)]
+        found = lists[0] if len(lists) == 1 else [found]
+    if not isinstance(found, list):
+        raise EditError(f"{path} holds a {type(found).__name__}; a list of records was expected.")
+    return found
+
+
+def _lines(text: str) -> Iterator[Any]:
+    for line in text.splitlines():
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                yield f"not JSON: {error}"
+
+
+def _mapping(record: Any) -> Record:
+    if isinstance(record, Mapping):
+        return record
+    raise EditError(record if isinstance(record, str) else f"a {type(record).__name__} instead of an object")
+
+
+def text(value: Any) -> str:
+    """A text field: as it stands, or the ``str`` of CounterFact's {"str": ..., "id": ...}."""
+    found = value["str"] if isinstance(value, Mapping) else value
+    if not isinstance(found, str) or not found.strip():
+        raise EditError(f"expected text, found {value!r}")
+    return found.strip()
+
+
+def texts(value: Any) -> list[str]:
+    """All texts in a text, a list, or a list of lists, in order; empty ones dropped."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value.strip()] if value.strip() else []
+    if isinstance(value, Sequence):
+        return [found for item in value for found in texts(item)]
+    return [text(value)]
+
+
+def subject_slot(prompt: str, subject: str) -> str:
+    """The prompt with ``{}`` for its first mention of the subject, where it has none."""
+    return prompt if "{}" in prompt else prompt.replace(subject, "{}", 1)
