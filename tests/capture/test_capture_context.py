@@ -294,3 +294,16 @@ def test_sinks_and_weights_keep_their_gradient() -> None:
         captured = torch.autograd.grad(model(**given).logits.square().mean(), sinks)
     assert all(torch.equal(a, b) for a, b in zip(plain, captured, strict=True))
     assert all(grad.abs().max() > 0 for grad in plain)
+
+
+def test_positions_may_not_change_before_a_recomputation() -> None:
+    model = make("llama").train()
+    model.requires_grad_(True)
+    given, positions = inputs()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    with capture_attention(model, positions) as cap:
+        model(**given)
+        loss = sum(rows.square().sum() for rows in cap.rows.values())
+        cap.positions = positions.clone()
+        with pytest.raises(CaptureError, match="between a forward pass and its backward"):
+            loss.backward()

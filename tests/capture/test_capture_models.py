@@ -125,6 +125,24 @@ def test_generation_runs_as_usual(name: str) -> None:
     assert cap.rows[2].shape == (3, 4, 1, plain.shape[1] - 1)
 
 
+@pytest.mark.parametrize("name", ["gptj", "codegen", "gpt_neo"])
+@pytest.mark.parametrize("pad", PADS)
+def test_sdpa_in_place_of_eager_attention(name: str, pad: str) -> None:
+    """By choice, types that have no fast attention get one: equal up to rounding, gradients too."""
+    model = make(name)
+    given, positions = inputs(pad)
+    live = given["attention_mask"].bool()
+    found = []
+    for sdpa in (False, True):
+        embeddings = model.get_input_embeddings()(given["input_ids"]).detach().requires_grad_()
+        with capture_attention(model, positions, sdpa=sdpa) as cap:
+            logits = model(inputs_embeds=embeddings, attention_mask=given["attention_mask"]).logits[live]
+        loss = logits.square().mean() + sum(rows.square().sum() for rows in cap.rows.values())
+        found.append((logits, torch.autograd.grad(loss, embeddings)[0], *cap.rows.values()))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 5e-6 * a.abs().max()
+
+
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_outside_types_have_nothing_left_on_them(name: str) -> None:
     model = make(name)

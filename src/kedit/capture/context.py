@@ -26,19 +26,28 @@ class Capture:
         layers: the blocks that are captured, ascending.
         detach: whether the rows carry no gradient.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        sdpa: whether GPT-J and its kind compute captured blocks with SDPA.
     """
 
     def __init__(
-        self, model: nn.Module, positions: Tensor, layers: Collection[int] | None, detach: bool, backend: str
+        self,
+        model: nn.Module,
+        positions: Tensor,
+        layers: Collection[int] | None,
+        detach: bool,
+        backend: str,
+        sdpa: bool = False,
     ) -> None:
         self.modules = _choose(attention_modules(model), layers)
         self.layers = tuple(self.modules)
         self.detach = detach
         self.backend = backend
+        self.sdpa = sdpa
         self.rows: dict[int, Tensor] = {}
         self.thread = threading.get_ident()
         self._number = {id(module): layer for layer, module in self.modules.items()}
         self._grad: bool | None = None
+        self._read: Tensor | None = None
         self._memo: Memo = {}
         self._backends: dict[tuple[torch.device, torch.dtype], RowsBackend] = {}
         self.positions = positions
@@ -66,6 +75,7 @@ class Capture:
         if threading.get_ident() == self.thread and not state.recomputing():
             self.rows = {}
             self._memo = {}
+            self._read = self._positions
             self._grad = torch.is_grad_enabled()
 
     def record(self, module: nn.Module, q: Tensor, k: Tensor, rule: Rule) -> None:
@@ -107,6 +117,11 @@ class Capture:
             raise CaptureError(
                 "The rows would carry no gradient: a block runs without one, as reentrant gradient checkpointing does. "
                 'Use activation_checkpointing_kwargs={"use_reentrant": False}, or pass detach=True.'
+            )
+        if state.recomputing() and self._positions is not self._read:
+            raise CaptureError(
+                "positions was changed between a forward pass and its backward pass, which recomputes checkpointed blocks. "
+                "Change it after the backward pass."
             )
         key = ("positions", num_queries, device)
         if key not in self._memo:
@@ -153,6 +168,7 @@ def capture_attention(
     layers: Collection[int] | None = None,
     detach: bool = False,
     backend: str = "auto",
+    sdpa: bool = False,
 ) -> Iterator[Capture]:
     """Read attention rows of a transformers model while its output stays what it always is.
 
@@ -166,12 +182,14 @@ def capture_attention(
         layers: blocks to read; a range may reach past the last one. All if not given.
         detach: read without gradient.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        sdpa: GPT-J, GPT-Neo and CodeGen have only eager attention. If true, the captured blocks use SDPA instead: faster
+            and smaller for long prompts, equal up to rounding instead of exactly. No effect on other types.
 
     Raises:
         CaptureError: the model's attention cannot be captured, or this thread already captures it.
     """
     with use_capture_attention(model):
-        capture = Capture(model, positions, layers, detach, backend)
+        capture = Capture(model, positions, layers, detach, backend, sdpa)
         with opened(model, capture):
             yield capture
 

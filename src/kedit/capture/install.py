@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -71,9 +72,10 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return dict(sorted(found.items()))
 
 
-def follows_interface(module: nn.Module) -> bool:
-    """Whether the module's attention can be switched by name, and nothing else depends on that name."""
-    home = sys.modules.get(type(module).__module__)
+@cache
+def follows_interface(file: str) -> bool:
+    """Whether attention modules of a Python module can be switched by name, and nothing else there depends on the name."""
+    home = sys.modules.get(file)
     try:
         source = inspect.getsource(home) if home else ""
     except (OSError, TypeError):
@@ -112,7 +114,7 @@ def use_capture_attention(model: nn.Module) -> Iterator[None]:
 
 def _install(model: nn.Module, installation: Installation) -> None:
     modules = attention_modules(model)
-    if follows_interface(next(iter(modules.values()))):
+    if follows_interface(type(next(iter(modules.values()))).__module__):
         from kedit.capture.interface import switch
 
         switch(_configs(model, modules), installation.undo)

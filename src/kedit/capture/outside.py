@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kedit.capture import state
+from kedit.capture.node import Attend
 from kedit.capture.reference import normalise
 from kedit.capture.rule import Rule, accumulator, gather_queries
 from kedit.errors import CaptureError
@@ -46,13 +47,34 @@ def _reading_attn(module: nn.Module, original: Callable[..., Any]) -> Callable[.
     def attn(
         query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        out = original(query, key, value, attention_mask, *args, **kwargs)
         capture = state.capture_of(module)
-        if capture is not None:
-            capture.record(module, query, key, _attn_rule(module, query, key, attention_mask))
+        if capture is None:
+            return original(query, key, value, attention_mask, *args, **kwargs)
+        rule = _attn_rule(module, query, key, attention_mask)
+        if capture.sdpa:
+            return capture.attend(module, query, key, value, rule, _sdpa_instead(module, rule)), None
+        out = original(query, key, value, attention_mask, *args, **kwargs)
+        capture.record(module, query, key, rule)
         return out
 
     return attn
+
+
+def _sdpa_instead(module: nn.Module, rule: Rule) -> Attend:
+    """SDPA in place of eager attention: the same function up to rounding."""
+    mask = rule.allow
+    if rule.add is not None:
+        mask = rule.add
+        if rule.allow is not None:
+            mask = mask.masked_fill(~rule.allow, torch.finfo(mask.dtype).min)
+    dropout = getattr(module, "attn_dropout", None)
+    chance = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias = mask.to(v.dtype) if mask is not None and mask.is_floating_point() else mask
+        return _SDPA(q.to(v.dtype), k.to(v.dtype), v, bias, chance, scale=rule.scaling)
+
+    return attend
 
 
 def _attn_rule(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> Rule:
