@@ -76,6 +76,22 @@ def test_nested_switching_and_foreign_attributes() -> None:
     assert "_attn" not in gptj.transformer.h[1].attn.__dict__
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_and_its_decoder_may_be_switched_in_any_order(name: str) -> None:
+    model = make(name)
+    given, positions = inputs("left")
+    before, plain = traces(model), model(**given).logits
+    outer, inner = use_capture_attention(model), use_capture_attention(model.base_model)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    with capture_attention(model.base_model, positions) as cap:
+        assert torch.equal(model(**given).logits, plain)
+        assert sorted(cap.rows) == [0, 1, 2]
+    inner.__exit__(None, None, None)
+    assert traces(model) == before
+
+
 def test_one_capture_per_model_and_thread() -> None:
     model = make("gpt2")
     _, positions = inputs()

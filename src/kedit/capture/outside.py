@@ -24,20 +24,29 @@ _SDPA = torch.nn.functional.scaled_dot_product_attention
 _SOFTMAX = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
 
 
+_USERS: dict[int, int] = {}
+
+
 def wrap(module: nn.Module, undo: list[Callable[[], None]]) -> None:
-    """Make one attention module capturable; what puts it back is appended to ``undo``."""
+    """Make one attention module capturable; what puts it back is appended to ``undo``. Repeating it only counts."""
     name = "_attn" if hasattr(module, "_attn") else "forward"
-    original = getattr(module, name)
-    before = module.__dict__.get(name)
-    wrapped = _reading_attn(module, original) if name == "_attn" else _overheard(module, original)
-    undo.append(lambda: _restore(module, name, before))
-    module.__dict__[name] = wrapped
+    users = _USERS.get(id(module), 0)
+    _USERS[id(module)] = users + 1
+    undo.append(lambda: _unwrap(module, name))
+    if not users:
+        original = getattr(module, name)
+        wrapped = _reading_attn(module, original) if name == "_attn" else _overheard(module, original)
+        wrapped.__dict__["before"] = module.__dict__.get(name)
+        module.__dict__[name] = wrapped
 
 
-def _restore(module: nn.Module, name: str, before: Any) -> None:
-    if before is None:
-        module.__dict__.pop(name, None)
-    else:
+def _unwrap(module: nn.Module, name: str) -> None:
+    _USERS[id(module)] -= 1
+    if _USERS[id(module)]:
+        return
+    del _USERS[id(module)]
+    before = module.__dict__.pop(name).__dict__["before"]
+    if before is not None:
         module.__dict__[name] = before
 
 
