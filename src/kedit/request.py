@@ -30,8 +30,11 @@ class Request:
 
     def prompts(self, edit: int) -> list[Prompt]:
         """The prompts of a wave in which this is edit number ``edit``."""
-        rows = [Prompt(row, edit, i, Role.REWRITE) for i, row in enumerate(self.rewrite)]
-        rows.append(Prompt(self.kl, edit, 0, Role.KL))
+        until = self.kl.lookup + 1
+        shared = self.rewrite[0].ids[:until] == self.kl.ids[:until]  # the bare prompt begins with the subject
+        rows = [Prompt(row, edit, i, Role.REWRITE, shared and i == 0) for i, row in enumerate(self.rewrite)]
+        if not shared:
+            rows.append(Prompt(self.kl, edit, 0, Role.KL))
         return rows + [Prompt(row, edit, i, Role.EXTRA) for i, row in enumerate(self.extra)]
 
     @property

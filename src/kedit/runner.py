@@ -46,6 +46,7 @@ class Prompt:
     edit: int
     context: int
     role: Role
+    subject: bool = False  # a rewrite prompt that begins as the KL prompt does is read in its place too
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -55,17 +56,18 @@ class Prompt:
         return self.row.ids[: self.row.lookup + 1] if self.role is Role.KL else self.row.ids
 
     @property
-    def reads(self) -> range:
-        """Positions whose logits are wanted."""
+    def last(self) -> int:
+        """Position at which regularizers read: the last token of the prompt."""
         if self.role is Role.REWRITE:
-            return range(self.row.prompt_last, len(self.row.ids) - 1)
-        last = self.row.lookup if self.role is Role.KL else len(self.row.ids) - 1
-        return range(last, last + 1)
+            return self.row.prompt_last
+        return self.row.lookup if self.role is Role.KL else len(self.row.ids) - 1
 
     @property
-    def last(self) -> int:
-        """Position at which regularizers read."""
-        return self.reads.start
+    def reads(self) -> list[int]:
+        """Positions whose logits are wanted, ascending."""
+        stop = len(self.row.ids) - 1 if self.role is Role.REWRITE else self.last + 1
+        found = list(range(self.last, stop))
+        return [self.row.lookup, *found] if self.subject and self.row.lookup < self.last else found
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Reads:
         weight: its share of the edit's NLL: 1 / (tokens of the target · contexts).
         bare: whether it belongs to the bare prompt.
         subject: [E], the positions that end the KL prompts.
-        last: [P], the first read position of each prompt.
+        last: [P], the position of each prompt at which regularizers read.
     """
 
     target: Tensor
@@ -153,15 +155,16 @@ class Reads:
         contexts = Counter(prompt.edit for prompt in wave.prompts if prompt.role is Role.REWRITE)
         count = 0
         for prompt in wave.prompts:
-            last.append(count)
+            first = count + prompt.reads.index(prompt.last)
+            last.append(first)
             if prompt.role is Role.REWRITE:
                 labels = prompt.row.labels
-                target += range(count, count + len(labels))
+                target += range(first, first + len(labels))
                 label += labels
                 edit += [prompt.edit] * len(labels)
                 weight += [1 / (len(labels) * contexts[prompt.edit])] * len(labels)
                 bare += [prompt.context == 0] * len(labels)
-            elif prompt.role is Role.KL:
+            if prompt.role is Role.KL or prompt.subject:
                 subject.append(count)
             count += len(prompt.reads)
         lists = (target, label, edit, bare, subject, last)
@@ -209,7 +212,7 @@ class Layout:
         """Lay ``wave`` out when ``skip[i]`` tokens of prompt i are left out and ``prefix`` stored keys stand first."""
         keep = torch.zeros((len(wave.prompts), width), dtype=torch.bool)
         for i, prompt in enumerate(wave.prompts):
-            keep[i, prompt.reads.start - skip[i] : prompt.reads.stop - skip[i]] = True
+            keep[i, [position - skip[i] for position in prompt.reads]] = True
 
         def tensor(values: Iterable[int]) -> Tensor:
             return torch.tensor(list(values), dtype=torch.int64, device=device)
