@@ -1,6 +1,6 @@
 """Edit facts in a model and save the patch.
 
-examples:
+Examples:
   kedit edit --prompt "{} works as a" --subject "Hulqui Gossam" --target-new pilot --regularizer sadr --out edit.safetensors
   kedit edit --model EleutherAI/gpt-j-6b --dtype bfloat16 --edits edits.jsonl --out edit.safetensors
 
