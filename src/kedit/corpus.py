@@ -71,7 +71,7 @@ def _default(model: PreTrainedModel) -> Corpus:
     except ConfigError as error:
         raise ConfigError(
             f"Second moments are estimated from Wikipedia by default, which cannot be read here: {error} Pass "
-            "moments={layer: C}, or estimate them from your own text with kedit.stats.estimate_moments (on the command line: "
+            "moments={layer: C}, or estimate them from your own text with kedit.second_moments (on the command line: "
             "--moments-corpus FILE)."
         ) from error
 

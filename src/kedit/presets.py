@@ -125,7 +125,7 @@ def find(editor: str, arch: ModelArch) -> Preset | None:
 
 def layer_span_rule(arch: ModelArch) -> tuple[int, ...]:
     """The blocks for the multi-layer editors where nothing is published: up to five, the last above ROME's choice."""
-    last = min(layer_rule(arch) + max(1, round(0.1 * arch.num_layers)), arch.num_layers - 2)
+    last = max(0, min(layer_rule(arch) + max(1, round(0.1 * arch.num_layers)), arch.num_layers - 2))
     count = min(5, max(1, arch.num_layers // 5))
     return tuple(range(max(0, last - count + 1), last + 1))
 

@@ -77,5 +77,5 @@ def test_no_such_file_without_the_datasets_package(monkeypatch):
 
 def test_no_default_corpus_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"Wikipedia.*moments=\{layer: C\}.*estimate_moments.*--moments-corpus"):
+    with pytest.raises(ConfigError, match=r"Wikipedia.*moments=\{layer: C\}.*second_moments.*--moments-corpus"):
         as_corpus(None, tiny_model("gpt2"))

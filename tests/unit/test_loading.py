@@ -1,0 +1,94 @@
+"""kedit.load: any folder written by save_pretrained, and a sentence where it cannot be loaded."""
+
+import shutil
+
+import pytest
+import torch
+
+import kedit
+from kedit.errors import ArchitectureError
+from models import MODEL_TYPES, tiny_model, tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny model and its tokenizer on disk."""
+
+    def save(model_type="gpt2", kind="plain", **options):
+        tiny_model(model_type, **options).save_pretrained(tmp_path / "model")
+        tokenizer(kind).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return save
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos", "nopad"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_model_and_tokenizer_are_those_that_were_saved(folder, model_type, kind):
+    path = folder(model_type, kind)
+    model, tok = kedit.load(path)
+    assert not model.training
+    original = tiny_model(model_type).state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
+    texts = ["Ada Lovelace works in 東京  now.", " a\tb", "x's -- 1984!"]
+    assert tok(texts)["input_ids"] == tokenizer(kind)(texts)["input_ids"]
+    assert tok.is_fast
+
+
+def test_dtype_is_as_stored_or_as_asked(folder):
+    path = folder(dtype=torch.bfloat16)
+    assert kedit.load(path)[0].dtype == torch.bfloat16
+    assert kedit.load(str(path), dtype=torch.float32)[0].dtype == torch.float32
+    assert kedit.load(path, dtype="float64")[0].dtype == torch.float64
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ArchitectureError, match="save_pretrained"):
+        kedit.load(tmp_path)
+    with pytest.raises(ArchitectureError, match="no/such/folder/at/all"):
+        kedit.load(tmp_path / "no/such/folder/at/all", local_files_only=True)
+
+
+@pytest.mark.parametrize("damage", ["config", "weights", "truncated", "tokenizer", "no tokenizer", "type"])
+def test_damaged_folders(folder, damage):
+    path = folder()
+    match damage:
+        case "config":
+            (path / "config.json").write_text("{")
+        case "weights":
+            (path / "model.safetensors").unlink()
+        case "truncated":
+            content = (path / "model.safetensors").read_bytes()
+            (path / "model.safetensors").write_bytes(content[:1000])
+        case "tokenizer":
+            (path / "tokenizer.json").write_text("{}")
+        case "no tokenizer":
+            for file in path.glob("tokenizer*"):
+                file.unlink()
+        case "type":
+            (path / "config.json").write_text('{"model_type": "no_such_type"}')
+    with pytest.raises(ArchitectureError, match=r"Cannot load .*model"):
+        kedit.load(path)
+
+
+@pytest.mark.parametrize("name", ["stories260K", "stories3M"])
+def test_real_checkpoint(test_data, name):
+    model, tok = kedit.load(test_data / "models" / name)
+    ids = tok("Once upon a time there was a little girl named", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        said = tok.decode(model(ids).logits[0, -1].argmax())
+    assert said.strip() == {"stories260K": "Lily", "stories3M": "Lucy"}[name]
+
+
+def test_qwen2_folder_keeps_the_tokenizer_its_file_describes(test_data, tmp_path):
+    """AutoTokenizer goes by the type in config.json; it must not build another class than the file says."""
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    for source, sample in [("tokenizers/qwen2", "Zoe\u0301 was born in 1984"), ("models/stories260K", "Once upon 12")]:
+        for file in (test_data / source).iterdir():
+            if file.name.startswith("tokenizer"):
+                shutil.copy(file, tmp_path / file.name)
+                (tmp_path / file.name).chmod(0o644)
+        from tokenizers import Tokenizer
+
+        expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(sample).ids
+        assert kedit.load(tmp_path)[1](sample)["input_ids"] == expected
