@@ -16,10 +16,12 @@ _NAMES = {
     "AlphaEdit": "kedit.editors.alphaedit",
     "EMMET": "kedit.editors.memit",
     "Edit": "kedit.edit",
+    "EditCase": "kedit.evaluation.cases",
     "EditPatch": "kedit.patch",
     "EditResult": "kedit.result",
     "Editor": "kedit.editors.base",
     "FT": "kedit.editors.ft",
+    "EvalReport": "kedit.evaluation.report",
     "KEditError": "kedit.errors",
     "MEMIT": "kedit.editors.memit",
     "PMET": "kedit.editors.memit",
@@ -28,6 +30,7 @@ _NAMES = {
     "SADR": "kedit.regularizers.sadr",
     "SecondMoments": "kedit.moments",
     "editor": "kedit.editors",
+    "evaluate": "kedit.evaluation.api",
     "load": "kedit.loading",
     "second_moments": "kedit.stats",
 }
@@ -44,6 +47,9 @@ if TYPE_CHECKING:
     from kedit.editors.rome import ROME as ROME
     from kedit.editors.rome import RROME as RROME
     from kedit.errors import KEditError as KEditError
+    from kedit.evaluation.api import evaluate as evaluate
+    from kedit.evaluation.cases import EditCase as EditCase
+    from kedit.evaluation.report import EvalReport as EvalReport
     from kedit.loading import load as load
     from kedit.moments import SecondMoments as SecondMoments
     from kedit.patch import EditPatch as EditPatch

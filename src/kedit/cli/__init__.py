@@ -16,6 +16,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "kedit.cli.demo",
     "edit": "kedit.cli.edit",
+    "eval": "kedit.cli.eval",
     "stats": "kedit.cli.stats",
 }
 

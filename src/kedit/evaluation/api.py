@@ -1,0 +1,100 @@
+"""``evaluate``: every case before and after its edit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kedit.editors import editor as make_editor
+from kedit.editors.base import Editor
+from kedit.errors import ConfigError
+from kedit.evaluation.cases import EditCase, check_cases
+from kedit.evaluation.examine import Extent
+from kedit.evaluation.journal import Journal
+from kedit.evaluation.metrics import METRICS
+from kedit.evaluation.report import EvalReport
+from kedit.evaluation.runner import CHUNK, Mode, Run
+from kedit.regularizers import Choice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Iterable[EditCase],
+    editor: str | Editor | None = "rome",
+    regularizer: Choice = None,
+    mode: Mode = "single",
+    *,
+    out: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    metrics: Sequence[str] | None = None,
+    chunk: int = CHUNK,
+    batch_size: int = 1,
+    **extent: Any,
+) -> EvalReport:
+    """Ask every case's probes before and after its edit; the model is unedited again when this returns or raises.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its fast tokenizer.
+        cases: what to edit and to ask; see :func:`kedit.data.load_cases`.
+        editor: a name, an editor of this very model, or ``None`` for the unedited model alone.
+        regularizer: as in :meth:`Editor.apply`.
+        mode: ``"single"``: each case alone on the unedited model; ``"batch"``: all at once; ``"sequential"``: one
+            after the other, ``batch_size`` cases at a time, all asked at the end.
+        out: folder for records and report; a run that was interrupted there goes on where it stopped.
+        config: the editor's hyper-parameters, where it is given by name.
+        metrics: names of the figures to report; all that have values if not given.
+        chunk: cases whose values are optimised together in single mode.
+        batch_size: cases per step of a sequence.
+        extent: what is measured beside the likelihoods: the fields of :class:`~kedit.evaluation.examine.Extent`
+            (``exact``, ``generate``, ``attention``, ``texts``, ...).
+
+    Raises:
+        EditError: a case is malformed or does not fit the model; ``out`` holds another run.
+        UnknownNameError: there is no such editor, regularizer or metric.
+    """
+    for name in metrics or ():
+        METRICS[name]
+    chosen = check_cases(cases)
+    made = _editor(model, tokenizer, editor, config)
+    run = Run(model, tokenizer, chosen, made, regularizer, mode, _extent(extent), chunk, batch_size)
+    journal = None if out is None else Journal(out, run.identity())
+    records = run.go(journal)
+    report = EvalReport(records, run.meta(), tuple(metrics) if metrics is not None else None)
+    if out is not None:
+        report.save(out)
+    return report
+
+
+def _editor(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    editor: str | Editor | None,
+    config: Mapping[str, Any] | None,
+) -> Editor | None:
+    if isinstance(editor, str):
+        return make_editor(editor, model, tokenizer, **(config or {}))
+    if config:
+        raise ConfigError("config belongs to an editor given by name; an editor object has its own.")
+    if editor is not None and editor.model is not model:
+        raise ConfigError("The editor was made for another model object. Make it with the model that is evaluated.")
+    return editor
+
+
+def _extent(fields: Mapping[str, Any]) -> Extent:
+    given = dict(fields)
+    if isinstance(given.get("texts"), str):
+        given["texts"] = (given["texts"],)
+    given["texts"] = tuple(given.get("texts") or ())
+    try:
+        return Extent(**given)
+    except TypeError as error:
+        known = ", ".join(Extent.__dataclass_fields__)
+        raise ConfigError(
+            f"evaluate() does not know {', '.join(sorted(set(given) - set(Extent.__dataclass_fields__)))}. It measures {known}."
+        ) from error

@@ -1,0 +1,323 @@
+"""Editing and asking, case by case or all at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from kedit.edit import Edit
+from kedit.editors.base import Editor
+from kedit.errors import ConfigError, EditError, KEditError
+from kedit.evaluation.cases import EditCase, drop_edited
+from kedit.evaluation.environment import describe_model, environment
+from kedit.evaluation.examine import Examiner, Extent
+from kedit.evaluation.journal import Journal, digest
+from kedit.evaluation.metrics import METRICS
+from kedit.evaluation.scores import CaseRecord, CaseScore
+from kedit.fingerprint import tensor_fingerprint
+from kedit.ledger import Ledger
+from kedit.patch import EditPatch
+from kedit.pipeline import describe
+from kedit.progress import Progress
+from kedit.regularizers import Choice, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Mode = Literal["single", "batch", "sequential"]
+CHUNK = 32  # cases whose values are optimised together in single mode
+RUNNING = ("es", "ps", "ns", "rs", "dns")  # shown while it runs
+
+
+class Run:
+    """One evaluation: what is edited and asked, in which mode."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cases: list[EditCase],
+        editor: Editor | None,
+        regularizer: Choice,
+        mode: str,
+        extent: Extent,
+        chunk: int,
+        batch_size: int,
+    ) -> None:
+        if mode not in ("single", "batch", "sequential"):
+            raise ConfigError(f"mode is 'single', 'batch' or 'sequential', not {mode!r}.")
+        if chunk < 1 or batch_size < 1:
+            raise ConfigError(f"chunk and batch_size must be at least 1, not {chunk} and {batch_size}.")
+        self.model, self.editor, self.mode, self.extent = model, editor, mode, extent
+        self.regularizers = resolve(regularizer)
+        if editor is None and self.regularizers:
+            raise ConfigError("Without an editor there is nothing to regularize. Name an editor, or no regularizer.")
+        self.chunk, self.batch_size = chunk, batch_size
+        self.dropped = 0
+        if mode != "single" and editor is not None:
+            cases, self.dropped = drop_edited(cases)
+        self.cases = cases
+        self.tokenizer = tokenizer
+        self.base = self._fingerprints()
+        self.settings: dict[str, Any] = {}
+        self.failures: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run."""
+        texts = digest(list(self.extent.texts))
+        return {
+            "cases": digest([case.to_dict() for case in self.cases]),
+            "model": digest([describe_model(self.model), self.base]),
+            "editor": None if self.editor is None else self.editor.name,
+            "config": None if self.editor is None else self.editor.config.to_dict(),
+            "contexts": None if self.editor is None else digest(list(self.editor.contexts)),
+            "regularizers": [describe(item) for item in self.regularizers],
+            "mode": self.mode,
+            "extent": {**asdict(self.extent), "texts": texts},
+            "chunk": self.chunk,
+            "batch_size": self.batch_size,
+        }
+
+    def meta(self) -> dict[str, Any]:
+        """What a report says about the run, beside its figures."""
+        return {
+            "editor": None if self.editor is None else self.editor.name,
+            "regularizers": self.settings.get("regularizers", [describe(item) for item in self.regularizers]),
+            "config": self.settings.get("config", None if self.editor is None else self.editor.config.to_dict()),
+            "mode": self.mode,
+            "cases": len(self.cases),
+            "dropped_probes": self.dropped,
+            "model": describe_model(self.model),
+            "weights_restored": self._fingerprints() == self.base,
+            "prepare_seconds": self.seconds.get("prepare", 0.0),
+            "environment": environment(),
+        }
+
+    def go(self, journal: Journal | None) -> list[CaseRecord]:
+        """All records, in the order of the cases."""
+        done = {} if journal is None else dict(journal.records)
+        if len(done) < len(self.cases):
+            with self._timed("prepare"):
+                examiner = Examiner(self.model, self.tokenizer, self.extent, self.cases)
+                if self.editor is not None:
+                    _ = self.editor.contexts, self.editor.needs_moments and self.editor.moments
+            work = self._single(examiner, done) if self._each_alone else self._joint(examiner, done, journal)
+            with Progress(len(self.cases), "evaluating", unit="case") as progress:
+                running = _Running()
+                for record in done.values():
+                    running.add(record)
+                progress.advance(len(done))
+                for record in work:
+                    done[record.id] = record
+                    if journal is not None:
+                        journal.append(record)
+                    running.add(record)
+                    progress.note(**running.figures())
+                    progress.advance()
+        return [done[case.id] for case in self.cases]
+
+    @property
+    def _each_alone(self) -> bool:
+        return self.mode == "single" or self.editor is None
+
+    def _single(self, examiner: Examiner, done: Mapping[str, CaseRecord]) -> Iterator[CaseRecord]:
+        """Chunks are the same in every run, so that a resumed one rounds alike; only what is missing is asked again."""
+        for start in range(0, len(self.cases), self.chunk):
+            cases = self.cases[start : start + self.chunk]
+            if all(case.id in done for case in cases):
+                continue
+            begin = time.perf_counter()
+            before = dict(zip([case.id for case in cases], examiner.before(cases), strict=True))
+            middle = time.perf_counter()
+            patches = self._propose(cases)
+            shared = {
+                "before": (middle - begin) / len(cases),
+                "edit": (time.perf_counter() - middle) / len(cases),
+            }
+            for case in cases:
+                if case.id not in done:
+                    yield self._after(examiner, case, before[case.id], patches.get(case.id), shared)
+
+    def _after(
+        self,
+        examiner: Examiner,
+        case: EditCase,
+        before: CaseScore,
+        patch: EditPatch | str | None,
+        shared: Mapping[str, float],
+    ) -> CaseRecord:
+        seconds = dict(shared)
+        if self.editor is None or isinstance(patch, str):
+            failure = patch if isinstance(patch, str) else None
+            return CaseRecord(
+                id=case.id, prompt=_title(case), before=before, after=before, seconds=seconds, failure=failure
+            )
+        start = time.perf_counter()
+        with self._edited(case, patch) as failure:
+            seconds["edit"] += time.perf_counter() - start
+            start = time.perf_counter()
+            after = before if failure else examiner.ask([case])[0]
+        seconds["after"] = time.perf_counter() - start
+        return CaseRecord(id=case.id, prompt=_title(case), before=before, after=after, seconds=seconds, failure=failure)
+
+    def _propose(self, cases: Sequence[EditCase]) -> dict[str, EditPatch | str]:
+        """A patch, or why there is none, for every case that writes one fact."""
+        alone = [case for case in cases if not case.more]
+        if self.editor is None or not alone:
+            return {}
+        try:
+            found = self.editor.propose([case.edit for case in alone], self.regularizers)
+            self._note(found[0])
+            return {case.id: patch for case, patch in zip(alone, found, strict=True)}
+        except ConfigError:
+            raise  # it would fail for every case
+        except KEditError:
+            pass
+        patches: dict[str, EditPatch | str] = {}
+        for case in alone:  # find the one that fails
+            try:
+                patches[case.id] = self.editor.propose(case.edit, self.regularizers)[0]
+            except KEditError as error:
+                patches[case.id] = str(error)
+        return patches
+
+    @contextmanager
+    def _edited(self, case: EditCase, patch: EditPatch | str | None) -> Iterator[str | None]:
+        """The edited model inside; yields why the edit failed, if it did."""
+        assert self.editor is not None
+        with ExitStack() as stack:
+            failure = None
+            try:
+                if patch is not None:
+                    assert isinstance(patch, EditPatch)
+                    patch.apply(self.model, force=True)
+                    stack.callback(patch.revert, self.model)
+                else:
+                    result = self.editor.apply(case.edits, self.regularizers)
+                    stack.callback(result.revert)
+                    self._note(result.patch)
+            except KEditError as error:
+                failure = str(error)
+            yield failure
+
+    def _joint(
+        self, examiner: Examiner, done: Mapping[str, CaseRecord], journal: Journal | None
+    ) -> Iterator[CaseRecord]:
+        """All facts written, then everything asked."""
+        start = time.perf_counter()
+        before: dict[str, CaseScore] = {}
+        for cases in self._chunks():
+            before |= {case.id: score for case, score in zip(cases, examiner.before(cases), strict=True)}
+        shared = {"before": (time.perf_counter() - start) / len(self.cases)}
+        with ExitStack() as stack:
+            shared["edit"] = self._write_all(stack, journal) / len(self.cases)
+            for cases in self._chunks():
+                if all(case.id in done for case in cases):
+                    continue
+                start = time.perf_counter()
+                after = examiner.ask(cases)
+                seconds = {**shared, "after": (time.perf_counter() - start) / len(cases)}
+                for case, score in zip(cases, after, strict=True):
+                    if case.id not in done:
+                        yield CaseRecord(
+                            id=case.id,
+                            prompt=_title(case),
+                            before=before[case.id],
+                            after=score,
+                            seconds=seconds,
+                            failure=self.failures.get(case.id),
+                        )
+
+    def _write_all(self, stack: ExitStack, journal: Journal | None) -> float:
+        """Make the joint edit, or take it from the interrupted run; seconds that it took."""
+        clean = not Ledger.of(self.model).touched
+        patches: list[EditPatch] = []
+        stack.callback(self._take_back, patches, clean)
+        known = None if journal is None else journal.load_patches()
+        if known is not None:
+            found, self.failures, seconds = known
+            for patch in found:
+                patches.append(patch)
+                patch.apply(self.model, force=patch is not found[0])
+            self._note(patches[0])
+            return seconds
+        start = time.perf_counter()
+        for patch in self._write_groups():
+            patches.append(patch)
+        if not patches:
+            raise EditError(f"No edit succeeded. The first: {next(iter(self.failures.values()), 'none was tried')}")
+        self._note(patches[0])
+        seconds = time.perf_counter() - start
+        if journal is not None:
+            journal.save_patches(patches, self.failures, seconds)
+        return seconds
+
+    def _write_groups(self) -> Iterator[EditPatch]:
+        assert self.editor is not None
+        size = len(self.cases) if self.mode == "batch" else self.batch_size
+        with Progress(len(self.cases), "editing") as progress:
+            for start in range(0, len(self.cases), size):
+                group = self.cases[start : start + size]
+                edits: list[Edit] = [edit for case in group for edit in case.edits]
+                try:
+                    yield self.editor.apply(edits, self.regularizers).patch
+                except KEditError as error:
+                    if self.mode == "batch":
+                        raise
+                    self.failures |= {case.id: str(error) for case in group}
+                progress.advance(len(group))
+
+    def _take_back(self, patches: Sequence[EditPatch], clean: bool) -> None:
+        """Revert; all at once where the model carried nothing before, since each single revert sums up all others."""
+        ledger = Ledger.of(self.model)
+        if clean:
+            ledger.revert_all()
+            return
+        for patch in reversed(patches):
+            if ledger.carries(patch):
+                patch.revert(self.model)
+
+    def _chunks(self) -> Iterator[list[EditCase]]:
+        for start in range(0, len(self.cases), self.chunk):
+            yield self.cases[start : start + self.chunk]
+
+    def _fingerprints(self) -> dict[str, str]:
+        if self.editor is None:
+            return {}
+        weights = [self.editor.arch.weight(layer) for layer in self.editor.config.layers]
+        return {weight.name: tensor_fingerprint(weight.parameter) for weight in weights}
+
+    def _note(self, patch: EditPatch) -> None:
+        """Keep the hyper-parameters that were really used."""
+        self.settings = {key: patch.provenance[key] for key in ("config", "regularizers") if key in patch.provenance}
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+class _Running:
+    """Figures of the finished cases, for the progress bar."""
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(RUNNING, 0.0)
+        self.counts = dict.fromkeys(RUNNING, 0)
+
+    def add(self, record: CaseRecord) -> None:
+        for name in RUNNING:
+            values = METRICS[name].values(record.after, record.before)
+            self.sums[name] += sum(values)
+            self.counts[name] += len(values)
+
+    def figures(self) -> dict[str, str]:
+        return {METRICS[n].label: f"{self.sums[n] / self.counts[n]:.1f}" for n in RUNNING if self.counts[n]}
+
+
+def _title(case: EditCase) -> str:
+    return "; ".join(f"{edit.text} → {edit.target_new}" for edit in case.edits)

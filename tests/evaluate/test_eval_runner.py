@@ -1,0 +1,330 @@
+"""The runner: what it restores, what it repeats, what a broken-off run leaves and how it goes on."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+import kedit.evaluation.runner as runner_module
+from kedit.edit import Edit
+from kedit.editors import editor as make_editor
+from kedit.errors import ConfigError, EditError, NonFiniteError, UnknownNameError
+from kedit.evaluation import EditCase, EvalReport, Kind, Probe, evaluate
+from kedit.ledger import Ledger
+from models import moments, tiny_model, tokenizer
+
+NAMES = ["Ada Lovelace", "Danielle Darrieux", "Quentin", "Michel Rocard", "Roger Nimier"]
+TOWNS = ["Paris", "Rome and London", "Madrid", "Oslo"]
+
+
+def make_cases(count: int = 5) -> list[EditCase]:
+    cases = []
+    for i in range(count):
+        name, new, true = NAMES[i % 5], TOWNS[i % 4], TOWNS[(i + 1) % 4]
+        other = NAMES[(i + 1) % 5]
+        probes = [
+            Probe(kind=Kind.PARAPHRASE, prompt=f"The home of {name} is", right=new, wrong=true),
+            Probe(kind=Kind.NEIGHBOUR, prompt=f"{other} stays in", right=true, wrong=new),
+            Probe(kind=Kind.RELATION, prompt=f"{name} works as a", right="teacher", wrong=new),
+            Probe(kind=Kind.GENERATION, prompt=f"{name} often"),
+        ]
+        edit = Edit(f"In {i} years {{}} lives in", name, new, true)
+        cases.append(EditCase.of(f"case {i}", edit, probes, references=(f"{new} is a town.",)))
+    return cases
+
+
+def make(name: str = "rome", **fields):
+    model, tok = tiny_model("gpt2"), tokenizer("plain")
+    settings = {"layers": 1, "steps": 3, "lr": 0.3, **fields}
+    layers = settings["layers"] if isinstance(settings["layers"], tuple) else (settings["layers"],)
+    editor = make_editor(
+        name,
+        model,
+        tok,
+        moments={layer: moments(112, layer) for layer in layers},
+        contexts=["{}", "So. {}"],
+        **settings,
+    )
+    return model, tok, editor
+
+
+def weights(model) -> dict:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(model, before) -> bool:
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def facts(report: EvalReport) -> dict:
+    """Everything but the time."""
+    records = [dataclasses.replace(record, seconds={}).to_dict() for record in report.records]
+    summary = report.summary()
+    del summary["seconds"]
+    summary["run"].pop("prepare_seconds")
+    return {"records": records, **summary}
+
+
+@pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
+@pytest.mark.parametrize("name", ["rome", "memit"])
+def test_the_model_is_as_before_and_the_figures_are_those_of_the_edited_one(mode, name):
+    model, tok, editor = make(name, layers=(1, 2) if name == "memit" else 1)
+    cases = make_cases(3)
+    before = weights(model)
+    report = evaluate(model, tok, cases, editor, mode=mode)
+    assert same(model, before)
+    assert not Ledger.of(model).touched
+    assert report.meta["weights_restored"] is True
+    assert not report.failures
+    # the same by hand: edit, ask, compare
+    groups = [[case] for case in cases] if mode == "single" else [cases]
+    for group in groups:
+        if mode == "sequential":
+            results = [editor.apply(case.edit) for case in group]
+        else:
+            results = [editor.apply([case.edit for case in group])]
+        unedited = evaluate(model, tok, cases, None)
+        for case, record in zip(cases, report.records, strict=True):
+            if case in group:
+                hand = unedited.records[cases.index(case)].after
+                for mine, plain in zip(record.after.probes, hand.probes, strict=True):
+                    if mine.right is not None:
+                        assert mine.right.nll == pytest.approx(plain.right.nll, abs=1e-4)
+        for result in reversed(results):
+            result.revert()
+    assert any(record.before != record.after for record in report.records)
+
+
+def test_an_unedited_run_changes_nothing():
+    model, tok, _ = make()
+    report = evaluate(model, tok, make_cases(), None, texts="Ada lives in Paris. " * 5, attention=True, generate=4)
+    assert all(record.before == record.after for record in report.records)
+    assert report["kl_drift"].value == 0.0
+    assert report["attention_drift"].value == 0.0
+    assert report.meta["editor"] is None
+
+
+def test_everything_that_can_be_measured_is_there():
+    model, tok, editor = make()
+    report = evaluate(model, tok, make_cases(), editor, texts=("Ada lives in Paris. " * 5,), attention=True, generate=8)
+    from kedit.evaluation.metrics import chosen
+
+    no_probes = {"alias_success", "commonsense", "portability_acc", "portability_all", "portability_exact"}
+    assert set(report.figures) == {metric.name for metric in chosen()} - no_probes
+    assert report["kl_drift"].value > 0
+    assert report["attention_drift"].value > 0
+    for found in report.figures.values():
+        for value in found.values():
+            assert value.n >= 1
+            assert value.low <= value.value <= value.high
+    assert report["rs"].n == 5
+    with pytest.raises(EditError, match="commonsense"):
+        report["commonsense"]
+
+
+@pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
+@pytest.mark.parametrize("stop_after", [0, 1, 3])
+def test_an_interrupted_run_goes_on_and_gives_the_same_report(tmp_path, monkeypatch, mode, stop_after):
+    model, tok, editor = make()
+    cases = make_cases()
+    before = weights(model)
+    whole = evaluate(model, tok, cases, editor, None, mode, out=tmp_path / "whole", chunk=2)
+    append = runner_module.Journal.append
+
+    def breaks(self, record):
+        if len(self.records) == stop_after:
+            raise KeyboardInterrupt
+        append(self, record)
+
+    out = tmp_path / "parts"
+    monkeypatch.setattr(runner_module.Journal, "append", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tok, cases, editor, None, mode, out=out, chunk=2)
+    assert same(model, before)
+    assert not Ledger.of(model).touched
+    monkeypatch.undo()
+    if stop_after:
+        with (out / "records.jsonl").open("a") as file:
+            file.write('{"id": "case 4", "prom')  # a line that was being written
+    asked = []
+    ask = runner_module.Examiner.ask
+    monkeypatch.setattr(runner_module.Examiner, "ask", lambda self, group: asked.append(len(group)) or ask(self, group))
+    again = evaluate(model, tok, cases, editor, None, mode, out=out, chunk=2)
+    assert facts(again) == facts(whole)
+    assert (out / "summary.md").read_text().split("Time:")[0] == (tmp_path / "whole/summary.md").read_text().split(
+        "Time:"
+    )[0]
+    if mode == "single":
+        assert asked.count(1) == 5 - stop_after + (1 if stop_after < 5 else 0)  # the rest, and the last chunk's before
+    assert same(model, before)
+
+
+def test_a_finished_run_is_read_back_without_the_model_running(tmp_path, monkeypatch):
+    model, tok, editor = make()
+    whole = evaluate(model, tok, make_cases(), editor, out=tmp_path)
+    monkeypatch.setattr(runner_module, "Examiner", None)
+    again = evaluate(model, tok, make_cases(), editor, out=tmp_path)
+    assert [record.to_dict() for record in again.records] == [record.to_dict() for record in whole.records]
+    assert EvalReport.load(tmp_path).figures == whole.figures
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    model, tok, editor = make()
+    evaluate(model, tok, make_cases(3), editor, out=tmp_path)
+    with pytest.raises(EditError, match=r"another run \(its cases differ\)"):
+        evaluate(model, tok, make_cases(4), editor, out=tmp_path)
+    _, _, other = make(steps=4)
+    with pytest.raises(EditError, match=r"another run \(its config differ\)"):
+        evaluate(other.model, tok, make_cases(3), other, out=tmp_path)
+
+
+def test_chunks_do_not_change_the_figures_beyond_rounding():
+    model, tok, editor = make()
+    one, many = (evaluate(model, tok, make_cases(), editor, chunk=chunk) for chunk in (1, 5))
+    for a, b in zip(one.records, many.records, strict=True):
+        for left, right in zip(a.after.probes, b.after.probes, strict=True):
+            if left.right is not None:
+                assert left.right.nll == pytest.approx(right.right.nll, abs=2e-3)
+
+
+def test_single_edits_go_through_propose(monkeypatch):
+    model, tok, editor = make()
+    sizes = []
+    propose = editor.propose
+    monkeypatch.setattr(editor, "propose", lambda edits, reg: sizes.append(len(edits)) or propose(edits, reg))
+    monkeypatch.setattr(editor, "apply", None)
+    evaluate(model, tok, make_cases(), editor, chunk=3)
+    assert sizes == [3, 2]
+
+
+def test_a_failing_edit_is_named_and_counts_as_unedited(monkeypatch):
+    model, tok, editor = make()
+    propose = editor.propose
+
+    def fails(edits, regularizer=None):
+        chosen = [edits] if isinstance(edits, Edit) else list(edits)
+        if any(edit.subject == NAMES[2] for edit in chosen):
+            raise NonFiniteError("The loss is not finite.")
+        return propose(edits, regularizer)
+
+    monkeypatch.setattr(editor, "propose", fails)
+    report = evaluate(model, tok, make_cases(), editor)
+    assert report.failures == {"case 2": "The loss is not finite."}
+    assert report.records[2].before == report.records[2].after
+    assert report.records[1].before != report.records[1].after
+    assert "1 edits failed" in report.to_markdown()
+
+
+def test_a_wrong_configuration_is_no_failing_edit():
+    model, tok, _ = make()
+    with pytest.raises(ConfigError, match="regularizer"):
+        evaluate(model, tok, make_cases(), "ft", "sadr", config={"layers": (1,)}, chunk=2)
+
+
+def test_a_case_of_several_edits_writes_them_all():
+    model, tok, editor = make()
+    before = weights(model)
+    more = (Edit("{} is the capital of", "Paris", "Spain"),)
+    case = dataclasses.replace(make_cases(1)[0], more=more)
+    alone, both = (evaluate(model, tok, [one], editor) for one in (make_cases(1)[0], case))
+    assert alone.records[0].before == both.records[0].before
+    assert alone.records[0].after != both.records[0].after
+    assert "Spain" in both.records[0].prompt
+    assert same(model, before)
+
+
+def test_patches_that_the_model_carries_stay(tmp_path):
+    model, tok, editor = make()
+    earlier = editor.apply(Edit("{} sings", "Zoe", "loudly"))
+    carried = weights(model)
+    for mode in ("single", "batch", "sequential"):
+        evaluate(model, tok, make_cases(3), editor, mode=mode, out=tmp_path / mode)
+        assert same(model, carried)
+    earlier.revert()
+
+
+def test_a_joint_run_leaves_out_probes_of_edited_facts():
+    model, tok, editor = make()
+    cases = make_cases(2)
+    asks = Probe(kind=Kind.NEIGHBOUR, prompt=cases[1].edit.text, right="Madrid", wrong="Oslo")
+    cases[0] = dataclasses.replace(cases[0], probes=(*cases[0].probes, asks))
+    assert evaluate(model, tok, cases, editor).meta["dropped_probes"] == 0
+    report = evaluate(model, tok, cases, editor, mode="batch")
+    assert report.meta["dropped_probes"] == 1
+    assert "1 probes left out" in report.to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mode": "parallel"}, ConfigError, "mode is"),
+        ({"chunk": 0}, ConfigError, "chunk"),
+        ({"generation": 3}, ConfigError, "does not know .*generation"),
+        ({"editor": None, "regularizer": "sadr"}, ConfigError, "nothing to regularize"),
+        ({"editor": "rime"}, UnknownNameError, "rome"),
+        ({"metrics": ["rss"]}, UnknownNameError, "rs"),
+        ({"config": {"steps": 3}}, ConfigError, "its own"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(options, error, message):
+    model, tok, editor = make()
+    with pytest.raises(error, match=message):
+        evaluate(model, tok, make_cases(2), **{"editor": editor, **options})
+    other, _, _ = make()
+    with pytest.raises(ConfigError, match="another model"):
+        evaluate(other, tok, make_cases(2), editor)
+
+
+def test_a_probe_that_does_not_fit_names_its_case():
+    model, tok, editor = make()
+    long = Probe(kind=Kind.ALIAS, prompt="word " * 300, right="Paris")
+    case = dataclasses.replace(make_cases(1)[0], probes=(long,))
+    with pytest.raises(EditError, match=r"Case 'case 0': .*context window"):
+        evaluate(model, tok, [case], editor)
+
+
+def test_the_report_in_all_its_forms(tmp_path):
+    model, tok, editor = make()
+    report = evaluate(model, tok, make_cases(), editor, out=tmp_path, metrics=["es", "rs", "rewrite_exact"])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["metrics"]) == ["es", "rs", "rewrite_exact"]
+    assert summary["metrics"]["rs"]["after"]["n"] == 5
+    assert torch.__version__.startswith(summary["run"]["environment"]["torch"].split("+")[0])
+    table = (tmp_path / "summary.md").read_text()
+    assert "| RS ↑ | " in table
+    assert "EasyEdit" not in table
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<svg") == 1
+    assert not re.findall(r'(?:src|href)="http', html)
+    assert "<script" not in html
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 5
+    for text in (table, html, json.dumps(summary)):
+        assert str(tmp_path) not in text
+    assert "ES" in repr(report)
+
+
+def test_html_escapes_what_comes_from_data():
+    model, tok, editor = make()
+    edit = Edit("{} lives in", "<b>Ada</b>", "<script>x</script>", "Rome")
+    html = evaluate(model, tok, [EditCase.of("<i>", edit)], editor).to_html()
+    assert "<script>" not in html
+    assert "<b>" not in html
+
+
+def test_two_runs_are_compared_case_by_case():
+    model, tok, editor = make()
+    cases = make_cases()
+    plain, long = evaluate(model, tok, cases, editor), evaluate(model, tok, cases, make_again(editor, steps=8))
+    found = long.compare(plain, ["em", "rs"])
+    assert found["em"].value == pytest.approx(long["em"].value - plain["em"].value)
+    assert found["em"].value > 0
+    assert plain.compare(plain, ["em"])["em"].high == 0.0
+    with pytest.raises(EditError, match="different cases"):
+        plain.compare(evaluate(model, tok, cases[:3], editor))
+
+
+def make_again(editor, **fields):
+    config = editor.config.replace(**fields)
+    return type(editor)(editor.model, editor.tokenizer, config, moments=editor.moments, contexts=editor.contexts)
