@@ -25,7 +25,7 @@ GAMMA = 0.5
 COLUMNS = ("total", "nll", "kl", "weight_decay", "sadr")
 
 # Chosen so that δ is clamped, the mask of SADR opens, and edits stop at different steps.
-CONFIG = {"steps": 5, "lr": 0.5, "weight_decay": 0.5, "kl_factor": 0.0625, "clamp": 1.0, "stop_loss": 5.8}
+CONFIG = {"steps": 5, "lr": 0.5, "weight_decay": 0.5, "kl_factor": 0.0625, "clamp": 1.0, "stop_loss": 5.75}
 
 
 EVERY = tuple(EDITS.values())
@@ -224,10 +224,10 @@ def test_pmet_settles(kl_factor):
 def test_emmet(model_type):
     case = Case(model_type, edits=FEW)
     with TrueFloat64():
-        arguments = ([1], case.moments, 2.0, 0.1, hyper())
+        arguments = ([1], case.moments, 2.0, 0.1, hyper(stop=0.0))
         batch = emmet.emmet(case.model, case.requests, *arguments)
         single = emmet.emmet(case.model, case.requests[:1], *arguments)  # without λ
-        editor = case.editor("emmet", (1,), alpha=2.0, ridge=0.1)
+        editor = case.editor("emmet", (1,), alpha=2.0, ridge=0.1, stop_loss=0.0)
         patch = apply(case, editor)
         (first,) = editor.propose(case.edits[:1])
     assert_updates(patch, batch.updates)
@@ -244,12 +244,12 @@ def test_alphaedit(model_type):
     with TrueFloat64():
         with memit.weights_kept(case.model, list(SPREAD)):
             for requests, _ in halves:
-                arguments = (case.moments, 2.0, hyper(), past, threshold)
+                arguments = (case.moments, 2.0, hyper(stop=0.0), past, threshold)
                 step = alphaedit.alphaedit(case.model, requests, list(SPREAD), *arguments)
                 memit.write_updates(case.model, step.spread.updates)
                 expected.append(step.spread.updates)
                 past = step.past
-        editor = case.editor("alphaedit", SPREAD, l2=2.0, threshold=threshold, relative=False)
+        editor = case.editor("alphaedit", SPREAD, l2=2.0, threshold=threshold, relative=False, stop_loss=0.0)
         for _, edits in halves:
             results.append(editor.apply(edits))
     assert_updates(results[0].patch, expected[0])
