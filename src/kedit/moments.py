@@ -144,9 +144,9 @@ class Accumulator:
         """Add the keys [n, I] of one batch."""
         keys = keys.to(self.total.dtype)
         half = 0 if self.counts[0] <= self.counts[1] else 1
+        self.counts[half] += len(keys)  # first, so that the counts tell where Ctrl-C left the sums half done
         self.total.addmm_(keys.T, keys)
         self._sketches[half] += keys.T @ (keys @ self._signs)
-        self.counts[half] += len(keys)
 
     def state(self) -> dict[str, Tensor]:
         """What :meth:`restore` needs to go on."""

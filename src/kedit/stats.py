@@ -83,7 +83,8 @@ def estimate_moments(
             if layer in paths:
                 _write(paths[layer], found[layer])
         if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
+            with suppress(OSError):
+                checkpoint.unlink(missing_ok=True)
     for layer, moment in found.items():
         moment.warn_if_scarce(layer)
     return SecondMoments(found)

@@ -192,9 +192,8 @@ def test_layers_where_nothing_can_drift_are_refused():
 
 
 def test_without_gamma_it_says_so():
-    rows = captured(attention(1))
     with pytest.raises(ConfigError, match=r"γ is not published.*SADR\(gamma="):
-        SADR().penalty(rows, rows)
+        SADR().needs(Site(2))
 
 
 @pytest.mark.parametrize(

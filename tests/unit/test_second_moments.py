@@ -224,7 +224,7 @@ def test_cache_that_cannot_be_written_is_no_error(setting, tmp_path, monkeypatch
     monkeypatch.setenv("KEDIT_CACHE", str(blocked))
     with caplog.at_level(logging.WARNING, "kedit"):
         found = estimate_moments(arch, tok, [1], texts, tokens=300)
-    assert "could not be cached" in caplog.text
+    assert "could not be kept" in caplog.text
     assert found[1].tokens == 300
     assert blocked.read_text() == "in the way"
 
@@ -303,6 +303,54 @@ def test_model_is_left_as_it_was_also_after_interruption(setting, monkeypatch):
     assert [module.training for module in model.modules()] == flags
     assert all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_interrupted_estimate_goes_on_with_the_same_result(setting, monkeypatch, cache):
+    model, arch, tok, texts = setting
+    monkeypatch.setattr("kedit.stats.TOKENS_PER_PASS", 50)
+    whole = estimate_moments(arch, tok, [1, 3], texts, tokens=400, cache=False)
+    forward, runs = model.forward, []
+
+    def interrupted(*args, **kwargs):
+        runs.append(1)
+        if len(runs) == 4:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        estimate_moments(arch, tok, [1, 3], texts, tokens=400)
+    assert len(list(cache.iterdir())) == 1
+    before = len(runs)
+    rest = estimate_moments(arch, tok, [1, 3], texts, tokens=400)
+    passes = len(runs) - before
+    assert all(torch.equal(rest[i].matrix, whole[i].matrix) and rest[i].figures() == whole[i].figures() for i in (1, 3))
+    runs.clear()
+    runs += [1] * 10
+    estimate_moments(arch, tok, [1, 3], texts, tokens=400, cache=False)
+    assert len(runs) - 10 == passes + 3, "the first three batches were not run again"
+    assert len(list(cache.iterdir())) == 2, "what was kept for going on is gone"
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_interruption_in_the_middle_of_a_sum_is_not_kept(setting, monkeypatch, cache, layer):
+    """Ctrl-C during a matrix product arrives right after it: the batch is in the sum then."""
+    _, arch, tok, texts = setting
+    monkeypatch.setattr("kedit.stats.TOKENS_PER_PASS", 50)
+    whole = estimate_moments(arch, tok, [1, 3], texts, tokens=400, cache=False)
+    addmm, calls = torch.Tensor.addmm_, []
+
+    def interrupted(*args):
+        calls.append(1)
+        addmm(*args)
+        if len(calls) == (5 if layer == 1 else 6):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        estimate_moments(arch, tok, [1, 3], texts, tokens=400)
+    again = estimate_moments(arch, tok, [1, 3], texts, tokens=400)
+    assert all(torch.equal(again[i].matrix, whole[i].matrix) for i in (1, 3))
 
 
 def test_only_blocks_up_to_the_highest_layer_run(setting):

@@ -72,7 +72,16 @@ class SADR:
             object.__setattr__(self, "layers", layers)
 
     def needs(self, site: Site) -> Needs:
-        """Attention rows of the blocks above the edit, within ``layers``."""
+        """Attention rows of the blocks above the edit, within ``layers``.
+
+        Raises:
+            ConfigError: γ is neither given nor in a preset, or ``layers`` end below the edit.
+        """
+        if self.gamma is None:
+            raise ConfigError(
+                "SADR's γ is not published for this editor and model. Give it: regularizer=kedit.SADR(gamma=...), or --gamma. "
+                "It does not carry over from other models; try values from 1e-3 up and watch the sadr column of the log."
+            )
         above = site.layer if site.kind == "attention" else site.layer + 1
         first, last = self.layers if self.layers is not None else (above, None)
         if last is not None and last < above:
@@ -83,11 +92,7 @@ class SADR:
 
     def penalty(self, now: Captured, before: Captured) -> Tensor:
         """γ · mean over contexts of the (selected) drift, [E]."""
-        if self.gamma is None:
-            raise ConfigError(
-                "SADR's γ is not published for this editor and model. Give it: regularizer=kedit.SADR(gamma=...), or --gamma. "
-                "It does not carry over from other models; try values from 1e-3 up and watch the sadr column of the log."
-            )
+        assert self.gamma is not None, "needs() has seen to it"
         return self.gamma * self.drift(now.rewrite, before.rewrite, now.num_edits)
 
     def drift(self, now: Rows, before: Rows, num_edits: int) -> Tensor:
