@@ -1,0 +1,265 @@
+"""The quality suite: what is run, with which hyper-parameters, and how the tables are written.
+
+Hyper-parameters are chosen on one half of the cases and used on the other. Every run is an ordinary resumable
+``kedit.evaluate`` into ``--runs``, so a suite that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kedit
+from kedit import presets
+from kedit.arch import ModelArch
+from kedit.data import load_cases
+from kedit.editors import EDITORS
+from kedit.editors import editor as make_editor
+from kedit.editors.base import Editor
+from kedit.errors import ConfigError
+from kedit.evaluation.environment import describe_model, environment
+from kedit.evaluation.journal import digest
+from kedit.evaluation.statistics import Estimate
+from kedit.pipeline import describe
+from kedit.regularizers import resolve
+
+GAMMAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+FIVE = ("es", "ps", "ns", "rs", "dns")
+ADR = "ADR (all heads)"
+GENERATE = 30  # tokens, for fluency
+
+
+@dataclass
+class Bench:
+    """Model, cases of both halves, and where results go."""
+
+    model: Any
+    tokenizer: Any
+    dev: list[kedit.EditCase]
+    test: list[kedit.EditCase]
+    large: list[kedit.EditCase]
+    results: Path
+    runs: Path
+    names: list[str]
+    added: list[str]
+    embedded: bool
+    corpus: str | None = None
+    editors: dict[str, Editor] = field(default_factory=dict)
+    gammas: dict[str, float] = field(default_factory=dict)
+    weights: str = ""
+
+    @classmethod
+    def of(cls, config: Any) -> Bench:
+        """From pytest's options."""
+        name, data, count = config.getoption("model"), config.getoption("data"), config.getoption("cases")
+        few, most = config.getoption("dev_cases"), config.getoption("largest")
+        if (name is None) != (data is None):
+            raise ConfigError("Give --model and --data together, or neither for the embedded model and its world.")
+        if name is None:
+            model, tokenizer = kedit.load()
+            dev, test, large = _world(few, count, most)
+        else:
+            placed = {"device_map": config.getoption("device_map")} if config.getoption("device_map") else {}
+            model, tokenizer = kedit.load(name, dtype=config.getoption("dtype"), **placed)
+            cases = load_cases(data).cases
+            half = len(cases) // 2
+            dev, test, large = cases[:half][:few], cases[half:][:count], cases[half:][:most]
+        chosen = config.getoption("editors")
+        made = cls(
+            model=model,
+            tokenizer=tokenizer,
+            dev=dev,
+            test=test,
+            large=large,
+            results=Path(config.getoption("results")),
+            runs=Path(config.getoption("runs")),
+            names=chosen.split(",") if chosen else list(EDITORS),
+            added=list(config.getoption("add_regularizer")),
+            embedded=name is None,
+            corpus=config.getoption("moments_corpus"),
+        )
+        made.results.mkdir(parents=True, exist_ok=True)
+        made.weights = _hash(model)
+        return made
+
+    def editor(self, name: str) -> Editor:
+        """The editor with its preset, or with the layer that serves best on the development half."""
+        if name not in self.editors:
+            self.editors[name] = self._make(name)
+        return self.editors[name]
+
+    def _make(self, name: str) -> Editor:
+        first = self._prepared(make_editor(name, self.model, self.tokenizer))
+        if presets.find(name, ModelArch(self.model)) is not None or not self.embedded and len(self.dev) < 10:
+            return first
+        best, best_score = first, self.tuning_score(first)
+        for options in _candidates(name, first):
+            other = self._prepared(make_editor(name, self.model, self.tokenizer, **options))
+            found = self.tuning_score(other)
+            if found > best_score:
+                best, best_score = other, found
+        return best
+
+    def _prepared(self, editor: Editor) -> Editor:
+        if self.corpus and editor.needs_moments:
+            from kedit.stats import estimate_moments
+
+            editor.moments = estimate_moments(editor.arch, self.tokenizer, editor.config.layers, self.corpus)
+        return editor
+
+    def tuning_score(self, editor: Editor) -> float:
+        """CounterFact's Score on the development half: an editor is chosen for editing, not for what SADR mends."""
+        report = self.run(editor, None, self.dev, exact=False)
+        found = report.figures.get("counterfact_score", report.figures["es"])["after"]
+        return found.value if found is not None else 0.0
+
+    def run(
+        self,
+        editor: Editor | None,
+        regularizer: Any,
+        cases: Sequence[kedit.EditCase],
+        mode: str = "single",
+        **extent: Any,
+    ):
+        """One evaluation, or what is left of it."""
+        regularizers = resolve(regularizer)
+        identity = digest(
+            [
+                self.weights,
+                None if editor is None else [editor.name, editor.config.to_dict()],
+                [describe(item) for item in regularizers],
+                [case.to_dict() for case in cases],
+                mode,
+                repr(sorted(extent.items())),
+            ]
+        )
+        label = "-".join(
+            [editor.name if editor else "unedited", *(item.name for item in regularizers), mode, str(len(cases))]
+        )
+        return kedit.evaluate(
+            self.model,
+            self.tokenizer,
+            cases,
+            editor,
+            regularizers,
+            mode,
+            out=self.runs / f"{label}-{identity}",
+            **extent,
+        )
+
+    def takes(self, name: str, regularizer: Any) -> bool:
+        """Whether an editor knows what to do with a regularizer."""
+        try:
+            self.run(self.editor(name), regularizer, self.dev[:1], exact=False)
+        except ConfigError:
+            return False
+        return True
+
+    def gamma(self, name: str, **fields: Any) -> float:
+        """γ chosen on the development half: the best Score among those with ES >= 99 and PS at most 3 points lower.
+
+        Where none qualifies, the smallest.
+        """
+        key = f"{name} {sorted(fields.items())}"
+        if key not in self.gammas:
+            plain = self.run(self.editor(name), None, self.dev, exact=False)
+            found = []
+            for gamma in GAMMAS:
+                report = self.run(self.editor(name), kedit.SADR(gamma=gamma, **fields), self.dev, exact=False)
+                if report["es"].value >= 99.0 and value(report, "ps") >= value(plain, "ps") - 3.0:
+                    found.append((balance(report), gamma))
+            self.gammas[key] = max(found)[1] if found else GAMMAS[0]
+        return self.gammas[key]
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the results."""
+        (self.results / name).write_text(text, encoding="utf-8")
+
+    def describe(self) -> str:
+        """Model, machine and versions, for every table."""
+        model, machine = describe_model(self.model), environment()
+        size = f"{model['type']}, {model['num_layers']} blocks, {model['parameters']:,} parameters"
+        versions = ", ".join(f"{key} {machine[key]}" for key in ("kedit", "torch", "transformers") if key in machine)
+        return (
+            f"{model['name'] or 'The embedded model'} ({size}); {len(self.test)} held-out edits, hyper-parameters from "
+            f"{len(self.dev)} others; {versions}; {machine['machine']}."
+        )
+
+
+def _world(few: int, count: int, most: int) -> tuple[list[kedit.EditCase], list[kedit.EditCase], list[kedit.EditCase]]:
+    from kedit import testbed
+    from kedit.data.world import world_cases
+
+    world = testbed.world()
+    large: list[kedit.EditCase] = []
+    while most >= 1 and not large:
+        try:
+            large = world_cases(world, "test", most, seed=1)
+        except ValueError:  # the half has fewer facts
+            most = most * 9 // 10
+    return world_cases(world, "dev", few), world_cases(world, "test", count), large
+
+
+def _candidates(name: str, editor: Editor) -> list[dict[str, Any]]:
+    """What is tried where no preset is known: the lower blocks, one by one and (multi-layer editors) from the bottom up."""
+    lower = range(max(1, editor.arch.num_layers // 2))
+    spans = [(layer,) for layer in lower]
+    if name in ("memit", "pmet", "emmet", "alphaedit"):
+        spans += [tuple(range(layer + 1)) for layer in lower if layer]
+    if name == "ft":  # fine-tuning hangs on how far each weight may go
+        return [{"layers": span, "epsilon": epsilon} for span in spans for epsilon in (0.005, 0.02, 0.05)]
+    return [{"layers": span} for span in spans if span != editor.config.layers]
+
+
+def _hash(model: Any) -> str:
+    total = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        total.update(key.encode())
+        total.update(tensor.detach().double().sum(dtype=torch.float64).cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def value(report: Any, name: str) -> float:
+    """A figure after the edits; NaN where no case has one."""
+    found = report.figures.get(name)
+    return float("nan") if found is None else found["after"].value
+
+
+def balance(report: Any) -> float:
+    """The Score, or the mean of what there is of its parts."""
+    if "score" in report.figures:
+        return value(report, "score")
+    parts = [value(report, name) for name in FIVE if name in report.figures]
+    return sum(parts) / len(parts)
+
+
+def cell(found: Estimate | None) -> str:
+    """``49.35(2.3)``: the paper's form."""
+    if found is None:
+        return "–"
+    return f"{found.value:.2f}" + ("" if found.half_width is None else f"({found.half_width:.1f})")
+
+
+def signed(found: Estimate | None) -> str:
+    """``+12.50 [+9.00, +16.00]``."""
+    if found is None:
+        return "–"
+    interval = "" if found.low is None else f" [{found.low:+.2f}, {found.high:+.2f}]"
+    return f"{found.value:+.2f}{interval}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def save_json(path: Path, values: Any) -> None:
+    """Figures for programs."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
