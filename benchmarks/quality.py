@@ -213,7 +213,7 @@ def _candidates(name: str, editor: Editor) -> list[dict[str, Any]]:
     if name in ("memit", "pmet", "emmet", "alphaedit"):
         spans += [tuple(range(layer + 1)) for layer in lower if layer]
     if name == "ft":  # fine-tuning hangs on how far each weight may go
-        return [{"layers": span, "epsilon": epsilon} for span in spans for epsilon in (0.005, 0.02, 0.05)]
+        return [{"layers": span, "clamp": bound, "lr": bound} for span in spans for bound in (0.005, 0.02, 0.05)]
     return [{"layers": span} for span in spans if span != editor.config.layers]
 
 
