@@ -69,6 +69,7 @@ class SecondMoments(Mapping[int, Moment]):
             layer: moment if isinstance(moment, Moment) else Moment(moment) for layer, moment in moments.items()
         }
         self._factors: dict[int, Tensor] = {}
+        self._symmetric: set[int] = set()
 
     def __getitem__(self, layer: int) -> Moment:
         return self._moments[layer]
@@ -107,7 +108,7 @@ class SecondMoments(Mapping[int, Moment]):
         return cls(found)
 
     def check(self, arch: ModelArch, layers: tuple[int, ...]) -> None:
-        """Raise :class:`ConfigError` unless every layer has a square matrix of its keys' width."""
+        """Raise :class:`ConfigError` unless every layer has a symmetric matrix of its keys' width."""
         for layer in layers:
             if layer not in self._moments:
                 raise ConfigError(
@@ -121,6 +122,18 @@ class SecondMoments(Mapping[int, Moment]):
                     f"The second moment of layer {layer} is {shape}; its keys have {width} numbers, so ({width}, {width}) "
                     "is needed."
                 )
+            self._check_symmetric(layer, matrix)
+
+    def _check_symmetric(self, layer: int, matrix: Tensor) -> None:
+        if layer in self._symmetric:
+            return
+        skew = float((matrix - matrix.T).abs().max())
+        if skew > 1e-3 * float(matrix.abs().max()):
+            raise ConfigError(
+                f"The second moment of layer {layer} is not symmetric (it differs from its transpose by up to {skew:.3g}), "
+                "so it is no E[k kᵀ]. Check where it comes from."
+            )
+        self._symmetric.add(layer)
 
 
 class Accumulator:

@@ -108,6 +108,12 @@ def test_layer_out_of_range(model, layer):
         make("rome", model, layer=layer)
 
 
+@pytest.mark.parametrize("name", ["rome", "rrome"])
+def test_several_layers_where_one_is_written(model, name):
+    with pytest.raises(ConfigError, match=r"one layer, not \(1, 2\)"):
+        make(name, model, layers=(1, 2))
+
+
 @pytest.mark.parametrize("name", ["rom", "memt", "alfaedit"])
 def test_unknown_editor(model, name):
     with pytest.raises(UnknownNameError, match="Did you mean"):

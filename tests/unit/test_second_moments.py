@@ -386,6 +386,10 @@ def test_check_names_what_does_not_fit():
         moments.check(arch, (3,))
     with pytest.raises(ConfigError, match="layer 1 is list"):
         SecondMoments({1: [[1.0]]}).check(arch, (1,))
+    skew = torch.eye(80)
+    skew[0, 5] = 0.5
+    with pytest.raises(ConfigError, match="layer 1 is not symmetric"):
+        SecondMoments({1: skew}).check(arch, (1,))
 
 
 def test_singular_moment_names_the_layer():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kedit.arch import Site
 from kedit.delta import Delta
 from kedit.editors.base import Editor
+from kedit.editors.config import EditorConfig
+from kedit.errors import ConfigError
 from kedit.pipeline import Insertion
 from kedit.solve import rank_one, whiten
 
@@ -20,6 +23,16 @@ class ROME(Editor):
 
     hence (W + Δ) k = v* at the bare prompt (the published code's convention).
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(EditorConfig):
+        """ROME's hyper-parameters: those that all editors share, with a single layer."""
+
+        def __post_init__(self) -> None:
+            """Check every field."""
+            super().__post_init__()
+            if len(self.layers) != 1:
+                raise ConfigError(f"ROME writes into one layer, not {self.layers}. MEMIT spreads an edit over several.")
 
     name: ClassVar[str] = "rome"
     context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((5, 10), (10, 10))
