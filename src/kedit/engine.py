@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -10,6 +11,7 @@ import torch
 
 from kedit.arch import ModelArch, Site
 from kedit.errors import KEditError
+from kedit.memory import SHARE, Footprint, UnitCosts, free_memory
 from kedit.optimise import Objective, Values, optimise
 from kedit.partial import PartialRunner, first_block
 from kedit.progress import Progress, logger
@@ -41,6 +43,7 @@ class Engine:
     budget: int = TOKENS_PER_WAVE
     halved: int = 0
     _verdicts: dict[tuple[Site, ...], bool] = field(default_factory=dict)
+    _costs: dict[tuple[object, ...], UnitCosts] = field(default_factory=dict)
 
     def optimise(
         self,
@@ -60,32 +63,57 @@ class Engine:
             KEditError: a single edit does not fit into memory.
         """
         order = sorted(range(len(requests)), key=lambda number: (requests[number].span, number))
+        self._fit(sites, requests, order, needs)
         pending = self._waves(requests, order)
         done: list[tuple[list[int], Values]] = []
         with Progress(len(requests), "optimising") as progress:
             while pending:
                 numbers = pending.pop(0)
-                prompts = [p for i, number in enumerate(numbers) for p in requests[number].prompts(i)]
-                wave = Wave(tuple(prompts), len(numbers))
+                wave = _wave(requests, numbers)
                 try:
                     runner = self.runner(sites, wave, needs)
                     values = optimise(runner, objective, regularizers, numbers=numbers, progress=progress)
                 except torch.OutOfMemoryError as error:
                     if len(numbers) == 1:
                         raise KEditError(
-                            f"Edit {numbers[0]} alone ({sum(len(p.tokens) for p in prompts)} tokens) does not fit into the "
-                            "device's memory. Use fewer or shorter contexts, or a dtype of 16 bits."
+                            f"Edit {numbers[0]} alone ({sum(len(p.tokens) for p in wave.prompts)} tokens) does not fit into "
+                            "the device's memory. Use fewer or shorter contexts, or a dtype of 16 bits."
                         ) from error
                 else:
                     done.append((numbers, values))
                     continue
-                self.budget //= 2
-                self.halved += 1
-                logger.warning("Out of memory: waves now hold %d tokens.", self.budget)
+                self._halve("Out of memory")
                 torch.cuda.empty_cache()
                 rest = [number for wave_numbers in (numbers, *pending) for number in wave_numbers]
                 pending = self._waves(requests, rest)
         return _in_order(done)
+
+    def _fit(self, sites: Sequence[Site], requests: Sequence[Request], order: Sequence[int], needs: Needs) -> None:
+        """Say what the largest wave will hold, and halve the budget until that is a fair share of the free memory."""
+        free = free_memory(self.arch.device(sites[0].layer))
+        while True:
+            waves = self._waves(requests, order)
+            largest = max(waves, key=lambda numbers: len(numbers) * max(requests[number].span for number in numbers))
+            footprint = self.footprint(sites, _wave(requests, largest), needs)
+            if footprint.total <= SHARE * free or len(largest) == 1:
+                break
+            self._halve(f"{footprint} is more than {SHARE:.0%} of the {free / 2**20:,.0f} MiB that are free")
+        level = logging.INFO if footprint.total > 1 << 28 else logging.DEBUG
+        logger.log(level, "%d edits in %d wave(s); the largest holds %s.", len(requests), len(waves), footprint)
+
+    def footprint(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Footprint:
+        """What ``wave`` will hold in memory at its peak, beside the model."""
+        kind = type(self.runner(sites, wave, needs))
+        key = (tuple(sites), kind, needs)
+        if key not in self._costs:
+            self._costs[key] = UnitCosts.measure(self.arch, sites, wave, needs, kind)
+        runner = kind(self.arch, sites, wave, needs)
+        return self._costs[key].footprint(wave, runner.width, runner.prefix)
+
+    def _halve(self, reason: str) -> None:
+        self.budget //= 2
+        self.halved += 1
+        logger.warning("%s: waves now hold %d tokens.", reason, self.budget)
 
     def runner(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
         """What executes ``wave``, by the mode and, for ``"auto"``, by the check of the model."""
@@ -148,6 +176,11 @@ class Engine:
                 reason,
             )
         return not reason
+
+
+def _wave(requests: Sequence[Request], numbers: Sequence[int]) -> Wave:
+    prompts = [prompt for i, number in enumerate(numbers) for prompt in requests[number].prompts(i)]
+    return Wave(tuple(prompts), len(numbers))
 
 
 def _in_order(done: Sequence[tuple[list[int], Values]]) -> Values:

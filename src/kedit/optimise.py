@@ -110,6 +110,7 @@ def optimise(
             if finished.all():
                 break
             state.update(total, ~finished, objective)
+            del reading, terms, total  # or this step's logits would live on through the next one
             if finished.any():
                 state.keep(torch.nonzero(~finished).flatten())
     return state.values()

@@ -115,6 +115,12 @@ class PartialRunner(Runner):
             self._attach_cache()
         return stays
 
+    @property
+    def stored_bytes(self) -> tuple[int, int]:
+        """Bytes of the stored hidden states, and of the stored keys and values."""
+        entering = 0 if self._entering is None else self._entering.nbytes
+        return entering, sum(keys.nbytes + values.nbytes for keys, values in self._stored.values())
+
     def _initial_values(self) -> Tensor:
         assert self._initials is not None
         return self._initials  # read once, by the storing pass

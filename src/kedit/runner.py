@@ -258,6 +258,11 @@ class Runner:
         self._layout = self._lay_out()
         self.reads = Reads.of(self.wave, self.device)
 
+    @property
+    def stored_bytes(self) -> tuple[int, int]:
+        """Bytes of stored hidden states, and of stored keys and values: none, as everything is computed anew."""
+        return 0, 0
+
     def _lay_out(self) -> Layout:
         ids, mask = pad([prompt.tokens for prompt in self.wave.prompts], width=self.width)
         self.width = ids.shape[1]

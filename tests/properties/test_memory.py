@@ -1,0 +1,61 @@
+"""The stated footprint of a wave is what it takes, and the budget follows it."""
+
+import logging
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import kedit
+from kedit.arch import ModelArch, Site
+from kedit.engine import Engine
+from kedit.memory import LivePeak
+from kedit.optimise import Objective, optimise
+from kedit.regularizers.base import Needs, blocks_from
+from kedit.request import encode_edits
+from kedit.runner import Wave
+from tests.models import CONTEXTS, EDITS, moments, tiny_model, tokenizer
+
+ALL = [kedit.Edit(*EDITS[name]) for name in ("start", "middle", "end")]
+
+
+def build(kind):
+    size = {"vocab_size": 6_000}
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = GPT2Config(**size, n_embd=128, n_layer=6, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        return GPT2LMHeadModel(config).eval()
+    config = LlamaConfig(
+        **size, hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("sadr", [False, True])
+@pytest.mark.parametrize("mode", ["partial", "plain"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_stated_footprint_is_within_a_fifth_of_the_measured_peak(kind, mode, sadr):
+    arch = ModelArch(build(kind))
+    needs = Needs(attention=blocks_from(2)) if sadr else Needs()
+    edits = [kedit.Edit(e.prompt, e.subject, e.target_new) for e in ALL for _ in range(6)]
+    requests = encode_edits(arch, tokenizer(), edits, CONTEXTS, needs)
+    wave = Wave(tuple(p for i, request in enumerate(requests) for p in request.prompts(i)), len(requests))
+    engine = Engine(arch, mode=mode)
+    stated = engine.footprint([Site(1)], wave, needs)
+    objective = Objective(steps=2, lr=0.1, weight_decay=0.1, kl_factor=0.1, clamp=4.0, stop_loss=0.0)
+    regularizers = [kedit.SADR(gamma=0.1)] if sadr else []
+    runner = engine.runner([Site(1)], wave, needs)
+    with LivePeak(arch.model) as seen:
+        optimise(runner, objective, regularizers)
+    assert 0.8 < stated.total / seen.peak < 1.2, (stated, seen.peak / 2**20)
+
+
+def test_the_budget_shrinks_to_what_is_free_and_says_so(monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, logger="kedit")
+    model = tiny_model("gpt2")
+    width = ModelArch(model).weight(0).matrix.shape[1]
+    made = kedit.ROME(model, tokenizer(), layers=1, moments={1: moments(width, 1)}, contexts=CONTEXTS, steps=2)
+    monkeypatch.setattr("kedit.engine.free_memory", lambda device: 1 << 20)
+    made.propose(ALL * 4)
+    assert made.engine.budget < 8_192
+    assert "MiB that are free" in caplog.text
