@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedit.errors import ConfigError
@@ -33,6 +35,15 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
         help="a hyper-parameter of the editor: --set steps=40 --set layers=5",
     )
     parser.add_argument("--moments-corpus", metavar="FILE", help="text for the second moments (default: the model's)")
+
+
+def check_writable(path: str) -> None:
+    """Raise now, not after the work, where a file cannot be written."""
+    folder = Path(path).resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"Cannot write {path}: it is a folder, or {folder} is not writable. Choose another --out.")
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

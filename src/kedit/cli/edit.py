@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.edits is None and None in single:
         raise EditError("A single edit needs --prompt, --subject and --target-new, all three.")
     edits = Edit.from_jsonl(args.edits) if args.edits else [Edit(*single)]
+    common.check_writable(args.out)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)
     editor = common.make_editor(args, model, tokenizer)
@@ -48,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
     path = result.patch.save(args.out)
     sys.stdout.write(f"patch: {path}\n")
     if args.save_model:
-        model.save_pretrained(args.save_model)
-        tokenizer.save_pretrained(args.save_model)
+        try:
+            model.save_pretrained(args.save_model)
+            tokenizer.save_pretrained(args.save_model)
+        except OSError as error:
+            raise EditError(f"Cannot write the model to {args.save_model}: {error}. The patch is kept.") from error
         sys.stdout.write(f"model: {args.save_model}\n")
     return 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from kedit import presets
@@ -48,6 +50,21 @@ class Settings:
     def needs(self) -> Needs:
         """What the regularizers want to see."""
         return needs_of(self.regularizers, self.sites)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def with_gradient(call: Callable[P, R]) -> Callable[P, R]:
+    """Let a method work also where its caller has gradients switched off."""
+
+    @functools.wraps(call)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.enable_grad():
+            return call(*args, **kwargs)
+
+    return wrapped
 
 
 class Editor(ABC):
@@ -138,6 +155,7 @@ class Editor(ABC):
         found.check(self.arch, self.config.layers)
         self._moments = found
 
+    @with_gradient
     def apply(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> EditResult:
         """Write one edit or many into the model.
 
@@ -180,6 +198,7 @@ class Editor(ABC):
         self.kept(patch, requests, settings)
         return EditResult(patch, chosen, log, timer.seconds, self.model)
 
+    @with_gradient
     def propose(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> list[EditPatch]:
         """What each edit alone would change of the model as it is; values are optimised together, nothing is written."""
         chosen = as_edits(edits)

@@ -1,0 +1,161 @@
+"""A model on disk: a folder with a configuration and one or many safetensors shards."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kedit.arch import ModelArch
+from kedit.errors import ArchitectureError, PatchError, PatchMismatchError
+from kedit.patch.files import Header, parse_json, read_header, reading
+
+if TYPE_CHECKING:
+    from kedit.arch import Weight
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked folder: every shard has the size that its header announces, and the index names what is there.
+
+    Attributes:
+        folder: where it is.
+        shards: headers by file name.
+        files: the file that holds a tensor, by the tensor's name.
+    """
+
+    folder: Path
+    shards: dict[str, Header]
+    files: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read the index and all headers.
+
+        Raises:
+            PatchError: no checkpoint, a shard that is missing, truncated or disagrees with the index, or a file name
+                in the index that leads out of the folder.
+        """
+        where = Path(folder)
+        with reading(folder):
+            if not where.is_dir():
+                raise PatchError(f"{str(folder)!r} is no folder. Give one that save_pretrained wrote.")
+            index, single = where / INDEX, where / SINGLE
+            raw = index.read_bytes() if index.is_file() else None
+            if raw is None and not single.is_file():
+                raise PatchError(
+                    f"{folder} holds neither {INDEX} nor {SINGLE}. kedit edits safetensors checkpoints; convert others "
+                    "with save_pretrained."
+                )
+        if raw is None:
+            header = read_header(single)
+            return cls(where, {SINGLE: header}, dict.fromkeys(header.tensors, SINGLE))
+        files = _weight_map(index, parse_json(raw, str(index)))
+        shards = {name: read_header(where / name) for name in sorted(set(files.values()))}
+        for tensor, name in files.items():
+            if tensor not in shards[name].tensors:
+                raise PatchError(f"{index} says that {tensor} is in {name}, which does not hold it. It is damaged.")
+        for name, header in shards.items():
+            for tensor in header.tensors:
+                if files.get(tensor) != name:
+                    raise PatchError(f"{name} holds {tensor}, which {INDEX} does not place there. It is damaged.")
+        return cls(where, shards, files)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        return self.shards[self.files[name]].read(name)
+
+    def same_bytes(self, name: str, other: Checkpoint, step: int = 1 << 24) -> bool:
+        """Whether a tensor of the same size has the same bytes in another checkpoint."""
+        mine, theirs = self.shards[self.files[name]], other.shards[other.files[name]]
+        one, two = mine.tensors[name], theirs.tensors[name]
+        with reading(mine.path), open(mine.path, "rb") as a, open(theirs.path, "rb") as b:
+            a.seek(one.start)
+            b.seek(two.start)
+            left = one.stop - one.start
+            while left > 0:
+                piece = a.read(min(step, left))
+                if not piece or piece != b.read(len(piece)):
+                    return False
+                left -= len(piece)
+        return True
+
+    def key_of(self, parameter: str) -> str:
+        """The name under which a model's parameter is stored: its own, or without (with) the base model's prefix.
+
+        Raises:
+            PatchMismatchError: it is not there, or could be several.
+        """
+        if parameter in self.files:
+            return parameter
+        found = [key for key in self.files if parameter.endswith(f".{key}") or key.endswith(f".{parameter}")]
+        if len(found) != 1:
+            what = f"several that could be it ({', '.join(sorted(found)[:3])})" if found else "nothing of that name"
+            raise PatchMismatchError(
+                f"The patch changes {parameter}, and {self.folder} holds {what}. The patch was made for another model, or the "
+                "checkpoint stores its layers otherwise; load it, apply the patch and use save_pretrained."
+            )
+        return found[0]
+
+
+def _weight_map(index: Path, content: Any) -> dict[str, str]:
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise PatchError(f"{index} has no weight_map. It is damaged.")
+    for tensor, name in table.items():
+        plain = (
+            isinstance(name, str) and name.isprintable() and name == os.path.basename(name) and not name.startswith(".")
+        )
+        if not plain or "\\" in name or not name.endswith(".safetensors"):
+            raise PatchError(
+                f"{index} places {tensor!r} in {name!r}, which is not the name of a safetensors file in that folder. "
+                "The checkpoint is damaged or malicious."
+            )
+    return table
+
+
+def skeleton(folder: str | Path) -> ModelArch:
+    """The model that a checkpoint's configuration describes, without weights: it says how each weight is stored.
+
+    Raises:
+        ArchitectureError: the configuration is missing, malformed, unknown to transformers or to kedit.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = Path(folder)
+    if not (where / "config.json").is_file():
+        raise ArchitectureError(f"{folder} holds no config.json, which says what model the weights belong to.")
+    try:
+        config = AutoConfig.from_pretrained(str(where), local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a malformed configuration sets off in there
+        raise ArchitectureError(
+            f"The configuration in {folder} describes no model that can be built: {error}"
+        ) from error
+    return ModelArch(model)
+
+
+def weight_in(checkpoint: Checkpoint, arch: ModelArch, parameter: str) -> tuple[str, Weight]:
+    """A parameter's name in the checkpoint, and how it is stored; raises unless the shapes agree."""
+    try:
+        weight = arch.weight_of(parameter)
+    except ArchitectureError as error:
+        raise PatchMismatchError(
+            f"The patch changes {parameter}, which this model does not have as a plain weight. {error}"
+        ) from error
+    key = checkpoint.key_of(parameter)
+    stored = checkpoint.shards[checkpoint.files[key]].tensors[key].shape
+    if stored != tuple(weight.parameter.shape):
+        raise PatchMismatchError(
+            f"{key} in {checkpoint.folder} has shape {list(stored)}; its config.json describes "
+            f"{list(weight.parameter.shape)}. The checkpoint is damaged."
+        )
+    return key, weight

@@ -1,0 +1,215 @@
+"""What lies between two models: a patch, where the difference is low-rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kedit.arch import ModelArch
+from kedit.delta import Delta, LowRankDelta
+from kedit.errors import ArchitectureError, ConfigError, NonFiniteError, PatchError, PatchMismatchError
+from kedit.fingerprint import tensor_fingerprint
+from kedit.patch.checkpoint import Checkpoint, skeleton
+from kedit.patch.combine import check_tolerance, choose_rank, from_svd
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kedit.patch.core import EditPatch
+
+_SMALL = 1024  # up to this many rows or columns, the whole SVD is taken
+_FIRST_GUESS = 16
+_OVERSAMPLING = 8
+
+
+def diff(
+    base: PreTrainedModel | str | Path,
+    edited: PreTrainedModel | str | Path,
+    *,
+    tolerance: float = 1e-4,
+    max_rank: int | None = None,
+) -> EditPatch:
+    """The patch that leads from ``base`` to ``edited``.
+
+    A weight's rank is the smallest with ‖ΔW − L Rᵀ‖ ≤ tolerance · ‖ΔW‖ (Frobenius), or with an error within what
+    rounding to the stored dtype alone makes: the rounding of a bfloat16 checkpoint is noise of full rank, which is no
+    part of an edit.
+
+    Args:
+        base: a model, or a checkpoint folder (which is read one tensor at a time).
+        edited: the same model after edits, in the same form.
+        tolerance: relative error.
+        max_rank: refuse what needs more; missing: refuse where the factors are no smaller than the matrix.
+
+    Raises:
+        PatchMismatchError: the models have different parameters.
+        PatchError: they are equal, or a difference is not low-rank; the weight is named.
+    """
+    from kedit.patch.core import EditPatch
+
+    check_tolerance(tolerance)
+    if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
+        raise ConfigError(f"max_rank must be a whole number of at least 1, not {max_rank!r}.")
+    arch, pairs = _pairs(base, edited)
+    deltas: dict[str, Delta] = {}
+    prints: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    for pair in pairs:
+        transposed = _layout(arch, pair.name)
+        deltas[pair.name], errors[pair.name] = _low_rank(pair, tolerance, max_rank, transposed=transposed)
+        prints[pair.name] = tensor_fingerprint(pair.before)
+    if not deltas:
+        raise PatchError("The two models have the same weights, so there is no patch between them.")
+    source = base if isinstance(base, str | Path) else getattr(base.config, "_name_or_path", "")
+    provenance: dict[str, Any] = {
+        "editor": "diff",
+        "config": {"tolerance": tolerance, "max_rank": max_rank, "errors": errors},
+        "model": {
+            "name": Path(str(source)).name if Path(str(source)).exists() else str(source),
+            "type": arch.model_type,
+            "num_layers": arch.num_layers,
+            "hidden": arch.hidden,
+        },
+    }
+    return EditPatch(deltas, prints, provenance)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A parameter that differs: as stored in the one and in the other model."""
+
+    name: str
+    before: Tensor
+    after: Tensor
+
+
+def _pairs(base: Any, edited: Any) -> tuple[ModelArch, Iterator[_Pair]]:
+    on_disk = [isinstance(item, str | Path) for item in (base, edited)]
+    if all(on_disk):
+        arch = skeleton(base)
+        return arch, _disk_pairs(arch, Checkpoint.open(base), Checkpoint.open(edited))
+    if any(on_disk):
+        raise ConfigError(
+            "diff compares two models or two folders, not one of each. Load the folder with kedit.load()."
+        )
+    return ModelArch(base), _memory_pairs(base, edited)
+
+
+def _memory_pairs(base: PreTrainedModel, edited: PreTrainedModel) -> Iterator[_Pair]:
+    before, after = dict(base.named_parameters()), dict(edited.named_parameters())
+    _check_same_names(set(before), set(after), "the base model", "the edited model")
+    for name in before:
+        old, new = before[name].detach(), after[name].detach()
+        _check_alike(name, (tuple(old.shape), str(old.dtype)), (tuple(new.shape), str(new.dtype)))
+        if not torch.equal(old, new.to(old.device)):
+            yield _Pair(name, old, new.to(old.device))
+
+
+def _disk_pairs(arch: ModelArch, base: Checkpoint, edited: Checkpoint) -> Iterator[_Pair]:
+    _check_same_names(set(base.files), set(edited.files), str(base.folder), str(edited.folder))
+    for key in base.files:
+        old, new = base.shards[base.files[key]].tensors[key], edited.shards[edited.files[key]].tensors[key]
+        _check_alike(key, (old.shape, old.dtype), (new.shape, new.dtype))
+        if not base.same_bytes(key, edited):
+            yield _Pair(_parameter(arch, key), base.read(key), edited.read(key))
+
+
+def _parameter(arch: ModelArch, key: str) -> str:
+    """The model's name for a stored tensor."""
+    names = [name for name, _ in arch.model.named_parameters() if name == key]
+    names = names or [name for name, _ in arch.model.named_parameters() if name.endswith(f".{key}")]
+    if len(names) != 1:
+        raise PatchMismatchError(
+            f"{key} differs, and is no parameter of the {arch.model_type} that config.json describes."
+        )
+    return names[0]
+
+
+def _check_same_names(before: set[str], after: set[str], one: str, other: str) -> None:
+    if before != after:
+        example = min(before ^ after)
+        raise PatchMismatchError(
+            f"Only one of {one} and {other} has {example}. A patch leads between two states of one model."
+        )
+
+
+def _check_alike(name: str, before: tuple[Any, str], after: tuple[Any, str]) -> None:
+    if before != after:
+        raise PatchMismatchError(
+            f"{name} is {before[1]} {list(before[0])} in the one model and {after[1]} {list(after[0])} in the other. "
+            "A patch leads between two states of one model; load both in the same dtype."
+        )
+
+
+def _layout(arch: ModelArch, name: str) -> bool:
+    try:
+        return arch.weight_of(name).transposed
+    except ArchitectureError as error:
+        raise PatchError(f"{name} differs, and a patch cannot hold that: {error}") from error
+
+
+def _low_rank(pair: _Pair, tolerance: float, max_rank: int | None, *, transposed: bool) -> tuple[Delta, float]:
+    """ΔW in as many columns as it needs, and the relative error."""
+    if pair.before.ndim != 2:
+        raise PatchError(f"{pair.name} differs, and has shape {list(pair.before.shape)}; a patch holds matrices.")
+    before, after = (pair.before.T, pair.after.T) if transposed else (pair.before, pair.after)
+    change = after.double() - before.double()
+    if not torch.isfinite(change).all():
+        raise NonFiniteError(f"{pair.name} holds NaN or infinite numbers, so there is no difference to speak of.")
+    rows, columns = change.shape
+    most = max_rank or max(1, (rows * columns - 1) // (rows + columns))
+    norm = float(change.norm())
+    allowed = max(tolerance, _rounding(after) / norm)
+    rank, (u, singular, v), error = _svd(change, allowed, most)
+    if rank > most:
+        raise PatchError(
+            f"The difference of {pair.name} is not low-rank: {most} columns do not reach a relative error of {allowed:.3g}. "
+            "It comes from training rather than from an edit; ship the whole checkpoint, or raise the tolerance."
+        )
+    delta: LowRankDelta = from_svd(u[:, :rank], singular[:rank], v[:, :rank])
+    return delta, error
+
+
+def _rounding(after: Tensor) -> float:
+    """The norm of what rounding to the stored dtype adds: uniform within half a unit of each number's last place."""
+    exponent = torch.frexp(after.double()).exponent
+    unit = torch.ldexp(torch.full_like(after, torch.finfo(after.dtype).eps, dtype=torch.float64), exponent - 1)
+    return 1.1 * float(unit.norm()) / 12**0.5
+
+
+def _svd(change: Tensor, allowed: float, most: int) -> tuple[int, tuple[Tensor, Tensor, Tensor], float]:
+    """The rank that is needed (``most + 1``: more than allowed), the SVD, and the error at that rank."""
+    if min(change.shape) <= _SMALL:
+        u, singular, vh = torch.linalg.svd(change, full_matrices=False)
+        rank, error = choose_rank(singular, allowed)
+        return rank, (u, singular, vh.T), error
+    total = float(change.square().sum())
+    width = min(_FIRST_GUESS, most + _OVERSAMPLING)
+    while True:  # subspace iteration (Halko et al., 2011) with twice as many columns each time
+        parts, left = _sketch(change, width)
+        tails = (parts[1].square().flip(0).cumsum(0).flip(0) + left).div(total).sqrt()  # at ranks 0, 1, ...
+        fits = (torch.cat([tails[1:], tails.new_tensor([(left / total) ** 0.5])]) <= allowed).nonzero().flatten()
+        if fits.numel():
+            rank = int(fits[0]) + 1
+            error = float(tails[rank]) if rank < width else (left / total) ** 0.5
+            return rank, parts, error
+        if width >= min(most + _OVERSAMPLING, *change.shape):
+            return most + 1, parts, float("inf")
+        width = min(2 * width, most + _OVERSAMPLING, *change.shape)
+
+
+def _sketch(change: Tensor, width: int) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
+    """The leading ``width`` singular triples, and the squared norm of what they leave out."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(change.shape[1], width, generator=generator, dtype=change.dtype).to(change.device)
+    basis = torch.linalg.qr(change @ start).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(change @ torch.linalg.qr(change.T @ basis).Q).Q
+    small = basis.T @ change
+    u, singular, vh = torch.linalg.svd(small, full_matrices=False)
+    return (basis @ u, singular, vh.T), float((change - basis @ small).square().sum())

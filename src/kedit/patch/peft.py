@@ -1,0 +1,121 @@
+"""Patches as PEFT LoRA adapters, which `peft` and LoRA-serving engines load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kedit.arch import ModelArch
+from kedit.delta import Delta, LowRankDelta
+from kedit.errors import PatchError
+from kedit.patch.combine import recompress
+from kedit.patch.files import open_to_others, sync_folder, write_safetensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kedit.patch.core import EditPatch
+
+EXACT = 1e-7  # relative error to which a dense update is factored
+
+
+def to_peft(patch: EditPatch, folder: str | Path, model: PreTrainedModel) -> Path:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``: W x + B (A x) with B = L, A = Rᵀ, scaling 1.
+
+    Layers are named exactly, each with its own rank: ``r`` is the largest of them, ``rank_pattern`` and
+    ``alpha_pattern`` give the others, so that every scaling alpha / r is 1. A dense update is factored to a relative
+    error of 1e-7.
+
+    Args:
+        patch: what to export.
+        folder: is made; must not exist, or be empty.
+        model: the model that the patch was made for, edited or not: it says how each layer is stored.
+
+    Raises:
+        PatchError: the folder is not empty or cannot be written.
+        PatchMismatchError: a layer's shape is another one.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PatchError(f"{target} exists already. Name a new folder, or remove it first.")
+    arch = ModelArch(model)
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    conv = set()
+    for name, delta in patch.deltas.items():
+        weight = arch.weight_of(name)
+        patch.check_shape(name, delta, tuple(weight.matrix.shape))
+        layer = name.removesuffix(".weight")
+        low = _low_rank(delta)
+        ranks[layer] = low.rank
+        conv.add(weight.transposed)
+        prefix = f"base_model.model.{layer}"
+        tensors[f"{prefix}.lora_A.weight"] = low.right.T.contiguous()  # [r, I]
+        tensors[f"{prefix}.lora_B.weight"] = low.left.contiguous()  # [O, r]
+    if len(conv) > 1:
+        raise PatchError(
+            "The patch changes nn.Linear and Conv1D layers at once; one adapter holds one of them. Split it."
+        )
+    config = _config(ranks, fan_in_fan_out=conv == {True}, model=patch.provenance.get("model", {}))
+    _write(target, tensors, config)
+    return target
+
+
+def _low_rank(delta: Delta) -> LowRankDelta:
+    if isinstance(delta, LowRankDelta):
+        return LowRankDelta(delta.left.detach().cpu().float(), delta.right.detach().cpu().float())
+    factored, _ = recompress(delta, EXACT)
+    if isinstance(factored, LowRankDelta):
+        return factored
+    rows, columns = delta.shape  # full rank: one factor is the update, the other the identity
+    matrix = delta.matrix.detach().cpu().float()
+    if rows <= columns:
+        return LowRankDelta(torch.eye(rows), matrix.T.contiguous())
+    return LowRankDelta(matrix, torch.eye(columns))
+
+
+def _config(ranks: dict[str, int], *, fan_in_fan_out: bool, model: dict[str, Any]) -> dict[str, Any]:
+    largest = max(ranks.values())
+    pattern = {layer: rank for layer, rank in ranks.items() if rank != largest}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.get("name") or None,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def _write(target: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        write_safetensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
+        text = json.dumps(config, indent=2) + "\n"
+        (partial / "adapter_config.json").write_text(text, encoding="utf-8")
+        sync_folder(partial)
+        open_to_others(partial)
+        os.replace(partial, target)
+        sync_folder(target.parent)
+    except (OSError, ValueError) as error:
+        raise PatchError(f"Cannot write the adapter to {target}: {error}. Check the folder and the space.") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,77 @@
+"""A patch as a text for people: who, what, where, how large, how good."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kedit.patch.core import EditPatch
+
+_MOST = 20
+
+
+def show(patch: EditPatch) -> str:
+    """Who, what, where, norms and scores."""
+    known = patch.provenance
+    lines = [_who(known), _base(known.get("model", {}))]
+    config = ", ".join(
+        f"{key}={value}" for key, value in known.get("config", {}).items() if not isinstance(value, dict)
+    )
+    if config:
+        lines.append(f"config: {config}")
+    lines += _edits(known.get("edits", []))
+    if known.get("merged"):
+        lines.append(f"merged from {len(known['merged'])} patch(es)")
+    lines.append("weights:")
+    for item in weights(patch):
+        kind = f"rank {item['rank']}" if item["kind"] == "low-rank" else "dense"
+        lines.append(
+            f"  {item['name']} {item['shape'][0]}x{item['shape'][1]}: {kind}, norm {item['norm']:.4g}, "
+            f"largest singular value {item['spectral_norm']:.4g}, made for {item['fingerprint'][:19]}"
+        )
+    scores = known.get("scores", {})
+    if scores:
+        lines.append("scores:")
+        lines += [f"  {key}: {_figure(value)}" for key, value in scores.items()]
+    return "\n".join(lines)
+
+
+def weights(patch: EditPatch) -> list[dict[str, Any]]:
+    """Per weight: name, shape, kind, rank, Frobenius and spectral norm, fingerprint."""
+    return [
+        {
+            "name": name,
+            "shape": list(delta.shape),
+            "kind": "dense" if "dense" in delta.tensors() else "low-rank",
+            "rank": delta.rank,
+            "norm": delta.norm,
+            "spectral_norm": delta.spectral_norm,
+            "fingerprint": patch.fingerprints.get(name, ""),
+        }
+        for name, delta in patch.deltas.items()
+    ]
+
+
+def _who(known: dict[str, Any]) -> str:
+    names = [str(item.get("name", "?")) for item in known.get("regularizers", [])]
+    return f"editor: {known.get('editor', 'unknown')}" + (f" with {', '.join(names)}" if names else "")
+
+
+def _base(model: dict[str, Any]) -> str:
+    name = model.get("name") or "unnamed"
+    facts = [f"{key} {model[key]}" for key in ("type", "num_layers", "hidden", "dtype") if key in model]
+    return f"base model: {name}" + (f" ({', '.join(facts)})" if facts else "")
+
+
+def _edits(edits: list[dict[str, Any]]) -> list[str]:
+    lines = [f"edits: {len(edits)}"]
+    for edit in edits[:_MOST]:
+        text = str(edit.get("prompt", "?")).replace("{}", str(edit.get("subject", "?")))
+        lines.append(f"  {text!r} -> {str(edit.get('target_new', '?'))!r}")
+    if len(edits) > _MOST:
+        lines.append(f"  and {len(edits) - _MOST} more")
+    return lines
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

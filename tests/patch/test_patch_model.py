@@ -1,0 +1,287 @@
+"""Patches on models in memory: apply, revert in any order, bit for bit, also when something breaks in."""
+
+import gc
+import itertools
+import os
+import signal
+import weakref
+
+import pytest
+import torch
+
+from kedit import ledger as ledger_module
+from kedit.delta import DenseDelta, LowRankDelta, add_delta
+from kedit.errors import KEditError, NonFiniteError, PatchMismatchError
+from kedit.fingerprint import has_fingerprint, tensor_fingerprint
+from kedit.ledger import Ledger
+from kedit.patch import EditPatch
+from models import tiny_model as model
+from patch_common import TYPES, bytes_of, patch_for, random_delta
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", TYPES)
+def test_apply_changes_what_it_names_and_revert_restores_every_bit(kind, dtype):
+    subject = model(kind, dtype=dtype)
+    before = bytes_of(subject)
+    patch = patch_for(subject, {1: 2, 3: None})
+    patch.apply(subject)
+    assert {name for name, data in bytes_of(subject).items() if data != before[name]} == set(patch.deltas)
+    patch.revert(subject)
+    assert bytes_of(subject) == before
+    assert Ledger.of(subject).touched == []
+
+
+def test_the_weight_is_the_sum_in_the_mathematical_orientation():
+    subject = model("gpt2")  # Conv1D: stored [I, O]
+    patch = patch_for(subject, {2: 3})
+    (name,) = patch.deltas
+    weight = dict(subject.named_parameters())[name]
+    expected = weight.detach().double() + patch.deltas[name].dense.double().T
+    patch.apply(subject)
+    assert torch.allclose(weight.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_order_of_reverting_leaves_what_the_others_alone_give(dtype):
+    for order in itertools.permutations(range(3)):
+        subject = model("llama", dtype=dtype)
+        before = bytes_of(subject)
+        patches = [patch_for(subject, {2: 2, 1: 1}, seed=10 * i) for i in range(3)]
+        for patch in patches:
+            patch.apply(subject, force=True)
+        left = list(range(3))
+        for number in order:
+            patches[number].revert(subject)
+            left.remove(number)
+            fresh = model("llama", dtype=dtype)
+            for other in left:
+                patches[other].apply(fresh, force=True)
+            assert bytes_of(subject) == bytes_of(fresh)
+        assert bytes_of(subject) == before
+
+
+def test_columns_side_by_side_give_the_same_bits_as_one_after_another():
+    start = torch.randn(33, 70)
+    parts = [random_delta((33, 70), rank, seed) for seed, rank in enumerate((1, 5, 2))]
+    one_by_one = start.clone()
+    for part in parts:
+        add_delta(one_by_one, part, transposed=False)
+    joint = LowRankDelta(torch.cat([p.left for p in parts], 1), torch.cat([p.right for p in parts], 1))
+    assert torch.equal(add_delta(start.clone(), joint, transposed=False), one_by_one)
+    assert torch.equal(add_delta(start.T.contiguous(), joint, transposed=True), one_by_one.T)
+
+
+def test_blocks_and_threads_do_not_change_a_bit(monkeypatch):
+    start, delta = torch.randn(50, 31), random_delta((50, 31), 7)
+    expected = add_delta(start.clone(), delta, transposed=False)
+    for size in (1, 31, 100, 10_000):
+        monkeypatch.setattr("kedit.delta._BLOCK", {"cpu": size})
+        assert torch.equal(add_delta(start.clone(), delta, transposed=False), expected)
+
+
+def test_norms_come_from_the_factors():
+    delta = random_delta((20, 30), 4)
+    assert delta.norm == pytest.approx(float(delta.dense.double().norm()), rel=1e-6)
+    assert delta.spectral_norm == pytest.approx(float(torch.linalg.matrix_norm(delta.dense.double(), 2)), rel=1e-6)
+    dense = DenseDelta(delta.dense)
+    assert dense.norm == pytest.approx(delta.norm, rel=1e-6)
+    assert dense.spectral_norm == pytest.approx(delta.spectral_norm, rel=1e-6)
+
+
+def test_applying_twice_is_refused_by_patch_and_ledger():
+    subject = model("llama")
+    patch = patch_for(subject, {1: 1})
+    patch.apply(subject)
+    edited = bytes_of(subject)
+    with pytest.raises(PatchMismatchError, match="already"):
+        patch.apply(subject, force=True)
+    with pytest.raises(PatchMismatchError, match="already"):
+        Ledger.of(subject).apply(patch, patch.deltas)
+    assert bytes_of(subject) == edited
+
+
+def test_reverting_twice_or_elsewhere_is_refused():
+    subject, other = model("llama"), model("llama")
+    patch = patch_for(subject, {1: 1})
+    patch.apply(subject)
+    with pytest.raises(PatchMismatchError, match="not applied"):
+        patch.revert(other)
+    patch.revert(subject)
+    with pytest.raises(PatchMismatchError, match="not applied"):
+        patch.revert(subject)
+
+
+def test_another_models_weights_are_refused_unless_forced():
+    patch = patch_for(model("llama", seed=0), {1: 1})
+    other = model("llama", seed=1)
+    before = bytes_of(other)
+    with pytest.raises(PatchMismatchError, match="not the weight that this patch was made for"):
+        patch.apply(other)
+    assert bytes_of(other) == before
+    patch.apply(other, force=True)
+    assert bytes_of(other) != before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_another_architecture_is_refused_even_when_forced(force):
+    patch = patch_for(model("llama"), {1: 1})
+    other = model("gpt2")
+    before = bytes_of(other)
+    with pytest.raises(KEditError, match=r"model\.layers\.1"):
+        patch.apply(other, force=force)
+    assert bytes_of(other) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_wrong_shape_leaves_every_weight_alone(force):
+    subject = model("llama")
+    before = bytes_of(subject)
+    patch = patch_for(subject, {1: 1, 2: 1})
+    last = list(patch.deltas)[-1]
+    patch.deltas[last] = random_delta((7, 5), 1)
+    with pytest.raises(PatchMismatchError, match="shape"):
+        patch.apply(subject, force=force)
+    assert bytes_of(subject) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_leave_every_weight_alone(value):
+    subject = model("llama")
+    before = bytes_of(subject)
+    patch = patch_for(subject, {1: 1, 2: 1})
+    list(patch.deltas.values())[-1].left[0, 0] = value
+    with pytest.raises(NonFiniteError):
+        patch.apply(subject)
+    assert bytes_of(subject) == before
+
+
+def test_a_sum_that_overflows_the_weights_dtype_is_refused():
+    subject = model("llama", dtype=torch.float16)
+    before = bytes_of(subject)
+    with pytest.raises(NonFiniteError, match="float16"):
+        patch_for(subject, {1: 1}, scale=1e6).apply(subject)
+    assert bytes_of(subject) == before
+
+
+def test_the_same_weights_in_a_wider_dtype_are_the_same_weights():
+    stored = model("llama", dtype=torch.bfloat16)
+    patch = patch_for(stored, {1: 1})
+    patch.apply(model("llama", dtype=torch.bfloat16).float())
+    wide = patch_for(model("llama", dtype=torch.bfloat16).float(), {1: 1})
+    wide.apply(stored)
+    narrowed = patch_for(model("llama", dtype=torch.float32), {1: 1})
+    with pytest.raises(PatchMismatchError):
+        narrowed.apply(model("llama", dtype=torch.bfloat16))
+
+
+def test_a_fingerprint_sees_every_bit_shape_and_dtype():
+    weight = torch.zeros(4, 6)
+    known = tensor_fingerprint(weight)
+    flipped = weight.clone()
+    flipped[3, 5] = -0.0
+    assert has_fingerprint(weight, known)
+    assert not has_fingerprint(flipped, known)
+    assert not has_fingerprint(weight.view(6, 4), known)
+    assert not has_fingerprint(weight, None)
+
+
+@pytest.mark.parametrize("how", ["in place", "through .data", "another parameter", "another dtype"])
+def test_a_weight_that_others_wrote_is_noticed(how):
+    subject = model("llama")
+    patch = patch_for(subject, {1: 1})
+    before = bytes_of(subject)
+    patch.apply(subject)
+    layer = subject.model.layers[1].mlp.down_proj
+    if how == "in place":
+        with torch.no_grad():
+            layer.weight.mul_(1.5)
+    elif how == "through .data":
+        layer.weight.data[0, 0] += 1
+    elif how == "another parameter":
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    else:
+        subject.to(torch.bfloat16)
+    with pytest.raises(PatchMismatchError, match="since kedit edited it"):
+        patch.revert(subject)
+    if how in ("in place", "through .data"):
+        Ledger.of(subject).revert_all()
+        assert bytes_of(subject) == before
+
+
+def test_quantized_and_offloaded_weights_are_pointed_to_attach():
+    subject = model("llama")
+    patch = patch_for(subject, {1: 1})
+    layer = subject.model.layers[1].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(PatchMismatchError, match="Attach"):
+        patch.apply(subject, force=True)
+    layer.weight = torch.nn.Parameter(torch.empty(layer.weight.shape, device="meta"))
+    with pytest.raises(PatchMismatchError, match="Attach"):
+        patch.apply(subject, force=True)
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2])
+@pytest.mark.parametrize("reverting", [False, True])
+def test_ctrl_c_while_weights_are_written_restores_all(monkeypatch, moment, reverting):
+    subject = model("llama", dtype=torch.bfloat16)
+    first, second = patch_for(subject, {1: 1, 2: 1, 3: 1}), patch_for(subject, {1: 2, 2: 2, 3: 2}, seed=5)
+    first.apply(subject)
+    if reverting:
+        second.apply(subject, force=True)
+    before = bytes_of(subject)
+    calls = itertools.count()
+    store = ledger_module._store
+
+    def interrupted(weight, stored):
+        store(weight, stored)
+        if next(calls) == moment:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ledger_module, "_store", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        first.revert(subject) if reverting else second.apply(subject, force=True)
+    monkeypatch.undo()
+    assert bytes_of(subject) == before
+    assert Ledger.of(subject).carries(first)
+    assert Ledger.of(subject).carries(second) == reverting
+    first.revert(subject)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_exception_while_weights_are_written_restores_all(monkeypatch):
+    subject = model("llama")
+    before = bytes_of(subject)
+    patch = patch_for(subject, {1: 1, 2: 1})
+    store, calls = ledger_module._store, itertools.count()
+
+    def broken(weight, stored):
+        store(weight, stored)
+        if next(calls) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(ledger_module, "_store", broken)
+    with pytest.raises(MemoryError):
+        patch.apply(subject)
+    monkeypatch.undo()
+    assert bytes_of(subject) == before
+    patch.apply(subject)
+
+
+def test_a_ledger_does_not_keep_its_model_alive():
+    subject = model("llama")
+    patch_for(subject, {1: 1}).apply(subject)
+    gone = weakref.ref(subject)
+    del subject
+    gc.collect()
+    assert gone() is None
+
+
+def test_patches_are_told_apart_by_identity():
+    subject = model("llama")
+    patch = patch_for(subject, {1: 1})
+    twin = EditPatch(patch.deltas, patch.fingerprints, patch.provenance)
+    patch.apply(subject)
+    assert not Ledger.of(subject).carries(twin)
