@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from patch_common import TYPES, bytes_of, patch_for, random_delta
 
 from kedit import ledger as ledger_module
 from kedit.delta import DenseDelta, LowRankDelta, add_delta
@@ -16,7 +17,6 @@ from kedit.fingerprint import has_fingerprint, tensor_fingerprint
 from kedit.ledger import Ledger
 from kedit.patch import EditPatch
 from models import tiny_model as model
-from patch_common import TYPES, bytes_of, patch_for, random_delta
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

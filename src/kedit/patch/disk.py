@@ -30,7 +30,19 @@ if TYPE_CHECKING:
 
 Stage = Callable[[str], None]
 RECORD = "kedit.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".ckpt") + (
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".onnx",
+    ".onnx_data",
+    ".gguf",
+    ".ckpt",
+) + (
     ".bin.index.json",
     ".safetensors.index.json",
 )
