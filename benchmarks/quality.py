@@ -193,10 +193,9 @@ class Bench:
 
 
 def _world(few: int, count: int, most: int) -> tuple[list[kedit.EditCase], list[kedit.EditCase], list[kedit.EditCase]]:
-    from kedit import testbed
-    from kedit.data.world import world_cases
+    from kedit.data.world import embedded_world, world_cases
 
-    world = testbed.world()
+    world = embedded_world()
     large: list[kedit.EditCase] = []
     while most >= 1 and not large:
         try:

@@ -94,10 +94,9 @@ def _cases(args: argparse.Namespace) -> list[EditCase]:
         return loaded.cases
     if args.model is not None:
         raise ConfigError("The embedded world's cases are about the embedded model. Give --data with --model.")
-    from kedit import testbed
-    from kedit.data.world import world_cases
+    from kedit.data.world import embedded_world, world_cases
 
-    return world_cases(testbed.world(), args.split, args.cases or 200, args.seed)
+    return world_cases(embedded_world(), args.split, args.cases or 200, args.seed)
 
 
 def _model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal, cast
 
 from kedit.edit import Edit
 from kedit.evaluation.cases import EditCase, Kind, Probe
@@ -21,6 +22,11 @@ GROUPS = {
     "relations": Kind.RELATION,
 }
 NUM_REFERENCES = 5
+
+
+def embedded_world() -> World:
+    """The world that the embedded model was trained on."""
+    return cast("World", import_module("kedit.testbed").world())
 
 
 def world_cases(world: World, split: Literal["dev", "test"], n: int, seed: int = 0) -> list[EditCase]:

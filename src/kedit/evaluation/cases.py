@@ -194,7 +194,8 @@ def _asks_edited(probe: Probe, texts: set[str], facts: set[tuple[str, str]]) -> 
         return False
     if probe.fact is not None and probe.fact in facts:
         return True
-    return any(probe.prompt == text or probe.prompt.endswith(f". {text}") for text in texts)
+    parts = probe.prompt.split(". ")  # the edited sentence may stand before the question
+    return any(". ".join(parts[i:]) in texts for i in range(len(parts)))
 
 
 def _kind(value: object) -> Kind:
