@@ -54,7 +54,7 @@ def write_patch(
         "format_version": str(FORMAT_VERSION),
         "kedit_version": version("kedit"),
         "fingerprints": json.dumps({name: fingerprints[name] for name in deltas}, sort_keys=True),
-        "provenance": json.dumps(_plain(provenance), sort_keys=True),
+        "provenance": json.dumps(check_provenance(path, _plain(provenance)), sort_keys=True),
     }
     metadata["checksum"] = checksum(tensors, metadata)
     return write_safetensors(Path(path), tensors, metadata)
@@ -129,12 +129,12 @@ def _json_object(path: str | Path, metadata: Mapping[str, str], key: str) -> dic
 def check_provenance(path: str | Path, provenance: dict[str, Any]) -> dict[str, Any]:
     """Return the provenance, or raise where a field that kedit reads has another type than kedit writes."""
     for key, kind in _PROVENANCE.items():
-        value = provenance.get(key)
+        if key not in provenance:
+            continue
+        value = provenance[key]
         items = value if isinstance(value, list) else []
         text_items = key == "contexts"
-        if value is not None and (
-            not isinstance(value, kind) or not all(isinstance(item, str if text_items else dict) for item in items)
-        ):
+        if not isinstance(value, kind) or not all(isinstance(item, str if text_items else dict) for item in items):
             raise PatchError(
                 f"{path}: its provenance has {key!r} as {_short(value)}, not as kedit writes it. It is damaged."
             )
