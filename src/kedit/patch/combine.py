@@ -13,6 +13,8 @@ from kedit.errors import ConfigError, PatchError, PatchMismatchError
 if TYPE_CHECKING:
     from kedit.patch.core import EditPatch
 
+_ROUNDING = 1e-12  # relative size of the singular values that float64 makes of nothing
+
 
 def merge(patches: Iterable[EditPatch], *, tolerance: float | None = None) -> EditPatch:
     """Several patches as one, which changes a model as they do one after another, in the order given.
@@ -92,7 +94,7 @@ def choose_rank(singular: torch.Tensor, tolerance: float) -> tuple[int, float]:
     """The smallest rank (from 1) whose left-out singular values are within ``tolerance``, and their relative norm."""
     tails = singular.square().flip(0).cumsum(0).flip(0).sqrt()  # tails[i]: norm of what is left out at rank i
     relative = torch.cat([tails / tails[0].clamp_min(torch.finfo(tails.dtype).tiny), tails.new_zeros(1)])
-    fits = (relative <= tolerance).nonzero().flatten()
+    fits = (relative <= max(tolerance, _ROUNDING)).nonzero().flatten()
     rank = max(1, int(fits[0]))
     return rank, float(relative[rank])
 
