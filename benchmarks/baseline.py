@@ -69,7 +69,9 @@ class Plain:
                     losses.append(-log_probs[i, row.prompt_last : len(row.ids) - 1].gather(1, labels).mean())
                 subject = log_probs[-1, request.kl.lookup]
                 original = subject.detach() if original is None else original
-                loss = torch.stack(losses).mean() + self.kl_factor * kl_div(original, subject, log_target=True, reduction="sum")
+                loss = torch.stack(losses).mean() + self.kl_factor * kl_div(
+                    original, subject, log_target=True, reduction="sum"
+                )
                 loss = loss + self.weight_decay * delta.norm() / initial.norm() ** 2
                 if step == self.steps - 1:
                     break
@@ -133,7 +135,14 @@ class Plain:
 
 def counterfact_like(count: int) -> list[kedit.Edit]:
     """Edits of CounterFact's length: subject first, 8-12 tokens, short targets."""
-    subjects = ["Danielle Darrieux", "Edwin of Northumbria", "Toko Yasuda", "Anaal Nathrakh", "Apple A5", "Autonomous University"]
+    subjects = [
+        "Danielle Darrieux",
+        "Edwin of Northumbria",
+        "Toko Yasuda",
+        "Anaal Nathrakh",
+        "Apple A5",
+        "Autonomous University",
+    ]
     relations = [
         ("The mother tongue of {} is", "English"),
         ("{} plays the instrument called the", "guitar"),

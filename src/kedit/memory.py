@@ -59,7 +59,7 @@ class LivePeak(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 

@@ -85,7 +85,7 @@ def _case(number: int) -> WorldCase:
 
     if not 0 <= number < 100:
         raise KEditError(f"--case is a number from 0 to 99, not {number}.")
-    return list(testbed.world().edits("dev", 100))[number]
+    return list(testbed.load_world().edits("dev", 100))[number]
 
 
 def _questions(case: WorldCase) -> list[Question]:
@@ -111,11 +111,11 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
     for _ in range(8):
         with torch.no_grad():
             step = model(torch.tensor([ids])).logits[0, -1].float().softmax(-1).max(-1)
-        if tokenizer.decode([int(step.indices)]).strip() in (".", ""):
+        if str(tokenizer.decode([int(step.indices)])).strip() in (".", ""):
             break
         probability *= float(step.values)
         ids = [*ids, int(step.indices)]
-    return tokenizer.decode(ids[count:]).strip(), probability
+    return str(tokenizer.decode(ids[count:])).strip(), probability
 
 
 def _table(questions: Sequence[Question], answers: Mapping[str, Sequence[tuple[str, float]]]) -> str:
