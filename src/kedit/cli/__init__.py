@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "kedit.cli.demo",
     "edit": "kedit.cli.edit",
     "eval": "kedit.cli.eval",
+    "patch": "kedit.cli.patch",
     "stats": "kedit.cli.stats",
 }
 

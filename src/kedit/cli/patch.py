@@ -1,0 +1,153 @@
+"""Show, apply, revert, merge, compare and export patches.
+
+Examples:
+  kedit patch show edit.safetensors
+  kedit patch apply BASE_DIR --patch edit.safetensors --out EDITED_DIR
+  kedit patch revert EDITED_DIR --base BASE_DIR --patch edit.safetensors --out DIR
+  kedit patch merge one.safetensors two.safetensors --out both.safetensors
+  kedit patch diff BASE_DIR EDITED_DIR --out edit.safetensors
+  kedit patch export edit.safetensors --model BASE_DIR --out ADAPTER_DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from kedit.cli import common
+
+if TYPE_CHECKING:
+    from kedit.patch import EditPatch
+    from kedit.patch.disk import DiskReport
+
+HELP = "show, apply, revert, merge, compare and export patches"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of every action."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = _action(actions, "show", _show, "who made a patch, what it changes, how much, how good it is")
+    show.add_argument("patch", metavar="PATCH")
+    show.add_argument("--json", action="store_true", help="as JSON, with everything that the patch says of itself")
+    apply = _action(actions, "apply", _apply, "write a checkpoint folder with patches applied")
+    apply.add_argument("base", metavar="BASE_DIR", help="a folder with config.json and safetensors weights; only read")
+    _on_disk(apply)
+    revert = _action(actions, "revert", _revert, "write an edited checkpoint folder with its patches taken away")
+    revert.add_argument("edited", metavar="EDITED_DIR", help="a folder that carries the patches; only read")
+    revert.add_argument("--base", metavar="BASE_DIR", required=True, help="the folder they were applied to; only read")
+    _on_disk(revert)
+    merge = _action(actions, "merge", _merge, "several patches as one")
+    merge.add_argument("patches", metavar="PATCH", nargs="+", help="in the order of application")
+    merge.add_argument(
+        "--tolerance", type=float, metavar="X", help="recompress every update to this relative error (default: exact)"
+    )
+    _out_file(merge)
+    diff = _action(actions, "diff", _diff, "the patch that leads from one checkpoint folder to another")
+    diff.add_argument("base", metavar="BASE_DIR")
+    diff.add_argument("edited", metavar="EDITED_DIR")
+    diff.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="relative error (default: 1e-4)")
+    diff.add_argument("--max-rank", type=int, metavar="N", help="refuse what needs more columns")
+    _out_file(diff)
+    export = _action(actions, "export", _export, "a PEFT LoRA adapter folder, which serving engines load")
+    export.add_argument("patch", metavar="PATCH")
+    export.add_argument("--model", metavar="DIR", required=True, help="a folder with the base model's config.json")
+    export.add_argument("--out", metavar="DIR", required=True, help="the new adapter folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the action says."""
+    do: Callable[[argparse.Namespace], None] = args.do
+    do(args)
+    return 0
+
+
+def _action(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    do: Callable[[argparse.Namespace], None],
+    text: str,
+) -> argparse.ArgumentParser:
+    parser = actions.add_parser(name, help=text, description=text)
+    parser.set_defaults(do=do)
+    return parser
+
+
+def _on_disk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--patch", action="append", required=True, metavar="PATCH", help="may be given again, in order")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the new checkpoint folder")
+    parser.add_argument("--force", action="store_true", help="do not compare the weights with the patch's fingerprints")
+    parser.add_argument(
+        "--link",
+        action="store_true",
+        help="hard-link unchanged shards instead of copying: quick and small, but the folders then share those files",
+    )
+
+
+def _out_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="FILE", required=True, help="the new patch (.safetensors)")
+
+
+def _load(paths: Sequence[str]) -> list[EditPatch]:
+    from kedit.patch import EditPatch
+
+    return [EditPatch.load(path) for path in paths]
+
+
+def _show(args: argparse.Namespace) -> None:
+    from kedit.patch.show import weights
+
+    (patch,) = _load([args.patch])
+    if args.json:
+        text = json.dumps({"provenance": patch.provenance, "weights": weights(patch)}, indent=2, ensure_ascii=False)
+    else:
+        text = patch.show()
+    sys.stdout.write(text + "\n")
+
+
+def _apply(args: argparse.Namespace) -> None:
+    from kedit.patch.disk import apply_to_checkpoint
+
+    _say(apply_to_checkpoint(args.base, _load(args.patch), args.out, force=args.force, link=args.link))
+
+
+def _revert(args: argparse.Namespace) -> None:
+    from kedit.patch.disk import revert_checkpoint
+
+    _say(revert_checkpoint(args.edited, args.base, _load(args.patch), args.out, force=args.force, link=args.link))
+
+
+def _say(report: DiskReport) -> None:
+    lines = [f"checkpoint: {report.folder}"]
+    lines.append(f"  {len(report.rewritten)} shard(s) rewritten, {len(report.kept)} taken over as they were")
+    if report.left_out:
+        lines.append(f"  left behind, as they hold the weights in other forms: {', '.join(report.left_out)}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from kedit.patch import EditPatch
+
+    common.check_writable(args.out)
+    _save(EditPatch.merge(_load(args.patches), tolerance=args.tolerance), args.out)
+
+
+def _diff(args: argparse.Namespace) -> None:
+    from kedit.patch import EditPatch
+
+    common.check_writable(args.out)
+    _save(EditPatch.diff(args.base, args.edited, tolerance=args.tolerance, max_rank=args.max_rank), args.out)
+
+
+def _save(patch: EditPatch, path: str) -> None:
+    sys.stdout.write(f"{patch.show()}\npatch: {patch.save(path)}\n")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from kedit.patch.checkpoint import skeleton
+
+    (patch,) = _load([args.patch])
+    folder = patch.to_peft(args.out, skeleton(args.model).model)
+    sys.stdout.write(f"adapter: {folder}\n")
