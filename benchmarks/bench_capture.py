@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -190,6 +191,7 @@ def measure(shape: Shape, repeats: int) -> dict[str, object]:
     ratio = {way: statistics.median(a / b for a, b in zip(times[way], times["plain"], strict=True)) for way in ways}
     return {
         "shape": asdict(shape),
+        "turns": repeats,
         "errors": report,
         "ways": {
             way: {
@@ -209,8 +211,6 @@ def machine() -> dict[str, object]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         name = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), name)
-    import os
-
     return {
         "cpu": name,
         "cores": os.cpu_count(),
@@ -221,14 +221,15 @@ def machine() -> dict[str, object]:
     }
 
 
-def table(results: list[dict], about: dict[str, object], repeats: int) -> str:
+def table(results: list[dict], about: dict[str, object]) -> str:
     lines = ["# Attention rows: time and memory of one step", ""]
+    turns = " or ".join(str(n) for n in sorted({result["turns"] for result in results}))
     gpu = f", {about['gpu']}" if about["gpu"] else ", no GPU"
     lines += [
         f"{about['cpu']}, {about['cores']} cores{gpu}; torch {about['torch']}, transformers {about['transformers']}, "
         f"Python {about['python']}.",
         "",
-        f"Forward + backward, rows of the last token in all blocks above block {EDIT_LAYER}. Medians of {repeats} interleaved "
+        f"Forward + backward, rows of the last token in all blocks above block {EDIT_LAYER}. Medians of {turns} interleaved "
         "turns; CPU: process time of one thread. Peak: what torch's allocator held at most above its state before the step.",
         "Written by `python benchmarks/bench_capture.py`.",
         "",
@@ -261,20 +262,25 @@ def table(results: list[dict], about: dict[str, object], repeats: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", default="", help="run only shapes whose name contains this, e.g. 22x256")
+    parser.add_argument(
+        "--only", default="", help="only shapes whose name contains this (22x256); others keep their results"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for capture.md and capture.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shapes = CPU + (GPU if torch.cuda.is_available() else [])
-    results = []
+    about = machine()
+    stored = arguments.out / "capture.json"
+    before = json.loads(stored.read_text()) if stored.exists() else {"machine": None}
+    results = {str(Shape(**r["shape"])): r for r in before["results"]} if before["machine"] == about else {}
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         if arguments.only in str(shape):
-            results.append(measure(shape, arguments.repeats))
-            print(json.dumps(results[-1], indent=1), flush=True)
-    about = machine()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "capture.json").write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
-    (arguments.out / "capture.md").write_text(table(results, about, arguments.repeats))
+            results[str(shape)] = measure(shape, arguments.repeats)
+            print(json.dumps(results[str(shape)], indent=1), flush=True)
+            ordered = [results[str(s)] for s in CPU + GPU if str(s) in results]
+            stored.write_text(json.dumps({"machine": about, "results": ordered}, indent=1) + "\n")
+            stored.with_suffix(".md").write_text(table(ordered, about))
 
 
 if __name__ == "__main__":
