@@ -22,7 +22,10 @@ _NAMES = {
     "Editor": "kedit.editors.base",
     "FT": "kedit.editors.ft",
     "EvalReport": "kedit.evaluation.report",
+    "Guard": "kedit.guard",
+    "GuardError": "kedit.guard",
     "KEditError": "kedit.errors",
+    "Ledger": "kedit.ledger",
     "MEMIT": "kedit.editors.memit",
     "PMET": "kedit.editors.memit",
     "ROME": "kedit.editors.rome",
@@ -32,6 +35,7 @@ _NAMES = {
     "editor": "kedit.editors",
     "evaluate": "kedit.evaluation.api",
     "load": "kedit.loading",
+    "run_journal": "kedit.journal",
     "second_moments": "kedit.stats",
 }
 
@@ -50,6 +54,10 @@ if TYPE_CHECKING:
     from kedit.evaluation.api import evaluate as evaluate
     from kedit.evaluation.cases import EditCase as EditCase
     from kedit.evaluation.report import EvalReport as EvalReport
+    from kedit.guard import Guard as Guard
+    from kedit.guard import GuardError as GuardError
+    from kedit.journal import run_journal as run_journal
+    from kedit.ledger import Ledger as Ledger
     from kedit.loading import load as load
     from kedit.moments import SecondMoments as SecondMoments
     from kedit.patch import EditPatch as EditPatch

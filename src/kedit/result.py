@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kedit.edit import Edit
 from kedit.optimise import StepLog
 from kedit.patch import EditPatch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Watcher(Protocol):
+    """What was measured before an edit."""
+
+    report: Any
+
+    def check(self, names: Iterable[str]) -> Any:
+        """Measure again after the weights ``names`` were edited: the report, or an error where the edit must go."""
+        ...
+
+
+class Gate(Protocol):
+    """What decides whether an edit is kept; :class:`kedit.Guard` is one."""
+
+    def watch(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit]) -> Watcher:
+        """Measure the model before ``edits`` are written."""
+        ...
 
 
 @dataclass(eq=False)
@@ -23,6 +41,7 @@ class EditResult:
         edits: what was asked for.
         log: per edit and step: step, total, nll, kl, weight_decay, and one column per regularizer.
         seconds: time by stage.
+        guard: the guard's report, where there was one.
     """
 
     patch: EditPatch
@@ -30,6 +49,7 @@ class EditResult:
     log: list[list[StepLog]]
     seconds: dict[str, float] = field(default_factory=dict)
     _model: PreTrainedModel | None = None
+    guard: Any = None
 
     def revert(self) -> None:
         """Take this edit back, whatever was edited before or after; raises ``PatchMismatchError`` the second time."""
@@ -50,8 +70,9 @@ class EditResult:
                 figures = ", ".join(f"{name} {first[name]:.3f} → {last[name]:.3f}" for name in columns)
                 lines.append(f"    {len(steps)} steps: {figures}")
         for name, delta in self.patch.deltas.items():
-            norm = float(delta.dense.norm())
-            lines.append(f"  {name}: rank {delta.rank} update of norm {norm:.3g}, shape {delta.shape}")
+            lines.append(f"  {name}: rank {delta.rank} update of norm {delta.norm:.3g}, shape {delta.shape}")
+        if self.guard is not None:
+            lines += [f"  {line}" for line in str(self.guard).splitlines()]
         if self.seconds:
             lines.append("  " + ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items()))
         return "\n".join(lines)

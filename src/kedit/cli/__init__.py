@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("kedit").setLevel(logging.WARNING if args.quiet else logging.INFO)
+    logging.getLogger("kedit.capture").setLevel(logging.WARNING)  # which kernel reads the rows is no news here
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

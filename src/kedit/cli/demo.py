@@ -36,7 +36,7 @@ class Question:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--out", metavar="DIR", default="kedit-demo", help="where picture and patch go")
-    parser.add_argument("--case", type=int, default=0, metavar="N", help="another fact of the invented world (0-99)")
+    parser.add_argument("--case", type=int, default=10, metavar="N", help="which fact to edit (0-99)")
 
 
 def run(args: argparse.Namespace) -> int:

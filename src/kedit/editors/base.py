@@ -30,7 +30,7 @@ from kedit.progress import Progress, logger
 from kedit.regularizers import Choice, resolve
 from kedit.regularizers.base import Needs, Regularizer
 from kedit.request import Request, encode_edits
-from kedit.result import EditResult
+from kedit.result import EditResult, Gate
 from kedit.stats import estimate_moments
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ class Editor(ABC):
     def moments(self) -> SecondMoments:
         """Second moments of the edited layers; estimated on first use."""
         if self._moments is None:
-            self._moments = estimate_moments(self.arch, self.tokenizer, self.config.layers)
+            layers, ridge = self.config.layers, presets.ridge(self.arch)
+            self._moments = estimate_moments(self.arch, self.tokenizer, layers, ridge=ridge)
         return self._moments
 
     @moments.setter
@@ -156,7 +157,9 @@ class Editor(ABC):
         self._moments = found
 
     @with_gradient
-    def apply(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> EditResult:
+    def apply(
+        self, edits: Edit | Iterable[Edit], regularizer: Choice = None, *, guard: Gate | None = None
+    ) -> EditResult:
         """Write one edit or many into the model.
 
         Editors that solve jointly write many as one batch; the others in order, each on the model as edited so far.
@@ -165,15 +168,18 @@ class Editor(ABC):
         Args:
             edits: an :class:`~kedit.Edit` or several.
             regularizer: a name, an object, or a list of them.
+            guard: limits that the edited model must keep (:class:`kedit.Guard`); what misses one is rolled back.
 
         Raises:
             KEditError: bad input, a non-finite loss, a singular second moment; in words.
+            GuardError: the guard refused the edit; its report says which figure failed.
         """
         chosen = as_edits(edits)
         settings = self._settings(regularizer)
         requests = self._encode(chosen, settings)
         timer = Timer()
         self._prepare(timer)
+        watch = None if guard is None else guard.watch(self.model, self.tokenizer, chosen)
         base = fingerprints(self.arch, settings.names)
         written: dict[str, list[Delta]] = {name: [] for name in settings.names}
         log: list[list[StepLog]] = []
@@ -195,8 +201,35 @@ class Editor(ABC):
         summed = {name: concatenate(parts) for name, parts in written.items()}
         patch = EditPatch(summed, base, self._provenance(chosen, settings))
         patch.apply(self.model)
-        self.kept(patch, requests, settings)
-        return EditResult(patch, chosen, log, timer.seconds, self.model)
+        try:
+            if watch is not None:
+                with timer.stage("guard"):
+                    patch.provenance["scores"] = watch.check(patch.deltas).scores
+            self.kept(patch, requests, settings)
+        except BaseException:
+            patch.revert(self.model)
+            raise
+        return EditResult(patch, chosen, log, timer.seconds, self.model, None if watch is None else watch.report)
+
+    def reapply(self, patch: EditPatch, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> None:
+        """Put a patch that this editor made of ``edits`` back onto the model, as :meth:`apply` left it.
+
+        Raises:
+            PatchMismatchError: the model is not as it was when the patch was made.
+        """
+        settings = self._settings(regularizer)
+        requests = self._encode(as_edits(edits), settings)
+        patch.apply(self.model)
+        try:
+            self.kept(patch, requests, settings)
+        except BaseException:
+            patch.revert(self.model)
+            raise
+
+    def prepare(self) -> None:
+        """Get contexts and second moments now, of the model as it is, rather than when they are first needed."""
+        _ = self.contexts
+        self._prepare(Timer())
 
     @with_gradient
     def propose(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> list[EditPatch]:

@@ -246,21 +246,21 @@ def _partial(out: Path) -> Iterator[Path]:
         if _abandoned(old):
             shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    lock = _lock(folder)
+    lock = lock_folder(folder)
     try:
         open_to_others(folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
-            os.close(lock)
+            unlock(lock)
 
 
 def _glob_safe(name: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
-def _lock(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """Hold a folder for this process; the system lets go when the process ends, however it ends. None: it is held."""
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -276,10 +276,15 @@ def _lock(folder: Path) -> int | None:
 def _abandoned(folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
-    lock = _lock(folder)
+    lock = lock_folder(folder)
     if lock is not None:
-        os.close(lock)
+        unlock(lock)
     return lock is not None
+
+
+def unlock(lock: int) -> None:
+    """Let go of what :func:`lock_folder` holds."""
+    os.close(lock)
 
 
 def _take(old: Path, new: Path, *, link: bool) -> None:
