@@ -43,7 +43,7 @@ class Case:
 
 
 AWKWARD = [
-    Case(keys=keys, width=width, rows=rows, groups=groups)
+    Case(keys=keys, width=width, rows=rows, groups=groups, batch=1 if keys == 257 else 2)
     for keys, width, rows, groups in [
         (1, 64, 1, 1), (1, 80, 3, 4), (17, 64, 5, 8), (17, 80, 2, 4), (17, 128, 1, 1), (17, 256, 4, 1),
         (63, 64, 1, 4), (63, 80, 3, 1), (63, 128, 5, 8), (63, 256, 2, 4), (257, 64, 2, 1), (257, 80, 1, 8),

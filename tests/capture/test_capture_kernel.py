@@ -263,5 +263,5 @@ def test_interpreted_kernel_through_a_model(workers: Callable[[str], Any], name:
 @needs_triton
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(workers: Callable[[str], Any], fault: str) -> None:
-    assert workers(INTERPRET)["control"][fault], "the case fails without the fault"
+    assert workers(INTERPRET)["control"][str(FAULTS[fault].case)], "the case fails without the fault"
     assert workers(INTERPRET)["caught"][fault]

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from tests.models import CONTEXTS, EDITS, moments, tiny_model, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import kedit
@@ -14,7 +15,6 @@ from kedit.optimise import Objective, optimise
 from kedit.regularizers.base import Needs, blocks_from
 from kedit.request import encode_edits
 from kedit.runner import Wave
-from tests.models import CONTEXTS, EDITS, moments, tiny_model, tokenizer
 
 ALL = [kedit.Edit(*EDITS[name]) for name in ("start", "middle", "end")]
 
@@ -26,7 +26,12 @@ def build(kind):
         config = GPT2Config(**size, n_embd=128, n_layer=6, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         return GPT2LMHeadModel(config).eval()
     config = LlamaConfig(
-        **size, hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2
+        **size,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     return LlamaForCausalLM(config).eval()
 

@@ -54,6 +54,8 @@ ORDER = [
     "editors",
     "loading",
     "evaluation",
+    "guard",
+    "journal",
     "testbed",
     "data",
     "analysis",

@@ -1,0 +1,192 @@
+"""The guard: what misses a limit is rolled back, and the report says which figure it was."""
+
+import re
+
+import pytest
+import torch
+
+import kedit
+from contract.common import ADA, FRENCH, make, state
+from kedit.errors import ConfigError, KEditError
+from kedit.evaluation import EditCase, Kind, Probe
+from kedit.guard import Figure, Guard, GuardError, GuardReport
+from kedit.ledger import Ledger
+from models import tiny_model
+
+LOOSE = {
+    "efficacy": 0.0,
+    "paraphrase": 0.0,
+    "neighbour_drop": 1.0,
+    "distracted_drop": 1.0,
+    "relation_drop": 1.0,
+    "kl": 1e9,
+    "perplexity": 1e9,
+    "norm_growth": 1e9,
+}
+
+EASY = kedit.Edit("The river flows past the house of {}", "Quentin", "the")  # one token, right after the subject
+
+CASE = EditCase.of(
+    "easy",
+    kedit.Edit("The river flows past the house of {}", "Quentin", "the", "Paris"),
+    [
+        Probe(kind=Kind.PARAPHRASE, prompt="In the evening the river flows past Quentin", right="the", wrong="Paris"),
+        Probe(kind=Kind.NEIGHBOUR, prompt="The river flows past the house of Charles", right="Paris", wrong="the"),
+        Probe(kind=Kind.RELATION, prompt="The mother tongue of Quentin is", right="English", wrong="German"),
+    ],
+)
+
+
+@pytest.fixture
+def subject():
+    return tiny_model("gpt2")
+
+
+def guarded(subject, edits, guard, name="rome", **options):
+    """The result of a guarded edit that is strong enough to succeed."""
+    return strong(subject, name, **options).apply(edits, guard=guard)
+
+
+def strong(subject, name="rome", **options):
+    """An editor that makes the easy edit succeed."""
+    return make(name, subject, **{"steps": 40, "clamp": 20.0, "contexts": ["{}"], "kl_factor": 0.0} | options)
+
+
+def test_an_edit_within_its_limits_is_kept_with_its_scores(subject):
+    result = guarded(subject, CASE.edit, Guard(cases=[CASE], **LOOSE | {"efficacy": 1.0}))
+    assert result.guard.passed
+    assert set(result.guard.scores) == {*LOOSE, "finite"}
+    assert result.patch.provenance["scores"] == result.guard.scores
+    assert result.guard.scores["efficacy"] == 1.0
+    assert Ledger.of(subject).carries(result.patch)
+    for line in str(result.guard).splitlines():
+        assert line in result.report()
+
+
+@pytest.mark.parametrize("name", ["efficacy", "kl", "perplexity", "norm_growth"])
+def test_what_misses_a_limit_is_rolled_back_and_named(subject, name):
+    impossible = {"efficacy": 1.0}.get(name, 0.0)
+    options = {"lr": 1e-9} if name == "efficacy" else {}
+    before = state(subject)
+    with pytest.raises(GuardError, match=name) as caught:
+        strong(subject, **options).apply(EASY, guard=Guard(**LOOSE | {name: impossible}))
+    assert [figure.name for figure in caught.value.report.failed] == [name]
+    assert state(subject) == before
+    assert Ledger.of(subject).touched == []
+    others = set(LOOSE) - {name}
+    assert not any(re.search(rf"\b{other} is", str(caught.value)) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(Kind.NEIGHBOUR, "neighbour_drop"), (Kind.DISTRACTED, "distracted_drop"), (Kind.RELATION, "relation_drop")],
+)
+def test_lost_answers_count(subject, kind, name):
+    """A probe that the model answers rightly only while it is unedited: it asks for the edit's own prompt."""
+    editor = strong(subject)
+    plain = most_likely(subject, editor.tokenizer, EASY.text)
+    probe = Probe(kind=kind, prompt=EASY.text, right=plain, wrong=EASY.target_new)
+    case = EditCase.of("x", EASY, [probe])
+    result = editor.apply(EASY, guard=Guard(cases=[case], **LOOSE))
+    assert result.guard.scores[name] == 1.0
+    result.revert()
+    before = state(subject)
+    with pytest.raises(GuardError, match=f"{name} is 1 and must be at most 0.5"):
+        editor.apply(EASY, guard=Guard(cases=[case], **LOOSE | {name: 0.5}))
+    assert state(subject) == before
+
+
+def test_paraphrases_that_fail_count(subject):
+    probe = Probe(kind=Kind.PARAPHRASE, prompt=EASY.text, right="Berlin", wrong=EASY.target_new)
+    with pytest.raises(GuardError, match="paraphrase is 0 and must be at least 1"):
+        guarded(subject, EASY, Guard(cases=[EditCase.of("x", EASY, [probe])], **LOOSE | {"paraphrase": 1.0}))
+
+
+@torch.no_grad()
+def most_likely(subject, tok, text):
+    """The model's first choice after a text, as a word."""
+    order = subject(**tok(text, return_tensors="pt")).logits[0, -1].argsort(descending=True)
+    return next(word for word in (tok.decode([i]).strip() for i in order.tolist()) if len(word) > 1 and word.isalpha())
+
+
+def test_efficacy_without_an_old_answer_asks_for_the_first_choice(subject):
+    assert guarded(subject, EASY, Guard(**LOOSE)).guard.scores["efficacy"] == 1.0  # it has no target_true
+    other = tiny_model("gpt2")
+    assert guarded(other, EASY, Guard(**LOOSE), lr=1e-9).guard.scores["efficacy"] == 0.0
+
+
+def test_nothing_to_ask_is_not_measured(subject):
+    result = guarded(subject, ADA, Guard(**LOOSE | {"kl": None, "perplexity": None, "norm_growth": None}))
+    assert set(result.guard.scores) == {"efficacy", "finite"}
+
+
+def test_a_second_edit_is_checked_with_the_first_in_place(subject):
+    editor = strong(subject)
+    first = editor.apply(ADA)
+    before = state(subject)
+    with pytest.raises(GuardError):
+        editor.apply(FRENCH, guard=Guard(**LOOSE | {"norm_growth": 0.0}))
+    assert state(subject) == before
+    assert Ledger.of(subject).carries(first.patch)
+    first.revert()
+
+
+def test_norm_growth_counts_from_the_unedited_weights(subject):
+    editor = strong(subject)
+    growths = [editor.apply(edit, guard=Guard(**LOOSE)).guard.scores["norm_growth"] for edit in (EASY, ADA, FRENCH)]
+    weight = editor.arch.weight(2)
+    original = Ledger.of(subject).original(weight.name)
+    assert growths[-1] == pytest.approx(float(weight.matrix.norm() / original.norm()) - 1, abs=1e-6)
+    assert growths[-1] != growths[0]
+
+
+@pytest.mark.parametrize("name", ["memit", "alphaedit"])
+def test_a_refused_batch_leaves_no_memory(subject, name):
+    before = state(subject)
+    editor = make(name, subject, lr=1e-6)
+    with pytest.raises(GuardError):
+        editor.apply([ADA, FRENCH], guard=Guard(**LOOSE | {"efficacy": 1.0}))
+    assert state(subject) == before
+    if name == "alphaedit":
+        assert len(editor.history.keys(2, 5)) == 0
+
+
+def test_numbers_that_are_none_never_pass():
+    for least in (True, False):
+        for value in (float("nan"), float("inf"), float("-inf")):
+            assert not Figure("x", value, 0.0, least).passed
+    report = GuardReport((Figure("x", float("nan"), 1.0, False), Figure("y", 1.0, 1.0, False)))
+    assert [figure.name for figure in report.failed] == ["x"]
+
+
+def test_a_model_that_says_nan_fails_the_guard(subject):
+    guard = Guard(**LOOSE)
+    watch = guard.watch(subject, make("rome", subject).tokenizer, [ADA])
+    with torch.no_grad():
+        subject.transformer.h[2].mlp.c_proj.weight[0, 0] = float("nan")
+    with pytest.raises(GuardError) as caught:
+        watch.check(["transformer.h.2.mlp.c_proj.weight"])
+    assert {figure.name for figure in caught.value.report.failed} == {"efficacy", "kl", "perplexity", "finite"}
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"efficacy": 1.1}, {"efficacy": -0.1}, {"kl": float("nan")}, {"kl": -1}, {"perplexity": "x"}, {"paraphrase": True},
+     {"texts": ()}],
+)  # fmt: skip
+def test_impossible_limits_are_refused(limits):
+    with pytest.raises(ConfigError):
+        Guard(**limits)
+
+
+def test_an_error_inside_the_guard_rolls_back(subject, monkeypatch):
+    before = state(subject)
+
+    def broken(self, names):
+        raise RuntimeError("inside")
+
+    monkeypatch.setattr("kedit.guard.Watch.check", broken)
+    with pytest.raises(RuntimeError, match="inside"):
+        guarded(subject, ADA, Guard(**LOOSE))
+    assert state(subject) == before
+    assert issubclass(GuardError, KEditError)
