@@ -1,5 +1,6 @@
 """The guard: what misses a limit is rolled back, and the report says which figure it was."""
 
+import json
 import re
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 
 import kedit
 from contract.common import ADA, FRENCH, make, state
+from kedit.cli import main
 from kedit.errors import ConfigError, KEditError
 from kedit.evaluation import EditCase, Kind, Probe
-from kedit.guard import Figure, Guard, GuardError, GuardReport
+from kedit.guard import PLAIN, Figure, Guard, GuardError, GuardReport
 from kedit.ledger import Ledger
+from kedit.patch import EditPatch
 from models import tiny_model
 
 LOOSE = {
@@ -190,3 +193,64 @@ def test_an_error_inside_the_guard_rolls_back(subject, monkeypatch):
         guarded(subject, ADA, Guard(**LOOSE))
     assert state(subject) == before
     assert issubclass(GuardError, KEditError)
+
+
+# On the command line
+
+
+@pytest.fixture
+def words(tmp_path):
+    """The words of ``kedit edit`` on a tiny saved model, with two edits."""
+    from models import tokenizer
+
+    subject = tiny_model("gpt2")
+    subject.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(edit.to_dict()) + "\n" for edit in (EASY, FRENCH)))
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"{text} Number {i}." for i, text in enumerate(PLAIN * 8)))
+    (tmp_path / "cases.jsonl").write_text(json.dumps(CASE.to_dict() | {"edit": EASY.to_dict()}) + "\n")
+    settings = ["layers=4", "steps=30", "clamp=20.0", "kl_factor=0.0"]
+    return [
+        *("edit", "--model", str(tmp_path / "model"), "--edits", str(tmp_path / "edits.jsonl")),
+        *("--moments-corpus", str(tmp_path / "corpus.txt"), "--out", str(tmp_path / "out.safetensors")),
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
+
+
+OPEN = ["--guard", *(f"{name}={value}" for name, value in LOOSE.items())]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_the_command_keeps_what_passes_and_records_the_scores(words, tmp_path, capsys):
+    more = ["--guard-cases", str(tmp_path / "cases.jsonl"), "--guard-texts", str(tmp_path / "corpus.txt")]
+    assert main([*words, *OPEN, *more]) == 0
+    assert "ok     neighbour_drop" in capsys.readouterr().out
+    assert set(EditPatch.load(tmp_path / "out.safetensors").provenance["scores"]) == {*LOOSE, "finite"}
+
+
+def test_the_command_refuses_what_fails(words, tmp_path, capsys):
+    assert main([*words, *OPEN, "kl=0"]) == 1
+    assert "rolled back by the guard: kl is" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_command_goes_on_in_a_journal(words, tmp_path, capsys):
+    journal = ["--journal", str(tmp_path / "j")]
+    assert main([*words, *OPEN, *journal]) == 0
+    first = EditPatch.load(tmp_path / "out.safetensors")
+    assert [edit["target_new"] for edit in first.provenance["edits"]] == ["the", "English"]
+    assert main([*words, *OPEN, *journal]) == 0
+    assert "2 step(s) of them from the journal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more", [["--guard", "no=1"], ["--guard", "kl=x"], ["--guard-cases", "x"], ["--guard-texts", "x"]]
+)
+def test_the_command_refuses_guards_that_are_none(words, more, capsys):
+    assert main([*words, *more]) == 1
+    assert "guard" in capsys.readouterr().err.lower()

@@ -4,8 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from tests.models import CONTEXTS, EDITS, MODEL_TYPES, moments, tiny_model, tokenizer
-from tests.reference.float64 import TrueFloat64
 
 import kedit
 from kedit.arch import ModelArch, Site
@@ -13,6 +11,8 @@ from kedit.engine import Engine
 from kedit.ledger import Ledger
 from kedit.regularizers.base import Needs
 from kedit.request import encode_edits
+from models import CONTEXTS, EDITS, MODEL_TYPES, moments, tiny_model, tokenizer
+from reference.float64 import TrueFloat64
 
 ALL = [kedit.Edit(*EDITS[name]) for name in ("start", "middle", "end")]
 

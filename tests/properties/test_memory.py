@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from tests.models import CONTEXTS, EDITS, moments, tiny_model, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import kedit
@@ -15,6 +14,7 @@ from kedit.optimise import Objective, optimise
 from kedit.regularizers.base import Needs, blocks_from
 from kedit.request import encode_edits
 from kedit.runner import Wave
+from models import CONTEXTS, EDITS, moments, tiny_model, tokenizer
 
 ALL = [kedit.Edit(*EDITS[name]) for name in ("start", "middle", "end")]
 

@@ -3,6 +3,7 @@
 Examples:
   kedit edit --prompt "{} works as a" --subject "Hulqui Gossam" --target-new pilot --regularizer sadr --out edit.safetensors
   kedit edit --model EleutherAI/gpt-j-6b --dtype bfloat16 --edits edits.jsonl --out edit.safetensors
+  kedit edit --edits edits.jsonl --guard kl=0.05 relation_drop=none --journal run/ --out edits.safetensors
 
 A JSONL file holds one edit per line: {"prompt": "...{}...", "subject": "...", "target_new": "..."}.
 """
@@ -10,10 +11,20 @@ A JSONL file holds one edit per line: {"prompt": "...{}...", "subject": "...", "
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+from itertools import islice
+from typing import TYPE_CHECKING
 
 from kedit.cli import common
-from kedit.errors import EditError
+from kedit.errors import ConfigError, EditError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kedit.guard import Guard
+
+MAX_TEXTS = 100  # more than the guard reads
 
 HELP = "write facts into a model, save the patch"
 
@@ -27,6 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-new", help="what the model shall say")
     parser.add_argument("--edits", metavar="FILE", help="many edits, one JSON object per line")
     parser.add_argument("--out", metavar="FILE", required=True, help="where the patch is written (.safetensors)")
+    parser.add_argument(
+        "--guard",
+        nargs="*",
+        metavar="LIMIT=VALUE",
+        help="keep the edit only if it works and leaves the rest alone; limits as in kedit.Guard (kl=0.05), none for no limit",
+    )
+    parser.add_argument("--guard-cases", metavar="FILE", help="paraphrases, neighbours and relations to ask for")
+    parser.add_argument("--guard-texts", metavar="FILE", help="plain text for KL and perplexity")
+    parser.add_argument("--journal", metavar="DIR", help="edit one by one and go on there after a crash")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="edits per step of the journal")
     parser.add_argument("--save-model", metavar="DIR", help="also write the whole edited model there")
 
 
@@ -41,12 +62,22 @@ def run(args: argparse.Namespace) -> int:
         raise EditError("A single edit needs --prompt, --subject and --target-new, all three.")
     edits = Edit.from_jsonl(args.edits) if args.edits else [Edit(*single)]
     common.check_writable(args.out)
+    guard = _guard(args)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)
+    if guard is not None and args.guard_texts:
+        guard = _with_texts(guard, args.guard_texts, model)
     editor = common.make_editor(args, model, tokenizer)
-    result = editor.apply(edits, regularizers)
-    sys.stdout.write(result.report() + "\n")
-    path = result.patch.save(args.out)
+    if args.journal:
+        from kedit.journal import run_journal
+
+        run = run_journal(args.journal, editor, edits, regularizers, guard=guard, batch_size=args.batch_size)
+        sys.stdout.write(run.report() + "\n")
+        path = run.patch.save(args.out)
+    else:
+        result = editor.apply(edits, regularizers, guard=guard)
+        sys.stdout.write(result.report() + "\n")
+        path = result.patch.save(args.out)
     sys.stdout.write(f"patch: {path}\n")
     if args.save_model:
         try:
@@ -56,3 +87,27 @@ def run(args: argparse.Namespace) -> int:
             raise EditError(f"Cannot write the model to {args.save_model}: {error}. The patch is kept.") from error
         sys.stdout.write(f"model: {args.save_model}\n")
     return 0
+
+
+def _guard(args: argparse.Namespace) -> Guard | None:
+    """The guard that the options describe."""
+    if args.guard is None:
+        if args.guard_cases or args.guard_texts:
+            raise ConfigError("--guard-cases and --guard-texts belong to a guard. Add --guard.")
+        return None
+    from kedit.guard import from_limits
+
+    limits = {key: None if value in ("none", "None") else value for key, value in common.overrides(args.guard).items()}
+    cases = []
+    if args.guard_cases:
+        from kedit.data import load_cases
+
+        cases = load_cases(args.guard_cases, strict=True).cases
+    return from_limits(limits, cases=cases)
+
+
+def _with_texts(guard: Guard, path: str, model: PreTrainedModel) -> Guard:
+    """The guard with the beginning of a text file to read."""
+    from kedit.corpus import as_corpus
+
+    return dataclasses.replace(guard, texts=tuple(islice(as_corpus(path, model), MAX_TEXTS)))
