@@ -223,7 +223,6 @@ OPEN = ["--guard", *(f"{name}={value}" for name, value in LOOSE.items())]
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def test_the_command_keeps_what_passes_and_records_the_scores(words, tmp_path, capsys):
