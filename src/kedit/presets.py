@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kedit.arch import ModelArch
-from kedit.moments import RIDGE
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,9 @@ TESTBED_PRESETS: dict[str, Preset] = {
 TESTBED_RIDGE = 1e-2
 
 
-def ridge(arch: ModelArch) -> float:
-    """The relative ridge of second moments that are estimated for a model."""
-    return TESTBED_RIDGE if getattr(arch.model.config, "kedit_testbed", False) else RIDGE
+def ridge(arch: ModelArch) -> float | None:
+    """The relative ridge of second moments that are estimated for a model; ``None``: the usual one."""
+    return TESTBED_RIDGE if getattr(arch.model.config, "kedit_testbed", False) else None
 
 
 def find(editor: str, arch: ModelArch) -> Preset | None:

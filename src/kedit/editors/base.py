@@ -22,7 +22,7 @@ from kedit.editors.config import EditorConfig
 from kedit.engine import Engine
 from kedit.errors import ConfigError
 from kedit.ledger import Ledger
-from kedit.moments import Moment, SecondMoments
+from kedit.moments import RIDGE, Moment, SecondMoments
 from kedit.optimise import StepLog, Values
 from kedit.patch import EditPatch, fingerprints
 from kedit.pipeline import Insertion, Timer, describe, needs_of, overwrite, spread, warn_of_known
@@ -146,7 +146,7 @@ class Editor(ABC):
     def moments(self) -> SecondMoments:
         """Second moments of the edited layers; estimated on first use."""
         if self._moments is None:
-            layers, ridge = self.config.layers, presets.ridge(self.arch)
+            layers, ridge = self.config.layers, presets.ridge(self.arch) or RIDGE
             self._moments = estimate_moments(self.arch, self.tokenizer, layers, ridge=ridge)
         return self._moments
 
