@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kedit.errors import NonFiniteError, PatchError
 
-_BLOCK = 1 << 17  # numbers added at a time: what fits the cache
+_BLOCK = {"cpu": 1 << 18}  # numbers added at a time: what fits the cache
 _BLOCK_ELSEWHERE = 1 << 24
 
 
@@ -156,26 +154,15 @@ def add_delta(total: Tensor, delta: Delta, *, transposed: bool) -> Tensor:
         return total.add_(placed.matrix.T if transposed else placed.matrix)
     rows_factor, columns_factor = (placed.right, placed.left) if transposed else (placed.left, placed.right)
     columns = columns_factor.T.contiguous()  # [r, columns of total]
-    if total.device.type == "cpu":
-        # One thread and no barrier: torch would wait for its threads at every one of these small steps.
-        with np.errstate(all="ignore"):  # who asked checks that the result is finite
-            _add_columns(
-                np.multiply, np.add, total.numpy(), rows_factor.detach().numpy(), columns.detach().numpy(), _BLOCK
-            )
-    else:
-        _add_columns(torch.mul, torch.add, total, rows_factor, columns, _BLOCK_ELSEWHERE)
-    return total
-
-
-def _add_columns(multiply: Any, add: Any, total: Any, rows: Any, columns: Any, size: int) -> None:
-    """Add rows columns to total, column by column of ``rows`` [n, r] and row by row of ``columns`` [r, m], in blocks."""
-    step = max(1, size // max(1, total.shape[1]))
+    step = max(1, _BLOCK.get(total.device.type, _BLOCK_ELSEWHERE) // max(1, total.shape[1]))
     for start in range(0, total.shape[0], step):
-        block, factor = total[start : start + step], rows[start : start + step]
-        product = multiply(factor[:, :1], columns[0]) if columns.shape[0] else None
-        for i in range(columns.shape[0]):
-            multiply(factor[:, i : i + 1], columns[i], out=product)
-            add(block, product, out=block)
+        block = total[start : start + step]
+        factor = rows_factor[start : start + step]
+        product = torch.empty_like(block)
+        for i in range(placed.rank):
+            torch.mul(factor[:, i : i + 1], columns[i], out=product)
+            block.add_(product)
+    return total
 
 
 def concatenate(deltas: list[Delta]) -> Delta:
