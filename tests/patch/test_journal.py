@@ -257,7 +257,7 @@ def test_a_flipped_byte_in_a_kept_edit_is_refused(journal):
 
 
 def test_two_runs_on_one_journal_are_refused(journal):
-    from kedit.patch.disk import lock_folder, unlock
+    from kedit.patch.rewrite import lock_folder, unlock
 
     lock = lock_folder(journal)
     refuses(journal, "in use by another process")

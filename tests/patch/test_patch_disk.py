@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from kedit.errors import KEditError, NonFiniteError, PatchError, PatchMismatchError
 from kedit.patch import EditPatch
 from kedit.patch.checkpoint import INDEX
-from kedit.patch.disk import RECORD, apply_to_checkpoint, revert_checkpoint
+from kedit.patch.disk import apply_to_checkpoint, revert_checkpoint
+from kedit.patch.rewrite import RECORD
 from models import tiny_model as model
 from models import tokenizer
 

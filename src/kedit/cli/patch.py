@@ -21,7 +21,7 @@ from kedit.cli import common
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
-    from kedit.patch.disk import DiskReport
+    from kedit.patch.rewrite import DiskReport
 
 HELP = "show, apply, revert, merge, compare and export patches"
 
