@@ -29,7 +29,7 @@ from kedit.evaluation.statistics import Estimate
 from kedit.pipeline import describe
 from kedit.regularizers import resolve
 
-GAMMAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+GAMMAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 FIVE = ("es", "ps", "ns", "rs", "dns")
 ADR = "ADR (all heads)"
 GENERATE = 30  # tokens, for fluency
