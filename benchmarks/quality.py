@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,17 +161,17 @@ class Bench:
             return False
         return True
 
-    def gamma(self, name: str, **fields: Any) -> float:
+    def gamma(self, name: str, variant: Callable[..., Any] = kedit.SADR) -> float:
         """γ chosen on the development half: the best Score among those with ES >= 99 and PS at most 3 points lower.
 
-        Where none qualifies, the smallest.
+        Where none qualifies, the smallest. ``variant(gamma=...)`` makes the regularizer.
         """
-        key = f"{name} {sorted(fields.items())}"
+        key = f"{name} {variant(gamma=0.0)!r}"
         if key not in self.gammas:
             plain = self.run(self.editor(name), None, self.dev, exact=False)
             found = []
             for gamma in GAMMAS:
-                report = self.run(self.editor(name), kedit.SADR(gamma=gamma, **fields), self.dev, exact=False)
+                report = self.run(self.editor(name), variant(gamma=gamma), self.dev, exact=False)
                 if report["es"].value >= 99.0 and value(report, "ps") >= value(plain, "ps") - 3.0:
                     found.append((balance(report), gamma))
             self.gammas[key] = max(found)[1] if found else GAMMAS[0]

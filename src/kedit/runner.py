@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kedit.arch import ModelArch, Site
 from kedit.batch import Row, pad
+from kedit.errors import CaptureError
 from kedit.hooks import on_output
 from kedit.regularizers.base import Needs, Rows
 
@@ -284,7 +285,7 @@ class Runner:
             self._install(stack)
             for layer in self._layers(self.needs.hidden):
                 stack.enter_context(on_output(self.arch.block(layer), partial(self._read_hidden, layer)))
-            layers = self._layers(self.needs.attention)
+            layers = sorted({*self._layers(self.needs.attention), *self._layers(self.needs.keys)})
             if layers:
                 from kedit.capture import capture_attention
 
@@ -306,9 +307,10 @@ class Runner:
         self._hidden.clear()
         if self._capture is not None:
             self._capture.positions = layout.last[:, None]
+            self._capture.columns = layout.column if self.needs.keys else None
         output = self.arch.model(**layout.inputs, logits_to_keep=layout.keep)
         logits = output.logits
-        attention = {} if self._capture is None else {k: rows[:, :, 0] for k, rows in self._capture.rows.items()}
+        attention, keys = self._captured()
         last = logits[self.reads.last] if self.needs.logits else None
         rows = Rows(
             edit=layout.edit,
@@ -316,6 +318,7 @@ class Runner:
             subject=layout.column,
             attention=attention,
             hidden=dict(self._hidden),
+            keys=keys,
             logits=last,
         )
         return Reading(
@@ -324,6 +327,20 @@ class Runner:
             rows.take(layout.roles[Role.EXTRA]),
             self._initial_values(),
         )
+
+    def _captured(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Attention rows [P, A, Tk] and the subject's keys [P, A / G, D] of the last pass, by block."""
+        if self._capture is None:
+            return {}, {}
+        rows = {layer: rows[:, :, 0] for layer, rows in self._capture.rows.items() if layer in self.needs.attention}
+        keys = self._capture.keys
+        missing = [layer for layer in self._layers(self.needs.keys) if layer not in keys]
+        if missing:
+            raise CaptureError(
+                f"The attention keys of {self.arch.model_type} cannot be read (blocks {missing}): its attention calls no "
+                "function that is handed them. Use a regularizer that needs none."
+            )
+        return rows, {layer: keys[layer] for layer in self._layers(self.needs.keys)}
 
     def _initial_values(self) -> Tensor:
         """v₀ [E, S, H] of the edits at work, as the last pass saw it."""

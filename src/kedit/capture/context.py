@@ -27,6 +27,9 @@ class Capture:
         detach: whether the rows carry no gradient.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         sdpa: whether GPT-J and its kind compute captured blocks with SDPA.
+        columns: column of one key per prompt, int64 [B], or ``None``; assign to it as to ``positions``.
+        keys: by block, [B, A / G, D]: the keys in those columns as the attention sees them, with gradient unless
+            ``detach``; empty without ``columns``.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class Capture:
         self.backend = backend
         self.sdpa = sdpa
         self.rows: dict[int, Tensor] = {}
+        self.keys: dict[int, Tensor] = {}
+        self.columns: Tensor | None = None
         self.thread = threading.get_ident()
         self._number = {id(module): layer for layer, module in self.modules.items()}
         self._grad: bool | None = None
@@ -74,6 +79,7 @@ class Capture:
         """A forward pass of the model starts."""
         if threading.get_ident() == self.thread and not state.recomputing():
             self.rows = {}
+            self.keys = {}
             self._memo = {}
             self._read = self._positions
             self._grad = torch.is_grad_enabled()
@@ -81,6 +87,7 @@ class Capture:
     def record(self, module: nn.Module, q: Tensor, k: Tensor, rule: Rule) -> None:
         """Compute and keep the rows of one attention layer, whose own attention runs apart."""
         backend = self._backend(q)
+        self._keep_key(module, k)
 
         def compute(positions: Tensor) -> Tensor:
             return rows_node(q, k, positions, rule, backend, self._memo)
@@ -95,6 +102,7 @@ class Capture:
             return out
         outs: list[Tensor] = []
         backend = self._backend(q)
+        self._keep_key(module, k)
 
         def compute(positions: Tensor) -> Tensor:
             out, rows = attention_and_rows(q, k, v, attend, positions, rule, backend, self._memo)
@@ -131,6 +139,12 @@ class Capture:
             rows = compute(positions)
         if not state.recomputing():
             self._store(self._number[id(module)], rows)
+
+    def _keep_key(self, module: nn.Module, k: Tensor) -> None:
+        """Keep one key per prompt, if wanted."""
+        if self.columns is not None and not state.recomputing():
+            found = k[torch.arange(k.shape[0], device=k.device), :, self.columns.to(k.device)]
+            self.keys[self._number[id(module)]] = found.detach() if self.detach else found
 
     def _rows_to_read(self, num_queries: int, device: torch.device) -> Tensor:
         """Positions [B, R] for a pass with so many queries."""

@@ -12,8 +12,11 @@ from kedit.regularizers.base import Needs as Needs
 from kedit.regularizers.base import Regularizer as Regularizer
 from kedit.regularizers.base import Rows as Rows
 from kedit.regularizers.base import blocks_from as blocks_from
+from kedit.regularizers.keynorm import KeyNorm as KeyNorm
 
-REGULARIZERS: Registry[Any] = Registry("regularizer", {"sadr": "kedit.regularizers.sadr:SADR"})
+REGULARIZERS: Registry[Any] = Registry(
+    "regularizer", {"sadr": "kedit.regularizers.sadr:SADR", "key_norm": "kedit.regularizers.keynorm:KeyNorm"}
+)
 
 RESERVED = frozenset({"step", "total", "nll", "kl", "weight_decay"})  # the log's own columns
 

@@ -33,6 +33,7 @@ class Needs:
         attention: blocks whose attention rows are captured (the row of the last prompt token, before the target);
             a range may reach past the last block: ``blocks_from(3)``.
         hidden: blocks whose output is captured at the last prompt token.
+        keys: blocks whose attention keys are captured at the subject's last token.
         logits: whether the logits at the last prompt token are wanted.
         prompts: further prompts about the edit's subject, one ``{}`` each; they run beside the edit's own prompts,
             and what is captured of them stands in ``Captured.extra``.
@@ -40,6 +41,7 @@ class Needs:
 
     attention: range = range(0)
     hidden: range = range(0)
+    keys: range = range(0)
     logits: bool = False
     prompts: tuple[str, ...] = ()
 
@@ -55,6 +57,7 @@ class Needs:
         return Needs(
             attention=_cover(self.attention, other.attention),
             hidden=_cover(self.hidden, other.hidden),
+            keys=_cover(self.keys, other.keys),
             logits=self.logits or other.logits,
             prompts=tuple(dict.fromkeys((*self.prompts, *other.prompts))),
         )
@@ -70,6 +73,7 @@ class Rows:
         subject: [P], column of the subject's last token in the attention rows.
         attention: by block, [P, A, Tk]: probabilities of the last prompt token's row, float32 or float64.
         hidden: by block, [P, H].
+        keys: by block, [P, A / G, D]: attention keys of the subject's last token, after rotary embedding.
         logits: [P, V], or ``None`` if nobody asked.
     """
 
@@ -78,6 +82,7 @@ class Rows:
     subject: Tensor
     attention: Mapping[int, Tensor] = field(default_factory=dict)
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    keys: Mapping[int, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
 
     def mean_per_edit(self, values: Tensor, num_edits: int) -> Tensor:
@@ -91,6 +96,7 @@ class Rows:
             self,
             attention={layer: rows.detach() for layer, rows in self.attention.items()},
             hidden={layer: rows.detach() for layer, rows in self.hidden.items()},
+            keys={layer: keys.detach() for layer, keys in self.keys.items()},
             logits=None if self.logits is None else self.logits.detach(),
         )
 
@@ -103,6 +109,7 @@ class Rows:
             subject=self.subject[prompts],
             attention={layer: rows[prompts] for layer, rows in self.attention.items()},
             hidden={layer: rows[prompts] for layer, rows in self.hidden.items()},
+            keys={layer: keys[prompts] for layer, keys in self.keys.items()},
             logits=None if self.logits is None else self.logits[prompts],
         )
 
@@ -119,6 +126,7 @@ class Rows:
             self,
             attention={layer: rows for layer, rows in self.attention.items() if layer in needs.attention},
             hidden={layer: rows for layer, rows in self.hidden.items() if layer in needs.hidden},
+            keys={layer: keys for layer, keys in self.keys.items() if layer in needs.keys},
             logits=self.logits if needs.logits else None,
         )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit.arch import Site
+from kedit.capture.divergence import row_divergence
 from kedit.errors import ConfigError
 from kedit.regularizers.base import Captured, Needs, Rows, blocks_from
 
@@ -53,7 +54,7 @@ class SADR:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if self.gamma is not None and not _finite(self.gamma, 0.0):
+        if self.gamma is not None and not finite(self.gamma, 0.0):
             raise ConfigError(f"SADR.gamma must be a finite number of at least 0, not {self.gamma!r}.")
         if self.select not in ("max", "all"):
             raise ConfigError(f"SADR.select is 'max' or 'all', not {self.select!r}.")
@@ -63,7 +64,7 @@ class SADR:
             raise ConfigError(
                 f"SADR.exact is a form of the divergence 'kl'; with {self.divergence!r} it has no meaning."
             )
-        if not _finite(self.eps, 0.0) or self.eps == 0:
+        if not finite(self.eps, 0.0) or self.eps == 0:
             raise ConfigError(f"SADR.eps must be a finite number above 0, not {self.eps!r}.")
         if self.layers is not None:
             layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
@@ -102,29 +103,19 @@ class SADR:
         total = now.subject.new_zeros(num_edits, dtype=torch.float32)
         for layer, current in now.attention.items():
             original = before.attention[layer]
-            per_head = self._divergence(original, current)
-            if self.select == "max":
-                column = now.subject[:, None, None].expand(-1, current.shape[1], 1)
-                weight = current.gather(2, column).squeeze(2)  # [P, A]
-                highest = original.gather(2, column).squeeze(2).amax(1, keepdim=True)
-                per_head = per_head * (weight > highest)
+            per_head = row_divergence(
+                current,
+                original,
+                divergence=self.divergence,
+                exact=self.exact,
+                eps=self.eps,
+                subject_column=now.subject if self.select == "max" else None,
+            )
             total = total + now.mean_per_edit(per_head.sum(1), num_edits)
         return total
 
-    def _divergence(self, p: Tensor, q: Tensor) -> Tensor:
-        """D(p, q) of rows [P, A, Tk], per prompt and head."""
-        if self.divergence == "l2":
-            return (p - q).square().sum(-1)
-        if self.exact:
-            return (torch.xlogy(p, p) - p * q.clamp(min=torch.finfo(q.dtype).tiny).log()).sum(-1)
-        p, q = p + self.eps, q + self.eps
-        if self.divergence == "kl":
-            return (p * (p / q).log()).sum(-1)
-        middle = (p + q) / 2
-        return ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)) / 2
 
-
-def _finite(value: Any, least: float) -> bool:
+def finite(value: Any, least: float) -> bool:
     """Whether ``value`` is a finite number of at least ``least``."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value) and value >= least
