@@ -112,6 +112,22 @@ def test_results_revert_in_any_order_bit_for_bit(dtype, order):
         results[0].revert()
 
 
+def test_everything_is_taken_back_at_once_whoever_wrote_it():
+    model = tiny_model("gpt2")
+    before = state(model)
+    rome, memit = make("rome", model), make("memit", model)
+    results = [rome.apply(FRENCH), memit.apply([ADA]), rome.apply(ADA)]
+    rome.revert_all()
+    assert state(model) == before
+    for result in results:
+        with pytest.raises(kedit.KEditError, match="not applied"):
+            result.revert()
+    again = rome.apply(FRENCH)
+    assert torch.equal(
+        next(iter(again.patch.deltas.values())).dense, next(iter(results[0].patch.deltas.values())).dense
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_saved_and_loaded_it_gives_the_same_weights(model_type, dtype, tmp_path):

@@ -226,6 +226,10 @@ class Editor(ABC):
             patch.revert(self.model)
             raise
 
+    def revert_all(self) -> None:
+        """Give every weight that the model's patches touched its original back, bit for bit, whichever editor made them."""
+        Ledger.of(self.model).revert_all()
+
     def prepare(self) -> None:
         """Get contexts and second moments now, of the model as it is, rather than when they are first needed."""
         _ = self.contexts

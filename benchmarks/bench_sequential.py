@@ -1,0 +1,99 @@
+"""A thousand edits one after another on the embedded model: ``python benchmarks/bench_sequential.py [--edits N]``.
+
+Every fact of the world that may be edited is edited, then edited again to something else, each with an ``apply`` of its own.
+Written down every tenth of the way: the process's memory, the time of an apply, and how many of the latest hundred edits the
+model says. At the end everything is taken back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from pathlib import Path
+
+import torch
+
+import kedit
+from kedit.data.world import embedded_world, world_cases
+from kedit.evaluation.environment import environment
+
+
+def facts(count: int) -> list[kedit.Edit]:
+    """``count`` edits: each fact of both halves once, then once more with another target, and so on."""
+    world = embedded_world()
+    found: list[kedit.Edit] = []
+    while len(found) < count:
+        for half in ("dev", "test"):
+            found += [case.edit for case in world_cases(world, half, 300, seed=len(found))]
+    return found[:count]
+
+
+def resident() -> float:
+    """Memory of this process in MiB."""
+    gc.collect()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def said(model, tokenizer, edits: list[kedit.Edit]) -> float:
+    """Share of the edits whose target the model prefers to everything else."""
+    hits = 0
+    for edit in edits:
+        prompt = tokenizer(edit.prompt.format(edit.subject), return_tensors="pt")["input_ids"]
+        target = tokenizer(" " + edit.target_new)["input_ids"]
+        ids = torch.cat([prompt, torch.tensor([target])], 1)
+        with torch.no_grad():
+            best = model(ids).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
+        hits += best.tolist() == target
+    return 100 * hits / len(edits)
+
+
+def run(name: str, edits: list[kedit.Edit]) -> list[list[str]]:
+    """Rows of the table of one editor."""
+    model, tokenizer = kedit.load()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    editor = kedit.editor(name, model, tokenizer)
+    editor.prepare()
+    every, rows, seconds = max(1, len(edits) // 10), [], []
+    for number, edit in enumerate(edits, start=1):
+        start = time.perf_counter()
+        editor.apply(edit)
+        seconds.append(time.perf_counter() - start)
+        if number % every == 0:
+            hits = said(model, tokenizer, edits[max(0, number - 100) : number])
+            pace = 1000 * sum(seconds[-every:]) / every
+            rows.append([name, f"{number:,}", f"{resident():.1f}", f"{pace:.0f}", f"{hits:.0f}"])
+            print(*rows[-1], flush=True)
+    editor.revert_all()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "not reverted"
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--edits", type=int, default=1_000)
+    parser.add_argument("--editors", default="alphaedit,rome")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sequential.md")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    edits = facts(args.edits)
+    rows = [row for name in args.editors.split(",") for row in run(name, edits)]
+    machine = environment()
+    lines = [
+        f"# {len(edits):,} edits one after another",
+        "",
+        f"The embedded model, one `apply` per edit, one thread; {machine['machine']}, torch {machine['torch']}. Memory is the",
+        "whole process's; afterwards every weight is back bit for bit.",
+        "",
+        "| editor | edits so far | memory, MiB | ms per edit | of the latest 100, says the target, % |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
