@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,14 +53,11 @@ def apply_to_checkpoint(
     """
     if not patches:
         raise PatchError("There is no patch to apply. Name at least one.")
-    source, arch = Checkpoint.open(base), skeleton(base)
-    names = dict.fromkeys(name for patch in patches for name in patch.deltas)
-    places = {name: weight_in(source, arch, name)[0] for name in names}
-
-    def edited(name: str) -> Tensor:
-        return _edited(source, arch, name, places[name], patches, force=force)
-
-    changes = {key: partial(edited, name) for name, key in places.items()}
+    source = Checkpoint.open(base)
+    arch = cache(partial(skeleton, base))  # built when it is first asked for: while shards are copied already
+    changes = {
+        source.key_of(name): partial(_edited, source, arch, name, patches, force=force) for name in _names(patches)
+    }
     applied = [{"provenance": patch.provenance, "fingerprints": patch.fingerprints} for patch in patches]
     record = {"kedit_version": version("kedit"), "patches": [*_earlier(source.folder), *applied]}
     return write_folder(source, changes, Path(out), link=link, record=record, stage=on_stage or quiet)
@@ -89,29 +86,32 @@ def revert_checkpoint(
     """
     if not patches:
         raise PatchError("There is no patch to take away. Name at least one.")
-    source, origin, arch = Checkpoint.open(edited), Checkpoint.open(base), skeleton(edited)
-    names = dict.fromkeys(name for patch in patches for name in patch.deltas)
-    places = {name: (weight_in(source, arch, name)[0], weight_in(origin, arch, name)[0]) for name in names}
+    source, origin = Checkpoint.open(edited), Checkpoint.open(base)
+    arch = cache(partial(skeleton, edited))
 
     def original(name: str) -> Tensor:
-        there, here = places[name]
-        if not force and not torch.equal(source.read(there), _edited(origin, arch, name, here, patches, force=False)):
+        there, here = weight_in(source, arch(), name)[0], weight_in(origin, arch(), name)[0]
+        if not force and not torch.equal(source.read(there), _edited(origin, arch, name, patches, force=False)):
             raise PatchMismatchError(
                 f"{there} in {edited} is not what {base} with the given patches holds, so it carries other changes too. "
                 "Name all of its patches in their order, or force it (--force) to give it the base's weights anyway."
             )
         return origin.read(here)
 
-    changes = {there: partial(original, name) for name, (there, _) in places.items()}
+    changes = {source.key_of(name): partial(original, name) for name in _names(patches)}
     return write_folder(source, changes, Path(out), link=link, record=None, stage=on_stage or quiet)
 
 
+def _names(patches: Sequence[EditPatch]) -> list[str]:
+    return list(dict.fromkeys(name for patch in patches for name in patch.deltas))
+
+
 def _edited(
-    source: Checkpoint, arch: ModelArch, name: str, key: str, patches: Sequence[EditPatch], *, force: bool
+    source: Checkpoint, arch: Callable[[], ModelArch], name: str, patches: Sequence[EditPatch], *, force: bool
 ) -> Tensor:
     """``cast(W₀ + Σ deltas)`` of one weight, checking before each patch that it was made for what is there."""
+    key, weight = weight_in(source, arch(), name)
     stored = source.read(key)
-    weight = arch.weight_of(name)
     dtype, total = stored.dtype, stored.to(sum_dtype(stored.dtype), copy=True)
     for patch in patches:
         if name not in patch.deltas:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kedit.errors import PatchError
 from kedit.patch.checkpoint import INDEX, Checkpoint
+from kedit.patch.copying import Copies
 from kedit.patch.files import open_to_others, sync_folder, to_bytes
 
 Stage = Callable[[str], None]
@@ -64,24 +65,33 @@ def write_folder(
     record: dict[str, Any] | None,
     stage: Stage,
 ) -> DiskReport:
-    """Write a checkpoint folder beside its place, with some tensors changed, and move it there when it is durable."""
+    """Write a checkpoint folder beside its place, with some tensors changed, and move it there when it is durable.
+
+    Args:
+        source: the checkpoint; only read.
+        changes: what gives a tensor its new value, by the tensor's name; called one after another, with what they return
+            written before the next.
+        out: the new folder.
+        link: hard-link shards that do not change.
+        record: what is written to kedit.json; ``None``: no such file.
+        stage: is called with a word on each thing that was done, always in the same order.
+    """
     out = Path(os.path.abspath(out))
     _check_target(source.folder, out)
-    edited_shards = {source.files[key] for key in changes}
-    report = DiskReport(out, sorted(edited_shards), sorted(set(source.shards) - edited_shards))
+    edited = dict.fromkeys(source.files[key] for key in changes)
+    kept = [shard for shard in source.shards if shard not in edited]
+    report = DiskReport(out, sorted(edited), sorted(kept))
     stage("checked")
     with _refusals(out), _partial(out) as folder:
         stage("begun")
-        for shard in source.shards:
-            _take(source.folder / shard, folder / shard, link=link and shard not in edited_shards)
-            stage(f"taken {shard}")
-        for key, change in changes.items():
-            info = source.shards[source.files[key]].tensors[key]
-            data = to_bytes(change())
-            with open(folder / source.files[key], "r+b", buffering=0) as file:
-                file.seek(info.start)
-                _write_all(file, data)
-            stage(f"rewritten {key}")
+        copied, linked = ([*edited], kept) if link else ([*edited, *kept], [])
+        with Copies(source.folder, folder, copied, linked) as copies:
+            for key, change in changes.items():  # while shards are copied
+                _rewrite(source, key, change(), folder, copies)
+                stage(f"rewritten {key}")
+            for shard in source.shards:
+                copies.wait(shard)
+                stage(f"taken {shard}")
         report.left_out.extend(_take_the_rest(source, folder))
         if record is not None:
             (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -92,6 +102,17 @@ def write_folder(
         sync_folder(out.parent)
         stage("done")
     return report
+
+
+def _rewrite(source: Checkpoint, key: str, tensor: Tensor, folder: Path, copies: Copies) -> None:
+    """Replace one tensor's bytes in the copy of its shard, once that is there."""
+    shard = source.files[key]
+    left = to_bytes(tensor)
+    copies.wait(shard)
+    with open(folder / shard, "r+b", buffering=0) as file:
+        file.seek(source.shards[shard].tensors[key].start)
+        while left:
+            left = left[file.write(left[: 1 << 26]) :]
 
 
 def _check_target(base: Path, out: Path) -> None:
@@ -163,18 +184,6 @@ def unlock(lock: int) -> None:
     os.close(lock)
 
 
-def _take(old: Path, new: Path, *, link: bool) -> None:
-    """Link or copy one file; a link in the source (as the hub's cache has) is followed."""
-    real = old.resolve()
-    if link:
-        try:
-            os.link(real, new)
-            return
-        except OSError:  # another file system, or one without links
-            pass
-    shutil.copyfile(real, new)
-
-
 def _take_the_rest(source: Checkpoint, new: Path) -> list[str]:
     """Copy configuration, tokenizer and the like; leave out unedited weights in other forms."""
     left_out = []
@@ -189,13 +198,8 @@ def _take_the_rest(source: Checkpoint, new: Path) -> list[str]:
                 left_out.append(str(place))
                 continue
             (new / place).parent.mkdir(parents=True, exist_ok=True)
-            _take(old, new / place, link=False)
+            shutil.copyfile(old, new / place)
     return left_out
-
-
-def _write_all(file: Any, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data[: 1 << 26]) :]
 
 
 def _sync(folder: Path) -> None:
