@@ -37,9 +37,11 @@ _NAMES = {
     "load": "kedit.loading",
     "run_journal": "kedit.journal",
     "second_moments": "kedit.stats",
+    "trace": "kedit.analysis.tracing",
 }
 
 if TYPE_CHECKING:
+    from kedit.analysis.tracing import trace as trace
     from kedit.edit import Edit as Edit
     from kedit.editors import editor as editor
     from kedit.editors.alphaedit import AlphaEdit as AlphaEdit

@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "kedit.cli.eval",
     "patch": "kedit.cli.patch",
     "stats": "kedit.cli.stats",
+    "trace": "kedit.cli.trace",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,41 @@ from kedit.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kedit.evaluation.cases import EditCase
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype."""
     parser.add_argument("--model", metavar="NAME", help="a folder or a hub name (default: the embedded model)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the weights")
+
+
+def add_cases(parser: argparse.ArgumentParser) -> None:
+    """--device-map, --data, --format, --strict, --cases, --split, --seed."""
+    parser.add_argument("--device-map", metavar="MAP", help="how accelerate places a large model: auto")
+    parser.add_argument("--data", metavar="FILE", help="cases: a JSON or JSONL file, or a data set's name")
+    parser.add_argument("--format", metavar="NAME", help="form of --data (default: recognised by its fields)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first malformed record")
+    parser.add_argument("--cases", type=int, metavar="N", help="so many cases at most")
+    parser.add_argument("--split", choices=["dev", "test"], default="test", help="half of the embedded world")
+    parser.add_argument("--seed", type=int, default=0, help="of the embedded world's cases and of sampling")
+
+
+def load_cases(args: argparse.Namespace, count: int) -> list[EditCase]:
+    """The cases that the options name; ``count`` of the embedded world's where nothing is said."""
+    if args.cases is not None and args.cases < 1:
+        raise ConfigError(f"--cases must be at least 1, not {args.cases}.")
+    if args.data is not None:
+        from kedit.data import load_cases
+
+        loaded = load_cases(args.data, args.format, strict=args.strict, limit=args.cases)
+        sys.stderr.write(loaded.report() + "\n")
+        return loaded.cases
+    if args.model is not None:
+        raise ConfigError("The embedded world's cases are about the embedded model. Give --data with --model.")
+    from kedit.data.world import embedded_world, world_cases
+
+    return world_cases(embedded_world(), args.split, args.cases or count, args.seed)
 
 
 def add_editor(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +83,13 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
 
     from kedit.loading import load
 
-    return load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    placed = getattr(args, "device_map", None)
+    if placed is None:
+        return load(args.model, dtype=dtype)
+    if args.model is None:
+        raise ConfigError("--device-map places a model that is given by --model; the embedded one is small.")
+    return load(args.model, dtype=dtype, device_map=placed)
 
 
 def overrides(items: list[str]) -> dict[str, Any]:

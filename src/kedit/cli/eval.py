@@ -21,9 +21,7 @@ from kedit.cli import common
 from kedit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from kedit.evaluation.cases import EditCase
+    from transformers import PreTrainedModel
 
 MAX_TEXTS = 200  # of which the first 512 tokens are read
 HELP = "measure what edits do to a model"
@@ -33,13 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     common.add_model(parser)
     common.add_editor(parser)
-    parser.add_argument("--device-map", metavar="MAP", help="how accelerate places a large model: auto")
-    parser.add_argument("--data", metavar="FILE", help="cases: a JSON or JSONL file, or a data set's name")
-    parser.add_argument("--format", metavar="NAME", help="form of --data (default: recognised by its fields)")
-    parser.add_argument("--strict", action="store_true", help="stop at the first malformed record")
-    parser.add_argument("--cases", type=int, metavar="N", help="so many cases at most")
-    parser.add_argument("--split", choices=["dev", "test"], default="test", help="half of the embedded world")
-    parser.add_argument("--seed", type=int, default=0, help="of the embedded world's cases and of sampling")
+    common.add_cases(parser)
     parser.add_argument("--mode", choices=["single", "batch", "sequential"], default="single", help="default: single")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="cases per step of a sequence")
     parser.add_argument("--unedited", action="store_true", help="ask the unedited model only")
@@ -55,13 +47,11 @@ def run(args: argparse.Namespace) -> int:
     """Load, evaluate, print the summary."""
     from kedit.evaluation import evaluate
 
-    if args.cases is not None and args.cases < 1:
-        raise ConfigError(f"--cases must be at least 1, not {args.cases}.")
     if args.unedited and (args.regularizer or args.gamma is not None):
         raise ConfigError("--unedited leaves nothing to regularize. Drop it, or --regularizer.")
-    cases = _cases(args)
+    cases = common.load_cases(args, 200)
     regularizers = common.make_regularizers(args)
-    model, tokenizer = _model(args)
+    model, tokenizer = common.load_model(args)
     editor = None if args.unedited else common.make_editor(args, model, tokenizer)
     report = evaluate(
         model,
@@ -83,30 +73,6 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         sys.stdout.write(f"\nreport: {Path(args.out) / 'report.html'}\n")
     return 0
-
-
-def _cases(args: argparse.Namespace) -> list[EditCase]:
-    if args.data is not None:
-        from kedit.data import load_cases
-
-        loaded = load_cases(args.data, args.format, strict=args.strict, limit=args.cases)
-        sys.stderr.write(loaded.report() + "\n")
-        return loaded.cases
-    if args.model is not None:
-        raise ConfigError("The embedded world's cases are about the embedded model. Give --data with --model.")
-    from kedit.data.world import embedded_world, world_cases
-
-    return world_cases(embedded_world(), args.split, args.cases or 200, args.seed)
-
-
-def _model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if args.device_map is None:
-        return common.load_model(args)
-    from kedit.loading import load
-
-    if args.model is None:
-        raise ConfigError("--device-map places a model that is given by --model; the embedded one is small.")
-    return load(args.model, dtype=args.dtype, device_map=args.device_map)
 
 
 def _texts(path: str | None, model: PreTrainedModel) -> tuple[str, ...]:

@@ -1,0 +1,110 @@
+"""Facts in tokens, as tracing takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from kedit.arch import ModelArch
+from kedit.batch import Row, Text, context_limit, encode, pad
+from kedit.edit import Edit
+from kedit.errors import EditError
+from kedit.evaluation.cases import EditCase
+from kedit.evaluation.scoring import last_logits, score_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_PER_PASS = 256
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A prompt, its subject and the answer that the model should give.
+
+    Attributes:
+        prompt: the text before the answer.
+        subject: the subject's text.
+        answer: the answer's text.
+        row: prompt and answer as tokens; ``row.lookup`` is the subject's last token.
+        first: the subject's first token.
+        tokens: the prompt's tokens as text.
+    """
+
+    prompt: str
+    subject: str
+    answer: str
+    row: Row
+    first: int
+    tokens: tuple[str, ...]
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """What the model reads: all but the answer's last token."""
+        return self.row.ids[:-1]
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self.row.target
+
+
+def as_facts(
+    arch: ModelArch, tokenizer: PreTrainedTokenizerBase, facts: Edit | EditCase | Iterable[Edit | EditCase]
+) -> list[Fact]:
+    """Facts in tokens: the answer is ``target_true``, and without it what the model itself says next (one token).
+
+    Raises:
+        EditError: there are none, one of them is neither an edit nor a case, or does not fit the model.
+    """
+    edits = _edits(facts)
+    limit = context_limit(arch.model)
+    texts, starts = [], []
+    for edit in edits:
+        text = Text.fill(edit.prompt, edit.subject, edit.target_true)
+        texts.append(text)
+        starts.append(replace(text, subject=(text.subject[0], text.subject[0] + 1)))
+    rows = encode(tokenizer, texts, limit=limit)
+    firsts = [row.lookup for row in encode(tokenizer, starts, limit=limit)]
+    unknown = [i for i, edit in enumerate(edits) if edit.target_true is None]
+    for i, token in zip(unknown, next_tokens(arch, [rows[i].ids for i in unknown]), strict=True):
+        rows[i] = replace(rows[i], ids=(*rows[i].ids, token))
+    found = []
+    for edit, row, first in zip(edits, rows, firsts, strict=True):
+        tokens = tuple(str(tokenizer.decode([token])) for token in row.ids[: row.target])
+        answer = edit.target_true or str(tokenizer.decode(list(row.labels))).strip()
+        found.append(Fact(edit.text, edit.subject, answer, row, first, tokens))
+    return found
+
+
+def known(arch: ModelArch, facts: Sequence[Fact]) -> list[bool]:
+    """Whether every token of a fact's answer is the model's first choice."""
+    return [answer.accuracy == 1.0 for answer in score_rows(arch, [fact.row for fact in facts])]
+
+
+@torch.no_grad()
+def next_tokens(arch: ModelArch, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The model's first choice after each prompt."""
+    found: list[int] = []
+    for start in range(0, len(prompts), ROWS_PER_PASS):
+        part = prompts[start : start + ROWS_PER_PASS]
+        ids, mask = pad(part)
+        keep = torch.zeros(ids.shape, dtype=torch.bool)
+        keep[torch.arange(len(part)), torch.tensor([len(prompt) - 1 for prompt in part])] = True
+        found += last_logits(arch, ids, mask, keep).argmax(-1).tolist()
+    return found
+
+
+def _edits(facts: Edit | EditCase | Iterable[Edit | EditCase]) -> list[Edit]:
+    if not isinstance(facts, Edit | EditCase | Iterable):
+        raise EditError(f"Expected kedit.Edit or kedit.EditCase objects, found {type(facts).__name__}.")
+    found = [facts] if isinstance(facts, Edit | EditCase) else list(facts)
+    if not found:
+        raise EditError("There is nothing to trace: the list of facts is empty.")
+    for item in found:
+        if not isinstance(item, Edit | EditCase):
+            raise EditError(f"Expected kedit.Edit or kedit.EditCase objects, found {type(item).__name__}.")
+    return [item.edit if isinstance(item, EditCase) else item for item in found]

@@ -1,0 +1,81 @@
+"""Find where a model keeps its facts: causal tracing with noise on the subject.
+
+Examples:
+  kedit trace --cases 50 --suggest
+  kedit trace --prompt "{} works as a" --subject "Hulqui Gossam"
+  kedit trace --model EleutherAI/gpt-j-6b --dtype bfloat16 --device-map auto --data counterfact.json --cases 100 --suggest
+
+Without --data the embedded world's facts are traced. The answer is the fact's true one; for --prompt it is what the model
+says next, or --answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from kedit.cli import common
+from kedit.errors import ConfigError, EditError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kedit.edit import Edit
+    from kedit.evaluation.cases import EditCase
+
+HELP = "find where a model keeps its facts"
+COUNT = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    common.add_model(parser)
+    common.add_cases(parser)
+    parser.add_argument("--prompt", help="one fact: a sentence up to the answer, with {} for the subject")
+    parser.add_argument("--subject", help="what that fact is about")
+    parser.add_argument("--answer", help="its answer (default: what the model says next)")
+    parser.add_argument("--samples", type=int, default=10, metavar="N", help="draws of the noise (default 10)")
+    parser.add_argument("--noise", type=float, default=3.0, help="in deviations of the embeddings (default 3)")
+    parser.add_argument("--window", type=int, help="blocks restored together (default: 10 of 48 in proportion)")
+    parser.add_argument("--suggest", action="store_true", help="propose edit layers, with the evidence")
+    parser.add_argument("--out", metavar="FILE", help="write all effects there (.json)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trace, print, propose."""
+    from kedit.analysis.tracing import trace
+
+    if args.out:
+        common.check_writable(args.out)
+    facts = _facts(args)
+    model, tokenizer = common.load_model(args)
+    result = trace(
+        model,
+        tokenizer,
+        facts,
+        window=args.window,
+        noise=args.noise,
+        samples=args.samples,
+        seed=args.seed,
+    )
+    sys.stdout.write(result.summary() + "\n")
+    if args.suggest:
+        sys.stdout.write(f"\n{result.suggest()}\n")
+    if args.out:
+        sys.stdout.write(f"effects: {result.save(args.out)}\n")
+    return 0
+
+
+def _facts(args: argparse.Namespace) -> Sequence[Edit | EditCase]:
+    if args.prompt is None and args.subject is None:
+        if args.answer is not None:
+            raise ConfigError("--answer belongs to a fact that is given by --prompt and --subject.")
+        return common.load_cases(args, COUNT)
+    if args.prompt is None or args.subject is None:
+        raise EditError("A single fact needs --prompt and --subject, both.")
+    if args.data is not None or args.cases is not None:
+        raise ConfigError("Give either --prompt and --subject, or --data and --cases.")
+    from kedit.edit import Edit
+
+    return [Edit(args.prompt, args.subject, args.answer or "?", args.answer)]
