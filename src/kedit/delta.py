@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kedit.errors import NonFiniteError, PatchError
 
-_BLOCK = {"cpu": 1 << 18}  # numbers added at a time: what fits the cache
+_BLOCK = 1 << 17  # numbers added at a time: what fits the cache
 _BLOCK_ELSEWHERE = 1 << 24
 
 
@@ -115,12 +117,17 @@ Delta = LowRankDelta | DenseDelta
 def check_finite(name: str, delta: Delta) -> Delta:
     """Return ``delta``, or raise :class:`NonFiniteError` where it holds NaN or infinity."""
     for suffix, tensor in delta.tensors().items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise NonFiniteError(
                 f"The update of {name} ({suffix}) holds NaN or infinite numbers, so it is not written. "
                 "Lower lr or clamp, or check the second moment."
             )
     return delta
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; both show in its extremes, which cost no second tensor."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
 
 
 def factored_svd(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,15 +161,25 @@ def add_delta(total: Tensor, delta: Delta, *, transposed: bool) -> Tensor:
         return total.add_(placed.matrix.T if transposed else placed.matrix)
     rows_factor, columns_factor = (placed.right, placed.left) if transposed else (placed.left, placed.right)
     columns = columns_factor.T.contiguous()  # [r, columns of total]
-    step = max(1, _BLOCK.get(total.device.type, _BLOCK_ELSEWHERE) // max(1, total.shape[1]))
-    for start in range(0, total.shape[0], step):
-        block = total[start : start + step]
-        factor = rows_factor[start : start + step]
-        product = torch.empty_like(block)
-        for i in range(placed.rank):
-            torch.mul(factor[:, i : i + 1], columns[i], out=product)
-            block.add_(product)
+    if total.device.type == "cpu":
+        # NumPy adds in one thread. torch would wait for all of its threads at each of these many small steps: on a machine
+        # whose cores are busy, a hundred times as long.
+        with np.errstate(all="ignore"):  # whoever stores the sum checks that it is finite
+            _add_columns(np, total.numpy(), rows_factor.detach().numpy(), columns.detach().numpy(), _BLOCK)
+    else:
+        _add_columns(torch, total, rows_factor, columns, _BLOCK_ELSEWHERE)
     return total
+
+
+def _add_columns(library: Any, total: Any, rows: Any, columns: Any, size: int) -> None:
+    """Add rows [n, r] times columns [r, m] to total [n, m], column after column, ``size`` numbers at a time."""
+    step = max(1, size // max(1, total.shape[1]))
+    for start in range(0, total.shape[0], step):
+        block, factor = total[start : start + step], rows[start : start + step]
+        product = library.empty_like(block)
+        for i in range(columns.shape[0]):
+            library.multiply(factor[:, i : i + 1], columns[i], out=product)
+            library.add(block, product, out=block)
 
 
 def concatenate(deltas: list[Delta]) -> Delta:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kedit.arch import ModelArch
+from kedit.delta import is_finite
 from kedit.edit import Edit
 from kedit.errors import ConfigError, KEditError
 from kedit.evaluation.cases import EditCase, Kind
@@ -221,7 +222,7 @@ class Watch:
         finite = True
         for name in names:
             weight = arch.weight_of(name).parameter.detach()
-            finite = finite and bool(torch.isfinite(weight).all())
+            finite = finite and is_finite(weight)
             original = Ledger.of(arch.model).original(name)
             if original is not None:
                 growths[name] = _norm(weight) / max(_norm(original), torch.finfo(torch.float32).tiny) - 1.0

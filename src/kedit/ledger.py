@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kedit.arch import ModelArch, Weight
-from kedit.delta import Delta, add_delta, check_finite, sum_dtype
+from kedit.delta import Delta, add_delta, check_finite, is_finite, sum_dtype
 from kedit.errors import ArchitectureError, NonFiniteError, PatchMismatchError
 from kedit.fingerprint import checksum
 
@@ -225,7 +225,7 @@ class Ledger:
 def cast_checked(name: str, total: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum in the weight's dtype, or :class:`NonFiniteError` where that holds NaN or infinity."""
     stored = total.to(dtype)
-    if not torch.isfinite(stored).all():
+    if not is_finite(stored):
         raise NonFiniteError(
             f"{name} would hold NaN or infinite numbers in {dtype} after the update; nothing is written."
         )

@@ -11,7 +11,7 @@ import torch
 from patch_common import TYPES, bytes_of, patch_for, random_delta
 
 from kedit import ledger as ledger_module
-from kedit.delta import DenseDelta, LowRankDelta, add_delta
+from kedit.delta import DenseDelta, LowRankDelta, _add_columns, add_delta, is_finite
 from kedit.errors import KEditError, NonFiniteError, PatchMismatchError
 from kedit.fingerprint import has_fingerprint, tensor_fingerprint
 from kedit.ledger import Ledger
@@ -74,12 +74,42 @@ def test_columns_side_by_side_give_the_same_bits_as_one_after_another():
     assert torch.equal(add_delta(start.T.contiguous(), joint, transposed=True), one_by_one.T)
 
 
-def test_blocks_and_threads_do_not_change_a_bit(monkeypatch):
-    start, delta = torch.randn(50, 31), random_delta((50, 31), 7)
-    expected = add_delta(start.clone(), delta, transposed=False)
-    for size in (1, 31, 100, 10_000):
-        monkeypatch.setattr("kedit.delta._BLOCK", {"cpu": size})
-        assert torch.equal(add_delta(start.clone(), delta, transposed=False), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_and_threads_and_libraries_do_not_change_a_bit(monkeypatch, dtype, transposed):
+    """On the CPU NumPy adds, elsewhere torch: both round each product and each sum once, tiny numbers included."""
+    start, delta = torch.randn(50, 31, dtype=dtype), random_delta((50, 31), 7)
+    start[:9] *= torch.finfo(dtype).tiny
+    delta.left[:9] *= 1e-38
+    start = start.T.contiguous() if transposed else start
+    rows, columns = (delta.right, delta.left) if transposed else (delta.left, delta.right)
+    expected = start.clone()
+    for i in range(delta.rank):
+        expected = expected + rows[:, i : i + 1].to(dtype) * columns[:, i].to(dtype)
+    threads = torch.get_num_threads()
+    for size, count in ((1, 1), (31, 2), (100, 3), (10_000, 2)):
+        monkeypatch.setattr("kedit.delta._BLOCK", size)
+        torch.set_num_threads(count)
+        try:
+            assert torch.equal(add_delta(start.clone(), delta, transposed=transposed), expected)
+        finally:
+            torch.set_num_threads(threads)
+        by_torch = start.clone()
+        _add_columns(torch, by_torch, rows.to(dtype), columns.T.to(dtype), size)
+        assert torch.equal(by_torch, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_none_is_found_anywhere(dtype, value):
+    numbers = torch.randn(37, 29).to(dtype)
+    assert is_finite(numbers)
+    assert is_finite(numbers[:0])
+    for place in ((0, 0), (36, 28), (17, 3)):
+        broken = numbers.clone()
+        broken[place] = value
+        assert not is_finite(broken)
+        assert not is_finite(broken.T)
 
 
 def test_norms_come_from_the_factors():
