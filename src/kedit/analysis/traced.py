@@ -169,7 +169,7 @@ class TraceResult:
         clean = float(np.mean([fact.clean for fact in self.facts]))
         corrupted = float(np.mean([fact.corrupted for fact in self.facts]))
         lines = [
-            f"{len(self.facts)} fact{"s" * (len(self.facts) != 1)} traced ({len(self.skipped)} not known, left out); the answer's probability is "
+            f"{len(self.facts)} {'fact' if len(self.facts) == 1 else 'facts'} traced ({len(self.skipped)} not known, left out); the answer's probability is "
             f"{100 * clean:.1f}% clean and {100 * corrupted:.1f}% with noise on the subject.",
             "Largest average indirect effects, in points of probability [95%]:",
         ]
