@@ -112,7 +112,7 @@ def test_the_batched_pass_equals_one_restoration_at_a_time(model_type, dtype):
 
 
 def test_an_answer_of_several_tokens_is_traced_whole():
-    model, tokenizer = embedded()
+    model, tokenizer = kedit.load(dtype=torch.float64)
     edit = cases(1)[0].edit
     fact, traced = compare(
         model, tokenizer, kedit.Edit(edit.prompt, edit.subject, "x", edit.target_true + "."), window=1

@@ -168,8 +168,9 @@ class TraceResult:
         """The averages as text: per kind, where the largest effects are."""
         clean = float(np.mean([fact.clean for fact in self.facts]))
         corrupted = float(np.mean([fact.corrupted for fact in self.facts]))
+        number = "1 fact" if len(self.facts) == 1 else f"{len(self.facts)} facts"
         lines = [
-            f"{len(self.facts)} {'fact' if len(self.facts) == 1 else 'facts'} traced ({len(self.skipped)} not known, left out); the answer's probability is "
+            f"{number} traced ({len(self.skipped)} not known, left out); the answer's probability is "
             f"{100 * clean:.1f}% clean and {100 * corrupted:.1f}% with noise on the subject.",
             "Largest average indirect effects, in points of probability [95%]:",
         ]
