@@ -11,3 +11,4 @@ from kedit.capture.record import Record as Record
 from kedit.capture.record import record_attention as record_attention
 from kedit.capture.reference import reference_rows as reference_rows
 from kedit.capture.rule import Rule as Rule
+from kedit.capture.substitute import substitute_attention as substitute_attention

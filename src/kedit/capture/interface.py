@@ -117,6 +117,16 @@ def attention(
     Returns:
         The attention's output [B, Tq, A, Dv], and no weights.
     """
+    out, weights = _attention(module, query, key, value, attention_mask, kwargs)
+    substitution = state.substitution_of(module)
+    if substitution is not None:
+        out = substitution.output(module, out, value, heads_first=False)
+    return out, weights
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
     own = own_attention(module)
     capture = state.capture_of(module)
     if capture is None:

@@ -56,6 +56,15 @@ def _reading_attn(module: nn.Module, original: Callable[..., Any]) -> Callable[.
     def attn(
         query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
+        found = attend(query, key, value, attention_mask, *args, **kwargs)
+        substitution = state.substitution_of(module)
+        if substitution is None:
+            return found
+        return (substitution.output(module, found[0], value, heads_first=True), *found[1:])
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
         capture = state.capture_of(module)
         if capture is None:
             return original(query, key, value, attention_mask, *args, **kwargs)
@@ -103,22 +112,23 @@ def _overheard(module: nn.Module, original: Callable[..., Any]) -> Callable[...,
     """``forward`` under a mode that overhears the softmax or SDPA call."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        capture = state.capture_of(module)
-        if capture is None:
+        capture, substitution = state.capture_of(module), state.substitution_of(module)
+        if capture is None and substitution is None:
             return original(*args, **kwargs)
-        with _Overhear(module, capture):
+        with _Overhear(module, capture, substitution):
             return original(*args, **kwargs)
 
     return forward
 
 
 class _Overhear(TorchFunctionMode):
-    """Records the rows of the first softmax or SDPA call."""
+    """Records the rows of the first softmax or SDPA call, and puts others in their place where that is wanted."""
 
-    def __init__(self, module: nn.Module, capture: Any) -> None:
+    def __init__(self, module: nn.Module, capture: Any, substitution: Any) -> None:
         super().__init__()
         self.module = module
         self.capture = capture
+        self.substitution = substitution
         self.done = False
         self.cast: tuple[Tensor, Tensor] | None = None
 
@@ -137,8 +147,19 @@ class _Overhear(TorchFunctionMode):
         elif func in _SOFTMAX:
             self.done = True
             scores = args[0] if args else kwargs["input"]
-            self._from_scores(self.cast[1] if self.cast and self.cast[0] is scores else scores)
+            if self.capture is not None:
+                self._from_scores(self.cast[1] if self.cast and self.cast[0] is scores else scores)
+            if self.substitution is not None:
+                out = self._replaced(out)
         return out
+
+    def _replaced(self, weights: Tensor) -> Tensor:
+        """The softmax's output with the substituted rows."""
+        split = weights
+        if weights.dim() == 3:  # prompts and heads in one axis
+            split = weights.view(-1, int(self.module.num_heads), *weights.shape[1:])  # type: ignore[arg-type]
+        changed: Tensor = self.substitution.weights(self.module, split).view_as(weights)
+        return changed
 
     def _from_scores(self, scores: Tensor) -> None:
         batch = self.capture.positions.shape[0]
@@ -182,5 +203,12 @@ class _Overhear(TorchFunctionMode):
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _SDPA(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
-        out: Tensor = self.capture.attend(self.module, query, key, value, rule, attend)
+        capture, substitution = self.capture, self.substitution
+        out: Tensor = (
+            attend(query, key, value)
+            if capture is None
+            else capture.attend(self.module, query, key, value, rule, attend)
+        )
+        if substitution is not None:
+            out = substitution.output(self.module, out, value, heads_first=True)
         return out

@@ -16,9 +16,11 @@ from kedit.errors import CaptureError
 
 if TYPE_CHECKING:
     from kedit.capture.context import Capture
+    from kedit.capture.substitute import Substitution
 
 LOCK = threading.RLock()
 _OPEN: dict[int, list[Capture]] = {}
+_SUBSTITUTED: dict[int, list[Substitution]] = {}
 
 
 def open_capture(capture: Capture) -> None:
@@ -66,6 +68,37 @@ def capture_of(module: nn.Module) -> Capture | None:
             "it cannot be told whose it is. Give each thread its own model."
         )
     return captures[0]
+
+
+def open_substitution(substitution: Substitution) -> None:
+    """Enter a substitution for its attention modules.
+
+    Raises:
+        CaptureError: this thread already substitutes rows of one of them.
+    """
+    with LOCK:
+        for module in substitution.modules.values():
+            if any(other.thread == substitution.thread for other in _SUBSTITUTED.get(id(module), ())):
+                raise CaptureError("Rows of this model's attention are already being substituted. Close that first.")
+        for module in substitution.modules.values():
+            _SUBSTITUTED.setdefault(id(module), []).append(substitution)
+
+
+def close_substitution(substitution: Substitution) -> None:
+    """Strike a substitution from the books."""
+    with LOCK:
+        for module in substitution.modules.values():
+            still = [other for other in _SUBSTITUTED.get(id(module), ()) if other is not substitution]
+            if still:
+                _SUBSTITUTED[id(module)] = still
+            else:
+                _SUBSTITUTED.pop(id(module), None)
+
+
+def substitution_of(module: nn.Module) -> Substitution | None:
+    """The substitution that this thread has open for ``module``, if any."""
+    here = threading.get_ident()
+    return next((found for found in _SUBSTITUTED.get(id(module), ()) if found.thread == here), None)
 
 
 def recomputing() -> bool:
