@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_ABOUT = {
+    "architectures",
+    "dtype",  # that of the parameters counts
+    "name_or_path",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -41,12 +52,26 @@ def has_fingerprint(tensor: Tensor, expected: str | None) -> bool:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 of all parameters of a model, in the order of their names, as ``"sha256:..."``."""
-    digest = hashlib.sha256(str(model.config.model_type).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
-        _update(digest, parameter)
+    """SHA-256 of what a model computes with, as ``"sha256:..."``: its configuration, parameters and stored buffers.
+
+    Of the configuration, everything counts but where the model came from and what it is asked to return.
+    """
+    digest = hashlib.sha256(json.dumps(_computing(model.config.to_dict()), sort_keys=True, default=repr).encode())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        _update(digest, tensor)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _computing(config: Any) -> Any:
+    """The part of a configuration that changes what a model computes."""
+    if isinstance(config, Mapping):
+        return {str(key): _computing(value) for key, value in config.items() if not _about(str(key))}
+    return config
+
+
+def _about(key: str) -> bool:
+    return key.startswith(("_", "output_")) or key in _ABOUT
 
 
 def checksum(tensor: Tensor) -> int:

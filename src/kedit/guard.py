@@ -10,11 +10,13 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kedit.arch import ModelArch
+from kedit.corpus import as_corpus
 from kedit.delta import is_finite
 from kedit.edit import Edit
 from kedit.errors import ConfigError, KEditError
@@ -36,6 +38,7 @@ PLAIN = (
     "rice and potatoes take longer to cook.",
 )
 """What a model reads for KL and perplexity where no text is given."""
+OWN = 40  # documents of its own world that the embedded model reads instead
 
 _GAINS = {"efficacy": Kind.REWRITE, "paraphrase": Kind.PARAPHRASE}
 _DROPS = {"neighbour_drop": Kind.NEIGHBOUR, "distracted_drop": Kind.DISTRACTED, "relation_drop": Kind.RELATION}
@@ -115,7 +118,8 @@ class Guard:
 
     Attributes:
         cases: probes for the edits, found by edit; an edit without a case is asked by its own prompt alone.
-        texts: plain text for KL and perplexity; missing: a few sentences of English.
+        texts: plain text for KL and perplexity; missing: a few sentences of English, or, for the embedded model, which
+            knows no English, of its own world.
         efficacy: least share of edits that succeed on their own prompt.
         paraphrase: least share of paraphrases that succeed.
         neighbour_drop: largest loss of the neighbours' share of successes.
@@ -127,7 +131,7 @@ class Guard:
     """
 
     cases: Sequence[EditCase] = ()
-    texts: Sequence[str] = PLAIN
+    texts: Sequence[str] | None = None
     efficacy: float | None = 1.0
     paraphrase: float | None = 0.5
     neighbour_drop: float | None = 0.2
@@ -139,7 +143,8 @@ class Guard:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        object.__setattr__(self, "texts", (self.texts,) if isinstance(self.texts, str) else tuple(self.texts))
+        if self.texts is not None:
+            object.__setattr__(self, "texts", (self.texts,) if isinstance(self.texts, str) else tuple(self.texts))
         object.__setattr__(self, "cases", tuple(self.cases))
         for name in self.limits():
             value = getattr(self, name)
@@ -148,13 +153,19 @@ class Guard:
             if value is not None and (not number or not 0 <= value <= most):
                 expected = "a share from 0 to 1" if most == 1.0 else "a finite number of at least 0"
                 raise ConfigError(f"Guard.{name} is {expected} or None, not {value!r}.")
-        if not self.texts and (self.kl is not None or self.perplexity is not None):
+        if self.texts == () and (self.kl is not None or self.perplexity is not None):
             raise ConfigError("The guard has no text to measure kl and perplexity on. Give texts, or set both to None.")
 
     @classmethod
     def limits(cls) -> list[str]:
         """The names of all limits."""
         return [item.name for item in dataclasses.fields(cls) if item.name not in ("cases", "texts")]
+
+    def texts_for(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """The plain text that ``model`` is asked to read."""
+        if self.texts is not None:
+            return tuple(self.texts)
+        return tuple(islice(as_corpus(None, model), OWN)) if getattr(model.config, "kedit_testbed", False) else PLAIN
 
     def watch(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit]) -> Watch:
         """Measure ``model`` as it is, before ``edits`` are written."""
@@ -163,7 +174,7 @@ class Guard:
             dataclasses.replace(known.get(edit) or EditCase.of("", edit), id=str(number))
             for number, edit in enumerate(edits)
         ]
-        texts = tuple(self.texts) if self.kl is not None or self.perplexity is not None else ()
+        texts = self.texts_for(model) if self.kl is not None or self.perplexity is not None else ()
         examiner = Examiner(model, tokenizer, Extent(exact=False, texts=texts), cases)
         return Watch(self, examiner, cases, examiner.before(cases))
 
@@ -221,7 +232,7 @@ class Watch:
         growths: dict[str, float] = {}
         finite = True
         for name in names:
-            weight = arch.weight_of(name).parameter.detach()
+            weight = arch.weight_of(name).stored
             finite = finite and is_finite(weight)
             original = Ledger.of(arch.model).original(name)
             if original is not None:

@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kedit.arch import ModelArch
+from kedit.delta import is_finite
 from kedit.errors import PatchError
 from kedit.ledger import Ledger
+from kedit.patch.files import read_header, write_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kedit.patch import EditPatch
+
+
+FORMAT = "kedit-key-history"
 
 
 class KeyHistory:
@@ -50,20 +54,21 @@ class KeyHistory:
         """Write the remembered keys to a safetensors file, one tensor [n, I] per layer."""
         layers = {layer for found in self._by_patch.values() for layer in found} | set(self._loaded)
         tensors = {f"keys.{layer}": self.keys(layer, 0).contiguous() for layer in sorted(layers)}
-        try:
-            save_file(tensors, path, metadata={"format": "kedit-key-history"})
-        except (OSError, SafetensorError) as error:
-            raise PatchError(f"Cannot write the key history to {path}: {error}.") from error
-        return Path(path)
+        return write_safetensors(Path(path), tensors, {"format": FORMAT})
 
     def load(self, path: str | Path) -> None:
         """Add the keys of a saved history: of a model that comes with earlier edits."""
-        try:
-            tensors = load_file(path)
-            found = {int(name.removeprefix("keys.")): tensor for name, tensor in tensors.items()}
-        except (OSError, SafetensorError, ValueError) as error:
-            raise PatchError(f"{path} is no key history: {error}.") from error
+        header, arch = read_header(path), ModelArch(self._model)
+        if header.metadata.get("format") != FORMAT:
+            raise PatchError(f"{path} is no key history. Give a file that editor.history.save wrote.")
+        found = {}
+        for name in header.tensors:
+            number = name.removeprefix("keys.")
+            if not number.isdecimal() or int(number) >= arch.num_layers:
+                raise PatchError(f"{path} holds {name!r}, and this model has the layers 0-{arch.num_layers - 1}.")
+            keys, width = header.read(name), arch.weight(int(number)).matrix.shape[1]
+            if keys.ndim != 2 or keys.shape[1] != width or not is_finite(keys):
+                raise PatchError(f"{path}: the keys of layer {number} are not a finite matrix [n, {width}].")
+            found[int(number)] = keys
         for layer, keys in found.items():
-            if keys.ndim != 2 or not torch.isfinite(keys).all():
-                raise PatchError(f"{path}: the keys of layer {layer} are not a finite matrix [n, I].")
             self._loaded[layer] = torch.cat([self._loaded[layer], keys]) if layer in self._loaded else keys

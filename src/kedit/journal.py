@@ -7,6 +7,7 @@ patches of the kept edits (each an ordinary patch file), ``000002.refused.json``
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -187,7 +188,7 @@ def _header(editor: Editor, regularizer: Choice, guard: Guard | None, batch_size
     moments = editor.moments if editor.needs_moments else {}
     limits = None if guard is None else {name: getattr(guard, name) for name in Guard.limits()}
     if guard is not None and limits is not None:
-        limits["texts"] = list(guard.texts)
+        limits["texts"] = list(guard.texts_for(editor.model))
         limits["cases"] = [case.to_dict() for case in guard.cases]
     header = {
         "format": FORMAT,
@@ -209,8 +210,6 @@ def _header(editor: Editor, regularizer: Choice, guard: Guard | None, batch_size
 def _check_header(where: Path, header: dict[str, Any]) -> None:
     path = where / HEADER
     if not path.exists():
-        if _entries(where):
-            raise PatchError(f"{where} holds patches but no {HEADER}. Name a new folder for the journal.")
         _write_json(path, header)
         return
     with reading(path):
@@ -263,6 +262,8 @@ def _held(where: Path) -> Iterator[None]:
 
     try:
         where.mkdir(parents=True, exist_ok=True)
+        if not (where / HEADER).exists() and any(not name.startswith(".") for name in os.listdir(where)):
+            raise PatchError(f"{where} holds other things and no {HEADER}. Name a new folder for the journal.")
         lock = lock_folder(where)
     except OSError as error:
         raise PatchError(f"Cannot use {where} as a journal: {error}. Name a folder.") from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from kedit.cli import main
 from kedit.patch import EditPatch
+from models import tokenizer
 
 
 @pytest.fixture
@@ -111,6 +113,10 @@ def test_errors_are_one_sentence_and_leave_nothing(here, capsys):
     for words in (
         ["show", folder / "none"],
         ["show", folder / "empty"],
+        ["show", folder / "base"],
+        ["merge", one, two, "--out", two],
+        ["attach", two, "--model", folder / "base", "--prompt", "The"],
+        ["attach", one, "--model", folder / "base", "--prompt", "The", "--tokens", 0],
         ["apply", folder / "base", "--patch", two, "--out", out],
         ["apply", folder / "base", "--patch", folder / "empty", "--out", out],
         ["apply", folder / "none", "--patch", one, "--out", out],
@@ -134,6 +140,44 @@ def test_force_is_explicit(here, capsys):
     assert status == 1
     assert "--force" in error
     assert run(capsys, *words, "--force")[0] == 0
+
+
+def test_messages_say_a_thing_once(here, capsys):
+    folder, _ = here
+    for wrong, said in (("none", "There is no file"), ("base", "is a folder")):
+        _, _, (error,) = run(capsys, "show", folder / wrong)
+        assert error.count(str(folder / wrong)) == 1
+        assert said in error
+
+
+def test_attach_shows_what_the_patches_together_would_change(here, capsys):
+    folder, edited = here
+    tokenizer().save_pretrained(folder / "base")
+    patches = [folder / "1.safetensors", folder / "2.safetensors"]
+    before = bytes_of(loaded(folder / "base"))
+    words = [
+        "attach",
+        *patches,
+        "--model",
+        folder / "base",
+        "--prompt",
+        "The river",
+        "--prompt",
+        "Paris",
+        "--tokens",
+        5,
+    ]
+    status, text, _ = run(capsys, *words)
+    assert status == 0
+    said = re.findall(r"(?m)^(.*)\n  without: (.*)\n  with:    (.*)$", text)
+    assert [prompt for prompt, _, _ in said] == ["The river", "Paris"]
+    for prompt, without, changed in said:
+        for subject, text in ((loaded(folder / "base"), without), (edited, changed)):
+            ids = tokenizer()(prompt, return_tensors="pt")["input_ids"]
+            found = subject.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+            assert text == repr(tokenizer().decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+    assert any(without != changed for _, without, changed in said)
+    assert bytes_of(loaded(folder / "base")) == before
 
 
 def test_an_action_is_needed(capsys):

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from kedit.errors import KEditError, NonFiniteError, PatchError, PatchMismatchError
 from kedit.patch import EditPatch
 from kedit.patch.checkpoint import INDEX
+from kedit.patch.copying import _copy_some
 from kedit.patch.disk import apply_to_checkpoint, revert_checkpoint
 from kedit.patch.rewrite import RECORD
 from models import tiny_model as model
@@ -374,6 +375,50 @@ def test_a_full_disk_leaves_nothing_under_the_name(base, tiny_disk):
             apply_to_checkpoint(folder, [patch], tiny_disk / "out", link=link)
         assert os.listdir(tiny_disk) == []
     assert tree(folder) == before
+
+
+@pytest.mark.parametrize("how", ["no such call", "refused", "says 0"])
+def test_copies_are_the_same_where_the_system_cannot_copy_ranges(tmp_path, base, monkeypatch, how):
+    folder, patch = base
+    apply_to_checkpoint(folder, [patch], tmp_path / "expected")
+
+    def copy(*args):
+        if how == "refused":
+            raise OSError(95, "Operation not supported")
+        return 0
+
+    if how == "no such call":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    else:
+        monkeypatch.setattr(os, "copy_file_range", copy, raising=False)
+    monkeypatch.setattr("kedit.patch.copying._STEP", 1000)
+    apply_to_checkpoint(folder, [patch], tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+
+
+def test_a_shard_that_shrinks_while_it_is_copied_is_noticed(tmp_path, base, monkeypatch):
+    folder, patch = base
+    monkeypatch.setattr("kedit.patch.copying._copy_some", lambda *args: 0)
+    refuses(folder, [patch], tmp_path / "out", PatchError, "ends early")
+
+
+def test_a_refusal_does_not_wait_for_all_copies(tmp_path, base, monkeypatch):
+    folder, _ = base
+    other = patch_for(model("llama", seed=1, dtype=torch.bfloat16), {1: 1})
+    copied = []
+    real = _copy_some
+
+    def slow(source, target, start, most):
+        time.sleep(0.05)
+        copied.append(real(source, target, start, most))
+        return copied[-1]
+
+    monkeypatch.setattr("kedit.patch.copying._STEP", 100)  # thousands of pieces: a minute and more
+    monkeypatch.setattr("kedit.patch.copying._copy_some", slow)
+    refuses(folder, [other], tmp_path / "out", PatchMismatchError, "not the weight")
+    assert copied
+    assert sum(copied) < sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2
 
 
 def test_an_error_at_any_stage_leaves_nothing(tmp_path, base):

@@ -35,6 +35,22 @@ def test_peft_gives_the_edited_models_logits(tmp_path, kind, ranks):
     assert torch.allclose(logits(merged), logits(edited), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_in_bfloat16_the_adapter_is_as_near_as_the_dtype_allows(tmp_path, kind):
+    """The edited weight is rounded once, the adapter's branch apart from it: equal up to the dtype's precision."""
+    edited, plain = model(kind, dtype=torch.bfloat16), model(kind, dtype=torch.bfloat16)
+    patch = patch_for(edited, {0: 1, 2: 3})
+    folder = patch.to_peft(tmp_path / "adapter", edited)
+    base = logits(plain).float()
+    patch.apply(edited)
+    expected = logits(edited).float()
+    loaded = peft.PeftModel.from_pretrained(plain, folder)
+    distance = (logits(loaded).float() - expected).norm() / (base - expected).norm()
+    assert distance < 0.05
+    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118
+
+
 def test_layers_with_similar_numbers_keep_their_own_ranks(tmp_path):
     edited, plain = model("llama", layers=13), model("llama", layers=13)
     patch = patch_for(edited, {1: 4, 11: 2, 12: 1})

@@ -73,8 +73,10 @@ def check_writable(path: str) -> None:
     folder = Path(path).resolve().parent
     while not folder.exists():
         folder = folder.parent
-    if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"Cannot write {path}: it is a folder, or {folder} is not writable. Choose another --out.")
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"Cannot write {path}: it is a folder, or {folder} is no folder that can be written to. Choose another --out."
+        )
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -92,13 +94,13 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
     return load(args.model, dtype=dtype, device_map=placed)
 
 
-def overrides(items: list[str]) -> dict[str, Any]:
+def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:
     """``KEY=VALUE`` options as hyper-parameters; values are Python literals, else text."""
     found: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set needs KEY=VALUE, found {item!r}.")
+            raise ConfigError(f"{option} needs KEY=VALUE, found {item!r}.")
         try:
             value: Any = ast.literal_eval(text)
         except (ValueError, SyntaxError):

@@ -14,7 +14,8 @@ import argparse
 import dataclasses
 import sys
 from itertools import islice
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kedit.cli import common
 from kedit.errors import ConfigError, EditError
@@ -47,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guard-cases", metavar="FILE", help="paraphrases, neighbours and relations to ask for")
     parser.add_argument("--guard-texts", metavar="FILE", help="plain text for KL and perplexity")
     parser.add_argument("--journal", metavar="DIR", help="edit one by one and go on there after a crash")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="edits per step of the journal")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="edits per step of the journal (default: 1)")
+    parser.add_argument(
+        "--keys", metavar="FILE", help="AlphaEdit's keys of earlier edits: read where it exists, written again at the end"
+    )
     parser.add_argument("--save-model", metavar="DIR", help="also write the whole edited model there")
 
 
@@ -62,23 +66,33 @@ def run(args: argparse.Namespace) -> int:
         raise EditError("A single edit needs --prompt, --subject and --target-new, all three.")
     edits = Edit.from_jsonl(args.edits) if args.edits else [Edit(*single)]
     common.check_writable(args.out)
+    if args.batch_size is not None and not args.journal:
+        raise EditError("--batch-size belongs to a journal. Add --journal DIR.")
+    if args.keys:
+        common.check_writable(args.keys)
     guard = _guard(args)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)
     if guard is not None and args.guard_texts:
         guard = _with_texts(guard, args.guard_texts, model)
     editor = common.make_editor(args, model, tokenizer)
+    if args.keys:
+        _load_keys(editor, args.keys)
     if args.journal:
         from kedit.journal import run_journal
 
-        run = run_journal(args.journal, editor, edits, regularizers, guard=guard, batch_size=args.batch_size)
+        run = run_journal(args.journal, editor, edits, regularizers, guard=guard, batch_size=args.batch_size or 1)
         sys.stdout.write(run.report() + "\n")
+        if not run.patches:
+            raise EditError("The guard refused every edit, so there is no patch to write.")
         path = run.patch.save(args.out)
     else:
         result = editor.apply(edits, regularizers, guard=guard)
         sys.stdout.write(result.report() + "\n")
         path = result.patch.save(args.out)
     sys.stdout.write(f"patch: {path}\n")
+    if args.keys:
+        sys.stdout.write(f"keys: {editor.history.save(args.keys)}\n")
     if args.save_model:
         try:
             model.save_pretrained(args.save_model)
@@ -89,6 +103,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _load_keys(editor: Any, path: str) -> None:
+    """Give AlphaEdit the keys of earlier edits, where there are some."""
+    if not hasattr(editor, "history"):
+        raise ConfigError(f"--keys belongs to an editor that remembers keys (alphaedit), not to {editor.name}. Drop it.")
+    if Path(path).exists():
+        editor.history.load(path)
+
+
 def _guard(args: argparse.Namespace) -> Guard | None:
     """The guard that the options describe."""
     if args.guard is None:
@@ -97,7 +119,8 @@ def _guard(args: argparse.Namespace) -> Guard | None:
         return None
     from kedit.guard import from_limits
 
-    limits = {key: None if value in ("none", "None") else value for key, value in common.overrides(args.guard).items()}
+    given = common.overrides(args.guard, "--guard")
+    limits = {key: None if value in ("none", "None") else value for key, value in given.items()}
     cases = []
     if args.guard_cases:
         from kedit.data import load_cases

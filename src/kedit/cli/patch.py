@@ -1,7 +1,8 @@
-"""Show, apply, revert, merge, compare and export patches.
+"""Show, try, apply, revert, merge, compare and export patches.
 
 Examples:
   kedit patch show edit.safetensors
+  kedit patch attach edit.safetensors --model BASE_DIR --prompt "The Eiffel Tower is in"
   kedit patch apply BASE_DIR --patch edit.safetensors --out EDITED_DIR
   kedit patch revert EDITED_DIR --base BASE_DIR --patch edit.safetensors --out DIR
   kedit patch merge one.safetensors two.safetensors --out both.safetensors
@@ -15,15 +16,17 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kedit.cli import common
+from kedit.errors import ConfigError
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
     from kedit.patch.rewrite import DiskReport
 
-HELP = "show, apply, revert, merge, compare and export patches"
+HELP = "show, try, apply, revert, merge, compare and export patches"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = _action(actions, "show", _show, "who made a patch, what it changes, how much, how good it is")
     show.add_argument("patch", metavar="PATCH")
     show.add_argument("--json", action="store_true", help="as JSON, with everything that the patch says of itself")
+    attach = _action(
+        actions, "attach", _attach, "try patches on a model as side branches: what it says without and with"
+    )
+    attach.add_argument("patches", metavar="PATCH", nargs="+", help="in the order of application")
+    attach.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given again")
+    attach.add_argument("--tokens", type=int, default=12, metavar="N", help="how many tokens to write (default: 12)")
+    attach.add_argument("--force", action="store_true", help="do not compare the weights with the patch's fingerprints")
+    common.add_model(attach)
     apply = _action(actions, "apply", _apply, "write a checkpoint folder with patches applied")
     apply.add_argument("base", metavar="BASE_DIR", help="a folder with config.json and safetensors weights; only read")
     _on_disk(apply)
@@ -53,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _out_file(diff)
     export = _action(actions, "export", _export, "a PEFT LoRA adapter folder, which serving engines load")
     export.add_argument("patch", metavar="PATCH")
-    export.add_argument("--model", metavar="DIR", required=True, help="a folder with the base model's config.json")
+    export.add_argument(
+        "--model", metavar="DIR", help="a folder with the base model's config.json (default: the embedded model)"
+    )
     export.add_argument("--out", metavar="DIR", required=True, help="the new adapter folder")
 
 
@@ -107,6 +120,28 @@ def _show(args: argparse.Namespace) -> None:
     sys.stdout.write(text + "\n")
 
 
+def _attach(args: argparse.Namespace) -> None:
+    from kedit.patch import EditPatch
+
+    if args.tokens < 1:
+        raise ConfigError(f"--tokens must be at least 1, not {args.tokens}.")
+    patches = _load(args.patches)
+    patch = EditPatch.merge(patches) if len(patches) > 1 else patches[0]
+    model, tokenizer = common.load_model(args)
+    without = [_continuation(model, tokenizer, prompt, args.tokens) for prompt in args.prompt]
+    with patch.attach(model, force=args.force):
+        changed = [_continuation(model, tokenizer, prompt, args.tokens) for prompt in args.prompt]
+    for prompt, old, new in zip(args.prompt, without, changed, strict=True):
+        sys.stdout.write(f"{prompt}\n  without: {old!r}\n  with:    {new!r}\n")
+
+
+def _continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """What a model writes after a prompt, always the likeliest token."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
 def _apply(args: argparse.Namespace) -> None:
     from kedit.patch.disk import apply_to_checkpoint
 
@@ -131,6 +166,8 @@ def _merge(args: argparse.Namespace) -> None:
     from kedit.patch import EditPatch
 
     common.check_writable(args.out)
+    if any(Path(path).exists() and Path(args.out).exists() and Path(path).samefile(args.out) for path in args.patches):
+        raise ConfigError(f"{args.out} is one of the patches to merge, which are only read. Choose another --out.")
     _save(EditPatch.merge(_load(args.patches), tolerance=args.tolerance), args.out)
 
 
@@ -147,7 +184,8 @@ def _save(patch: EditPatch, path: str) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from kedit.patch.checkpoint import skeleton
+    from kedit.testbed import ASSETS
 
     (patch,) = _load([args.patch])
-    folder = patch.to_peft(args.out, skeleton(args.model).model)
+    folder = patch.to_peft(args.out, skeleton(args.model or ASSETS).model)
     sys.stdout.write(f"adapter: {folder}\n")

@@ -87,6 +87,8 @@ def reading(path: str | Path) -> Any:
     """Turn what the operating system says while reading ``path`` into a :class:`PatchError`."""
     try:
         yield
+    except PatchError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise PatchError(f"Cannot read {str(path)!r}: {error}. Check the path.") from error
 
@@ -99,6 +101,8 @@ def read_header(path: str | Path) -> Header:
     """
     where = Path(path)
     with reading(path):
+        if where.is_dir():
+            raise PatchError(f"{str(path)!r} is a folder, not a safetensors file. Name the file in it.")
         if not where.is_file():
             raise PatchError(f"There is no file {str(path)!r}. Check the path.")
         size = where.stat().st_size

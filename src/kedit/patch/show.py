@@ -53,8 +53,13 @@ def weights(patch: EditPatch) -> list[dict[str, Any]]:
 
 
 def _who(known: dict[str, Any]) -> str:
-    names = [str(item.get("name", "?")) for item in known.get("regularizers", [])]
+    names = [_regularizer(item) for item in known.get("regularizers", [])]
     return f"editor: {known.get('editor', 'unknown')}" + (f" with {', '.join(names)}" if names else "")
+
+
+def _regularizer(item: dict[str, Any]) -> str:
+    fields = [f"{key}={value}" for key, value in item.items() if key not in ("name", "class")]
+    return str(item.get("name", "?")) + (f" ({', '.join(fields)})" if fields else "")
 
 
 def _base(model: dict[str, Any]) -> str:
