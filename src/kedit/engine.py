@@ -14,6 +14,7 @@ from kedit.errors import KEditError
 from kedit.memory import SHARE, Footprint, UnitCosts, free_memory
 from kedit.optimise import Objective, Values, optimise
 from kedit.partial import PartialRunner, first_block
+from kedit.processes import here
 from kedit.progress import Progress, logger
 from kedit.regularizers.base import Needs, Regularizer
 from kedit.runner import Runner, Wave
@@ -53,7 +54,7 @@ class Engine:
         regularizers: Sequence[Regularizer],
         needs: Needs,
     ) -> Values:
-        """The values of all edits, in the order of ``requests``.
+        """The values of all edits, in the order of ``requests``; of several processes each optimises its share.
 
         Edits of similar length go into one wave, which stays together for all its steps. Where memory runs out, the
         budget is halved and the wave begins again in smaller ones.
@@ -62,11 +63,32 @@ class Engine:
             NonFiniteError: a loss is not finite.
             KEditError: a single edit does not fit into memory.
         """
-        order = sorted(range(len(requests)), key=lambda number: (requests[number].span, number))
+        group = here()
+        order = group.share(sorted(range(len(requests)), key=lambda number: (requests[number].span, number)))
+
+        def mine() -> list[tuple[list[int], Values]]:
+            return self._optimise(sites, requests, order, objective, regularizers, needs) if order else []
+
+        if group.size == 1:
+            return _in_order(mine())
+        device = self.arch.device(sites[0].layer)
+        shares = group.attempt(lambda: [(numbers, values.to("cpu")) for numbers, values in mine()])
+        return _in_order([wave for share in shares for wave in share]).to(device)
+
+    def _optimise(
+        self,
+        sites: Sequence[Site],
+        requests: Sequence[Request],
+        order: Sequence[int],
+        objective: Objective,
+        regularizers: Sequence[Regularizer],
+        needs: Needs,
+    ) -> list[tuple[list[int], Values]]:
+        """The edits ``order``, wave by wave."""
         self._fit(sites, requests, order, needs)
         pending = self._waves(requests, order)
         done: list[tuple[list[int], Values]] = []
-        with Progress(len(requests), "optimising") as progress:
+        with Progress(len(order), "optimising") as progress:
             while pending:
                 numbers = pending.pop(0)
                 wave = _wave(requests, numbers)
@@ -86,7 +108,7 @@ class Engine:
                 torch.cuda.empty_cache()
                 rest = [number for wave_numbers in (numbers, *pending) for number in wave_numbers]
                 pending = self._waves(requests, rest)
-        return _in_order(done)
+        return done
 
     def _fit(self, sites: Sequence[Site], requests: Sequence[Request], order: Sequence[int], needs: Needs) -> None:
         """Say what the largest wave will hold, and halve the budget until that is a fair share of the free memory."""
@@ -119,10 +141,9 @@ class Engine:
         """What executes ``wave``, by the mode and, for ``"auto"``, by the check of the model."""
         if self.mode == "plain":
             return Runner(self.arch, sites, wave, needs)
-        if any(wanted and wanted.start < first_block(sites) for wanted in (needs.attention, needs.hidden)):
-            logger.info(
-                "A regularizer reads blocks below %d, so every prompt runs whole at every step.", first_block(sites)
-            )
+        first = first_block(sites)
+        if any(wanted and wanted.start < first for wanted in (needs.attention, needs.hidden, needs.keys)):
+            logger.info("A regularizer reads blocks below %d, so every prompt runs whole at every step.", first)
             return Runner(self.arch, sites, wave, needs)
         key = tuple(sites)
         if self.mode == "auto" and key not in self._verdicts:

@@ -43,6 +43,10 @@ class CaptureError(KEditError, RuntimeError):
     """Attention rows cannot be captured as asked."""
 
 
+class ProcessError(KEditError, RuntimeError):
+    """The processes that share a job cannot work together: one is gone, or cannot be reached."""
+
+
 class PatchError(KEditError, ValueError):
     """A patch file is damaged, foreign or malformed."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,10 @@ class Values:
     def value(self) -> Tensor:
         """v* = v₀ + δ, [E, S, H]."""
         return self.initial + self.delta
+
+    def to(self, device: torch.device | str) -> Values:
+        """The same on another device."""
+        return replace(self, delta=self.delta.to(device), initial=self.initial.to(device))
 
     def only(self, edit: int) -> Values:
         """The value of one edit."""

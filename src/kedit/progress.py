@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import TracebackType
+from typing import ClassVar
 
 from tqdm.auto import tqdm
 
@@ -14,10 +15,18 @@ class Progress:
     """A bar that shows itself only for work worth watching.
 
     Nothing is drawn where standard error is not a terminal; the bar appears after ``delay`` seconds.
+
+    Attributes:
+        shown: whether this process draws bars at all; of several that share a job, one does.
     """
 
+    shown: ClassVar[bool] = True
+
     def __init__(self, total: int | None, what: str, unit: str = "edit", *, delay: float = 1.0) -> None:
-        self._bar = tqdm(total=total, desc=what, unit=unit, disable=None, delay=delay, leave=False, dynamic_ncols=True)
+        disable = None if self.shown else True
+        self._bar = tqdm(
+            total=total, desc=what, unit=unit, disable=disable, delay=delay, leave=False, dynamic_ncols=True
+        )
 
     def advance(self, steps: int = 1) -> None:
         """``steps`` more units are done."""

@@ -22,8 +22,9 @@ from kedit.batch import context_limit, pad
 from kedit.corpus import Corpus, as_corpus
 from kedit.errors import ConfigError
 from kedit.fingerprint import model_fingerprint
-from kedit.hooks import StopForward, on_input, stops_early
-from kedit.moments import RIDGE, Accumulator, Moment, SecondMoments
+from kedit.hooks import StopForward, by_prompt, on_arguments, on_input, stops_early
+from kedit.moments import RIDGE, Accumulator, ExpertsAccumulator, Moment, SecondMoments
+from kedit.processes import Group, here
 from kedit.progress import Progress, logger
 from kedit.runner import inference_state
 
@@ -71,16 +72,17 @@ def estimate_moments(
         raise ConfigError(f"ridge must be a finite number of at least 0, not {ridge!r}.")
     wanted = sorted({arch.check_layer(layer) for layer in layers})
     texts = as_corpus(corpus, arch.model)
-    budget = tokens if tokens is not None else KEYS_PER_DIMENSION * max(arch.weight(i).matrix.shape[1] for i in wanted)
+    budget = tokens if tokens is not None else KEYS_PER_DIMENSION * max(map(arch.memory_width, wanted))
     paths = _cache_paths(arch, tokenizer, texts, budget, ridge, wanted) if cache and texts.key else {}
     found = {layer: moment for layer, path in paths.items() if (moment := _read(path)) is not None}
-    missing = [layer for layer in wanted if layer not in found]
+    group = here()
+    missing = sorted({layer for each in group.gather([i for i in wanted if i not in found]) for layer in each})
     if missing:
         logger.info("Second moments of layers %s from %s tokens of %s.", missing, f"{budget:,}", texts.name)
-        checkpoint = _checkpoint_path([paths[layer] for layer in missing]) if paths else None
+        checkpoint = _checkpoint_path([paths[layer] for layer in missing], group) if paths else None
         for layer, accumulator in accumulate(arch, tokenizer, missing, texts, budget, checkpoint).items():
             found[layer] = accumulator.moment(layer, ridge)
-            if layer in paths:
+            if layer in paths and group.leads:
                 _write(paths[layer], found[layer])
         if checkpoint is not None:
             with suppress(OSError):
@@ -101,27 +103,36 @@ def accumulate(
     """Run ``budget`` tokens of ``texts`` up to the highest layer and sum k kᵀ of every layer.
 
     With a ``checkpoint`` the sums are kept there every minute and when interrupted; the next call goes on from them
-    with the same result.
+    with the same result. Of several processes each runs its share of the batches, and all return the sums of all.
     """
+    group = here()
     sums: dict[int, Accumulator] = {}
     for layer in layers:
-        width = arch.weight(layer).matrix.shape[1]
-        sums[layer] = Accumulator(width, arch.device(layer), arch.work_dtype)
+        experts = arch.experts(layer)
+        if experts is None:
+            sums[layer] = Accumulator(arch.memory_width(layer), arch.device(layer), arch.work_dtype)
+        else:
+            sums[layer] = ExpertsAccumulator(experts, arch.device(layer), arch.work_dtype)
     device = arch.input_device
     top = max(layers)
-    done, seen = _resume(checkpoint, sums), 0
+    done, seen, told = _resume(checkpoint, sums), 0, False
     started = saved = time.monotonic()
     with inference_state(arch.model), torch.no_grad(), Progress(budget, "second moments", "token") as bar:
         for number, rows in enumerate(_batches(tokenizer, texts, budget, context_limit(arch.model))):
             ids, mask = pad(rows)
-            if number < done:
+            if number < done or number % group.size != group.rank:
                 seen += int(mask.sum())
                 bar.advance(int(mask.sum()))
                 continue
             real = mask.bool().to(device)
 
-            def collect(keys: Tensor, layer: int, real: Tensor = real) -> None:
-                sums[layer].add(keys[real.to(keys.device)])
+            def collect(*seen: Tensor, layer: int, real: Tensor = real) -> None:
+                tokens = [by_prompt(tensor, len(real))[real.to(tensor.device)] for tensor in seen]
+                total = sums[layer]
+                if isinstance(total, ExpertsAccumulator):
+                    total.route(*tokens)
+                else:
+                    total.add(*tokens)
                 if layer == top:
                     raise StopForward
 
@@ -130,12 +141,16 @@ def accumulate(
             if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _keep(checkpoint, sums, number + 1)
                 saved = time.monotonic()
-            if number == done and (left := (time.monotonic() - started) * budget / int(mask.sum())) > 10:
+            if not told and (left := (time.monotonic() - started) * budget / int(mask.sum()) / group.size) > 10:
                 logger.info("This takes about %.0f s.", left)
+            told = True
             seen += int(mask.sum())
             bar.advance(int(mask.sum()))
     if seen == 0:
         raise ConfigError("The corpus for the second moments holds no text.")
+    if group.size > 1:
+        for total in sums.values():
+            total.restore({name: group.sum(part) for name, part in total.state().items()})
     return sums
 
 
@@ -152,9 +167,10 @@ def _kept_on_interrupt(checkpoint: Path | None, sums: dict[int, Accumulator], do
         raise
 
 
-def _checkpoint_path(paths: Sequence[Path]) -> Path:
+def _checkpoint_path(paths: Sequence[Path], group: Group) -> Path:
     digest = hashlib.sha256("".join(path.name for path in paths).encode()).hexdigest()
-    return paths[0].with_name(f"{digest}.partial.safetensors")
+    part = f".{group.rank}-of-{group.size}" if group.size > 1 else ""
+    return paths[0].with_name(f"{digest}{part}.partial.safetensors")
 
 
 def _keep(path: Path, sums: dict[int, Accumulator], done: int) -> None:
@@ -183,7 +199,9 @@ def _resume(path: Path | None, sums: dict[int, Accumulator]) -> int:
 def _reading(arch: ModelArch, layers: Sequence[int], collect: Callable[..., None]) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(on_input(arch.down(layer), partial(collect, layer=layer)))
+            experts, function = arch.experts(layer), partial(collect, layer=layer)
+            place = on_input(arch.down(layer), function) if experts is None else on_arguments(experts.module, function)
+            stack.enter_context(place)
         yield
 
 

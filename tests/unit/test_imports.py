@@ -17,6 +17,7 @@ ORDER = [
     "shapes",
     "fingerprint",
     "progress",
+    "processes",
     "registry",
     "edit",
     "delta",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,9 +24,17 @@ COMMANDS = {
 }
 
 
+SHARED = ("edit", "eval", "stats")  # may be run by several processes
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; errors are one sentence on standard error and exit status 1."""
-    from kedit.errors import KEditError
+    """Run one subcommand; errors are one sentence on standard error and exit status 1.
+
+    Started by ``accelerate launch -m kedit ...``, the processes share the work; the first prints and writes files.
+    """
+    from contextlib import ExitStack, redirect_stdout
+
+    from kedit.errors import ConfigError, KEditError
 
     parser = _parser()
     args = parser.parse_args(argv)
@@ -33,8 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("kedit").setLevel(logging.WARNING if args.quiet else logging.INFO)
     logging.getLogger("kedit.capture").setLevel(logging.WARNING)  # which kernel reads the rows is no news here
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as stack:
             warnings.showwarning = _show_warning
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                from kedit import processes
+
+                if args.command not in SHARED and processes.launched() > 1:
+                    raise ConfigError(
+                        f"kedit {args.command} is run by one process; {', '.join(SHARED)} may be run by several. "
+                        "Start it without a launcher."
+                    )
+                if not processes.join().leads:
+                    logging.getLogger("kedit").setLevel(logging.WARNING)
+                    stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+                stack.callback(processes.leave)
             status: int = args.run(args)
     except KEditError as error:
         sys.stderr.write(f"kedit {args.command}: {error}\n")

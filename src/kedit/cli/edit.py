@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Edit, report, save."""
     from kedit.edit import Edit
+    from kedit.processes import here, launched
 
     single = (args.prompt, args.subject, args.target_new)
     if (args.edits is None) == all(part is None for part in single) or (args.edits and any(single)):
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         raise EditError("--batch-size belongs to a journal. Add --journal DIR.")
     if args.keys:
         common.check_writable(args.keys)
+    if args.journal and launched() > 1:
+        raise ConfigError("A journal is kept by one process. Start kedit without a launcher, or drop --journal.")
     guard = _guard(args)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)
@@ -88,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         path = run.patch.save(args.out)
     else:
         result = editor.apply(edits, regularizers, guard=guard)
+        if not here().leads:
+            return 0
         sys.stdout.write(result.report() + "\n")
         path = result.patch.save(args.out)
     sys.stdout.write(f"patch: {path}\n")

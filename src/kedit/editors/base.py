@@ -26,6 +26,7 @@ from kedit.moments import RIDGE, Moment, SecondMoments
 from kedit.optimise import StepLog, Values
 from kedit.patch import EditPatch, fingerprints
 from kedit.pipeline import Insertion, Timer, describe, needs_of, overwrite, spread, warn_of_known
+from kedit.processes import here
 from kedit.progress import Progress, logger
 from kedit.regularizers import Choice, resolve
 from kedit.regularizers.base import Needs, Regularizer
@@ -192,6 +193,7 @@ class Editor(ABC):
             progress = stack.enter_context(Progress(len(groups), self.name))
             for number, group in enumerate(groups):
                 deltas, steps = self.write(group, settings, timer)
+                deltas = here().from_leader(deltas)  # so that rounding keeps no two processes apart
                 log += steps
                 for name, delta in deltas.items():
                     written[name].append(delta)

@@ -15,6 +15,7 @@ from kedit.evaluation.journal import Journal
 from kedit.evaluation.metrics import METRICS
 from kedit.evaluation.report import EvalReport
 from kedit.evaluation.runner import CHUNK, Mode, Run
+from kedit.processes import here
 from kedit.regularizers import Choice
 
 if TYPE_CHECKING:
@@ -66,8 +67,9 @@ def evaluate(
     journal = None if out is None else Journal(out, run.identity())
     records = run.go(journal)
     report = EvalReport(records, run.meta(), tuple(metrics) if metrics is not None else None)
-    if out is not None:
-        report.save(out)
+    if journal is not None and here().leads:
+        report.save(journal.folder)
+        journal.tidy()
     return report
 
 

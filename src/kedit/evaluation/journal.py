@@ -12,6 +12,7 @@ from typing import Any
 from kedit.errors import EditError
 from kedit.evaluation.scores import CaseRecord
 from kedit.patch import EditPatch
+from kedit.processes import here
 
 RUN, RECORDS, PATCHES = "run.json", "records.jsonl", "patches"
 
@@ -20,7 +21,7 @@ class Journal:
     """The folder of one run.
 
     ``run.json`` says what the run is; ``records.jsonl`` holds a line per finished case; ``patches/`` the joint edit
-    of a batch or sequential run.
+    of a batch or sequential run. Several processes share the folder: each writes its finished cases to a file of its own.
 
     Raises:
         EditError: the folder holds another run.
@@ -29,17 +30,29 @@ class Journal:
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._claim(dict(identity))
-        self.records = {record.id: record for record in self._read()}
+        group = here()
+        self.path = self.folder / (RECORDS if group.leads else f"records-{group.rank}.jsonl")
+        self.records = group.attempt(lambda: self._open(dict(identity)) if group.leads else {})[0]
+
+    def _open(self, identity: dict[str, Any]) -> dict[str, CaseRecord]:
+        """Claim the folder for a run; what it has finished, by case."""
+        self._claim(identity)
+        files = [self.folder / RECORDS, *sorted(self.folder.glob("records-*.jsonl"))]
+        return {record.id: record for path in files if path.exists() for record in _read(path)}
 
     def append(self, record: CaseRecord) -> None:
         """Add a finished case; it is on disk when this returns."""
         line = json.dumps(record.to_dict(), ensure_ascii=False)
-        with (self.folder / RECORDS).open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.records[record.id] = record
+
+    def tidy(self) -> None:
+        """Once the report holds all records in one file: remove those of the other processes."""
+        for path in self.folder.glob("records-*.jsonl"):
+            path.unlink()
 
     def save_patches(self, patches: Iterable[EditPatch], failures: Mapping[str, str], seconds: float) -> None:
         """Keep a finished joint edit."""
@@ -72,19 +85,17 @@ class Journal:
                 f"{self.folder} holds another run (its {', '.join(differs)} differ). Give another folder, or remove this one."
             )
 
-    def _read(self) -> list[CaseRecord]:
-        """The finished cases; a last line that was cut off by an interruption is removed from the file."""
-        path = self.folder / RECORDS
-        if not path.exists():
-            return []
-        whole = path.read_bytes()
-        complete = whole[: whole.rfind(b"\n") + 1]
-        if len(complete) < len(whole):
-            path.write_bytes(complete)
-        try:
-            return [CaseRecord.from_dict(json.loads(line)) for line in complete.decode().splitlines()]
-        except (ValueError, KeyError, TypeError) as error:
-            raise EditError(f"{path} is damaged ({error}). Remove it to evaluate anew.") from error
+
+def _read(path: Path) -> list[CaseRecord]:
+    """The finished cases; a last line that was cut off by an interruption is removed from the file."""
+    whole = path.read_bytes()
+    complete = whole[: whole.rfind(b"\n") + 1]
+    if len(complete) < len(whole):
+        path.write_bytes(complete)
+    try:
+        return [CaseRecord.from_dict(json.loads(line)) for line in complete.decode().splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EditError(f"{path} is damaged ({error}). Remove it to evaluate anew.") from error
 
 
 def digest(value: Any) -> str:

@@ -21,6 +21,7 @@ from kedit.fingerprint import tensor_fingerprint
 from kedit.ledger import Ledger
 from kedit.patch import EditPatch
 from kedit.pipeline import describe
+from kedit.processes import alone, here
 from kedit.progress import Progress
 from kedit.regularizers import Choice, resolve
 
@@ -98,7 +99,8 @@ class Run:
         }
 
     def go(self, journal: Journal | None) -> list[CaseRecord]:
-        """All records, in the order of the cases."""
+        """All records, in the order of the cases; of several processes each asks its share of the chunks."""
+        group = here()
         done = {} if journal is None else dict(journal.records)
         if len(done) < len(self.cases):
             with self._timed("prepare"):
@@ -118,6 +120,8 @@ class Run:
                     running.add(record)
                     progress.note(**running.figures())
                     progress.advance()
+            done = {id: record for share in group.gather(done) for id, record in share.items()}
+            self.settings = next((found for found in group.gather(self.settings) if found), {})
         return [done[case.id] for case in self.cases]
 
     @property
@@ -126,14 +130,14 @@ class Run:
 
     def _single(self, examiner: Examiner, done: Mapping[str, CaseRecord]) -> Iterator[CaseRecord]:
         """Chunks are the same in every run, so that a resumed one rounds alike; only what is missing is asked again."""
-        for start in range(0, len(self.cases), self.chunk):
-            cases = self.cases[start : start + self.chunk]
+        for cases in self._chunks():
             if all(case.id in done for case in cases):
                 continue
             begin = time.perf_counter()
             before = dict(zip([case.id for case in cases], examiner.before(cases), strict=True))
             middle = time.perf_counter()
-            patches = self._propose(cases)
+            with alone():
+                patches = self._propose(cases)
             shared = {
                 "before": (middle - begin) / len(cases),
                 "edit": (time.perf_counter() - middle) / len(cases),
@@ -197,7 +201,8 @@ class Run:
                     patch.apply(self.model, force=True)
                     stack.callback(patch.revert, self.model)
                 else:
-                    result = self.editor.apply(case.edits, self.regularizers)
+                    with alone():
+                        result = self.editor.apply(case.edits, self.regularizers)
                     stack.callback(result.revert)
                     self._note(result.patch)
             except KEditError as error:
@@ -237,7 +242,7 @@ class Run:
         clean = not Ledger.of(self.model).touched
         patches: list[EditPatch] = []
         stack.callback(self._take_back, patches, clean)
-        known = None if journal is None else journal.load_patches()
+        known = here().from_leader(None if journal is None else journal.load_patches())
         if known is not None:
             found, self.failures, seconds = known
             for patch in found:
@@ -252,7 +257,7 @@ class Run:
             raise EditError(f"No edit succeeded. The first: {next(iter(self.failures.values()), 'none was tried')}")
         self._note(patches[0])
         seconds = time.perf_counter() - start
-        if journal is not None:
+        if journal is not None and here().leads:
             journal.save_patches(patches, self.failures, seconds)
         return seconds
 
@@ -282,14 +287,15 @@ class Run:
                 patch.revert(self.model)
 
     def _chunks(self) -> Iterator[list[EditCase]]:
-        for start in range(0, len(self.cases), self.chunk):
+        """The chunks of cases that this process asks."""
+        for start in here().share(range(0, len(self.cases), self.chunk)):
             yield self.cases[start : start + self.chunk]
 
     def _fingerprints(self) -> dict[str, str]:
         if self.editor is None:
             return {}
-        weights = [self.editor.arch.weight(layer) for layer in self.editor.config.layers]
-        return {weight.name: tensor_fingerprint(weight.parameter) for weight in weights}
+        weights = [weight for layer in self.editor.config.layers for weight in self.editor.arch.weights(layer)]
+        return {weight.name: tensor_fingerprint(weight.stored) for weight in weights}
 
     def _note(self, patch: EditPatch) -> None:
         """Keep the hyper-parameters that were really used."""
