@@ -220,7 +220,8 @@ def pad(rows: Sequence[Sequence[int]], *, width: int = 0, fill: int = 0) -> tupl
 
 def context_limit(model: Any) -> int | None:
     """The longest row the model can take, or ``None`` where its config states none."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return int(limit) if limit else None
 
 

@@ -141,7 +141,7 @@ class Engine:
         """What executes ``wave``, by the mode and, for ``"auto"``, by the check of the model."""
         if self.mode == "plain":
             return Runner(self.arch, sites, wave, needs)
-        first = first_block(sites)
+        first = first_block(self.arch, sites)
         if any(wanted and wanted.start < first for wanted in (needs.attention, needs.hidden, needs.keys)):
             logger.info("A regularizer reads blocks below %d, so every prompt runs whole at every step.", first)
             return Runner(self.arch, sites, wave, needs)

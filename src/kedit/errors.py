@@ -23,6 +23,10 @@ class ArchitectureError(KEditError, TypeError):
     """The model's architecture is unknown or lacks what the method needs."""
 
 
+class UnsupportedError(ArchitectureError):
+    """The method has no sound form for this architecture, or not for how this model is stored."""
+
+
 class ConfigError(KEditError, ValueError):
     """A hyper-parameter is out of range or does not fit the model."""
 

@@ -52,7 +52,22 @@ def on_input(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> 
 
 
 @contextmanager
+def on_arguments(module: nn.Module, function: Callable[..., None]) -> Iterator[None]:
+    """Call ``function`` with everything that the module is called with by place."""
+    handle = module.register_forward_pre_hook(lambda _module, args: function(*args))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def stops_early() -> Iterator[None]:
     """A place where :class:`StopForward` ends a forward pass quietly."""
     with suppress(StopForward):
         yield
+
+
+def by_prompt(tensor: Tensor, prompts: int) -> Tensor:
+    """[P, T, ...] also where a block works on all tokens in one row, [P · T, ...]; a view."""
+    return tensor if tensor.ndim > 2 else tensor.unflatten(0, (prompts, -1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ class _Entry:
 
     def total(self) -> Tensor:
         """W₀ + Σ deltas as stored, in the dtype of the sum; a new tensor."""
-        now = self.rounded if self.rounded is not None else self.weight.parameter.detach()
+        now = self.rounded if self.rounded is not None else self.weight.stored
         return now.to(self.weight.parameter.device, sum_dtype(now.dtype), copy=True)
 
     def store(self, stored: Tensor, rounded: Tensor | None = None) -> None:
@@ -54,7 +54,7 @@ class _Entry:
     def mark(self) -> None:
         """Remember how the weight looks now."""
         self.version = self.weight.parameter._version
-        self.checksum = checksum(self.weight.parameter)
+        self.checksum = checksum(self.weight.stored)
 
 
 class Ledger:
@@ -110,6 +110,7 @@ class Ledger:
                 self._entries[name] = entry
                 entry.deltas[owner] = deltas[name]
                 entry.store(stored, None if stored is total else total)
+            self._note_siblings(entries)
 
     def revert(self, owner: Hashable) -> None:
         """Take the deltas of ``owner`` away; a weight without deltas is its original again, bit for bit."""
@@ -132,6 +133,7 @@ class Ledger:
                 else:
                     entry.store(entry.original)
                     del self._entries[name]
+            self._note_siblings(entries)
 
     def revert_all(self) -> None:
         """Give every touched weight its original back, also where it was changed by someone else."""
@@ -140,17 +142,36 @@ class Ledger:
             del self._entries[name]
 
     @contextmanager
-    def scratch(self, weights: list[Weight]) -> Iterator[None]:
-        """Weights that may be overwritten inside and are as before afterwards, also after an exception."""
-        copies = [weight.parameter.detach().clone() for weight in weights]
+    def scratch(self, weights: Iterable[Weight] = ()) -> Iterator[Callable[[Iterable[Weight]], None]]:
+        """Weights that may be overwritten inside and are as before afterwards, also after an exception.
+
+        Yields a function that adds more of them, to be called before they are overwritten.
+        """
+        copies: dict[str, tuple[Weight, Tensor]] = {}
+
+        def keep(more: Iterable[Weight]) -> None:
+            for weight in more:
+                if weight.name not in copies:
+                    copies[weight.name] = weight, weight.stored.clone()
+
+        keep(weights)
         try:
-            yield
+            yield keep
         finally:
             with _interrupts_held():
-                for weight, copy in zip(weights, copies, strict=True):
+                for weight, copy in copies.values():
                     _store(weight, copy)
-                    if weight.name in self._entries:
-                        self._entries[weight.name].version = weight.parameter._version
+                parameters = {id(weight.parameter) for weight, _ in copies.values()}
+                for entry in self._entries.values():
+                    if id(entry.weight.parameter) in parameters:
+                        entry.version = entry.weight.parameter._version
+
+    def _note_siblings(self, entries: Mapping[str, _Entry]) -> None:
+        """Experts of one fused tensor share its version: what was written to one is no surprise to the others."""
+        parameters = {id(entry.weight.parameter) for entry in entries.values()}
+        for entry in self._entries.values():
+            if id(entry.weight.parameter) in parameters:
+                entry.version = entry.weight.parameter._version
 
     def _entry(self, name: str, delta: Delta) -> _Entry:
         entry = self._entries.get(name)
@@ -163,7 +184,7 @@ class Ledger:
                     f"{name} is stored {place} and cannot be written in place. Attach the patch instead (patch.attach), "
                     "or load the model in full precision."
                 )
-            entry = _Entry(weight, parameter.detach().clone())
+            entry = _Entry(weight, weight.stored.clone())
             entry.mark()
         else:
             self._check_unchanged(entry)
@@ -182,16 +203,17 @@ class Ledger:
     def _check_unchanged(self, entry: _Entry) -> None:
         name, original = entry.weight.name, entry.original
         try:
-            parameter = self._lookup(name).parameter
+            weight = self._lookup(name)
         except ArchitectureError as error:
             raise PatchMismatchError(f"{name} is no longer where kedit edited it. {error}") from error
-        if parameter.shape != original.shape or parameter.dtype != original.dtype:
+        parameter, stored = weight.parameter, weight.stored
+        if stored.shape != original.shape or stored.dtype != original.dtype:
             raise PatchMismatchError(
                 f"{name} changed its shape or dtype since kedit edited it (now {parameter.dtype}, then {original.dtype}). "
                 "Revert edits before converting the model."
             )
         same = parameter is entry.weight.parameter and parameter._version == entry.version
-        if not same or checksum(parameter) != entry.checksum:
+        if not same or checksum(stored) != entry.checksum:
             raise PatchMismatchError(
                 f"{name} was written by something else since kedit edited it, so the edit cannot be added to or taken back "
                 "exactly. Reload the model, or call kedit.Ledger.of(model).revert_all() to return to the weights before "
@@ -206,7 +228,7 @@ class Ledger:
             name: (
                 dict(entry.deltas),
                 entry.rounded,
-                entry.weight.parameter.detach().clone() if entry.deltas else entry.original,
+                entry.weight.stored.clone() if entry.deltas else entry.original,
             )
             for name, entry in entries.items()
         }
@@ -219,6 +241,7 @@ class Ledger:
                 for name, entry in entries.items():
                     entry.deltas, rounded, stored = kept[name]
                     entry.store(stored, rounded)
+                self._note_siblings(entries)
             raise
 
 
@@ -234,7 +257,7 @@ def cast_checked(name: str, total: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def _store(weight: Weight, stored: Tensor) -> None:
-    weight.parameter.copy_(stored)
+    weight.stored.copy_(stored)
 
 
 @contextmanager

@@ -2,50 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kedit.arch import ModelArch, Site
 from kedit.batch import Row, pad
-from kedit.hooks import StopForward, on_input, on_output, stops_early
+from kedit.errors import ArchitectureError
+from kedit.hooks import StopForward, by_prompt, on_arguments, on_input, on_output, stops_early
 from kedit.runner import inference_state
 
 TOKENS_PER_PASS = 16_384
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Which experts serve some tokens.
+
+    Attributes:
+        hidden: what the experts see, [P, H].
+        chosen: the router's choice, [P, k].
+        weights: the router's weights, [P, k].
+    """
+
+    hidden: Tensor
+    chosen: Tensor
+    weights: Tensor
+
+    def shares(self) -> list[dict[int, float]]:
+        """Per token, the weight of every chosen expert, by its number."""
+        pairs = zip(self.chosen.tolist(), self.weights.tolist(), strict=True)
+        return [dict(sorted(zip(chosen, weights, strict=True))) for chosen, weights in pairs]
+
+
 def keys(arch: ModelArch, rows: Sequence[Row], layer: int) -> Tensor:
-    """The down-projection's input at the subject's last token of every row, [P, I], in the work dtype."""
-    return _read(arch, rows, arch.down(layer), before=True)
+    """The down-projection's input at the subject's last token of every row, [P, I], in the work dtype.
+
+    In a mixture of experts, the key of all experts together (:mod:`kedit.arch.experts`), [P, N · I].
+    """
+    experts = arch.experts(layer)
+    if experts is None:
+        [found] = _read(arch, rows, arch.down(layer), on_input)
+        return found.to(arch.work_dtype)
+    routed = routing(arch, rows, layer)
+    return experts.keys(routed.hidden, routed.chosen, routed.weights, arch.work_dtype)
 
 
 def outputs(arch: ModelArch, rows: Sequence[Row], site: Site) -> Tensor:
     """The site's output at the subject's last token of every row, [P, H], in the work dtype."""
-    return _read(arch, rows, arch.site(site), before=False)
+    [found] = _read(arch, rows, arch.site(site), on_output)
+    return found.to(arch.work_dtype)
+
+
+def routing(arch: ModelArch, rows: Sequence[Row], layer: int) -> Routing:
+    """Which experts of a mixture serve the subject's last token of every row."""
+    experts = arch.experts(layer)
+    assert experts is not None, "only mixtures route"
+    return Routing(*_read(arch, rows, experts.module, on_arguments))
 
 
 @torch.no_grad()
-def _read(arch: ModelArch, rows: Sequence[Row], module: torch.nn.Module, *, before: bool) -> Tensor:
-    """What comes before or after ``module`` at each row's lookup token.
+def _read(arch: ModelArch, rows: Sequence[Row], module: torch.nn.Module, hook: Callable[..., Any]) -> list[Tensor]:
+    """What ``hook`` sees of ``module`` at each row's lookup token: per tensor, [P, ...].
 
     Later tokens cannot change it, so rows end there; the pass ends at the module.
     """
     device = arch.input_device
-    found: list[Tensor] = []
+    found: list[list[Tensor]] = []
     with inference_state(arch.model):
         for part in packed(rows, TOKENS_PER_PASS):
             ids, mask = pad([row.ids[: row.lookup + 1] for row in part])
             last = torch.tensor([row.lookup for row in part])
 
-            def take(tensor: Tensor, last: Tensor = last) -> None:
-                found.append(tensor[torch.arange(len(last)), last.to(tensor.device)].to(arch.work_dtype))
+            def take(*tensors: Tensor, last: Tensor = last) -> None:
+                where = torch.arange(len(last))
+                found.append([by_prompt(tensor, len(last))[where, last.to(tensor.device)] for tensor in tensors])
                 raise StopForward
 
-            hooked = on_input(module, take) if before else on_output(module, take)
-            with hooked, stops_early():
+            seen = len(found)
+            with hook(module, take), stops_early():
                 arch.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-    return torch.cat(found)
+            if len(found) == seen:
+                raise ArchitectureError(
+                    f"{type(arch.model).__name__} does not call its {type(module).__name__} as a module, so kedit cannot read "
+                    "there. (A Bloom model with slow_but_exact, say: switch it off.)"
+                )
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 def packed(rows: Sequence[Row], tokens: int) -> list[list[Row]]:

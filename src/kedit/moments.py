@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit.arch import ModelArch
+from kedit.arch import Experts, ModelArch
 from kedit.errors import ConfigError, KEditWarning, NonFiniteError, SingularMomentError
-from kedit.solve import cholesky
+from kedit.solve import cholesky, whiten
 
 RIDGE = 1e-4
 
@@ -28,7 +28,8 @@ class Moment:
     """The second moment of one layer.
 
     Attributes:
-        matrix: C as the closed forms use it, ridge included, [I, I].
+        matrix: C as the closed forms use it, ridge included, [I, I]; of a mixture of experts one per expert, [N, I, I],
+            of the keys weighted by the router and over all tokens, so that they can be compared.
         tokens: how many keys it was estimated from, every token's counted; ``None`` for a matrix handed in.
         ridge: what was added to the diagonal, relative to its mean.
         split_half: relative difference between the estimates from two halves of the corpus.
@@ -43,9 +44,10 @@ class Moment:
 
     def warn_if_scarce(self, layer: int) -> None:
         """Warn where the estimate saw fewer keys than their width."""
-        if self.tokens is not None and self.tokens < len(self.matrix):
+        width = self.matrix.shape[-1]
+        if self.tokens is not None and self.tokens < width:
             warnings.warn(
-                f"The second moment of layer {layer} saw {self.tokens} keys of width {len(self.matrix)}: directions it never "
+                f"The second moment of layer {layer} saw {self.tokens} keys of width {width}: directions it never "
                 "saw are held up by the ridge alone. Estimate it from more text.",
                 KEditWarning,
                 stacklevel=2,
@@ -68,7 +70,7 @@ class SecondMoments(Mapping[int, Moment]):
         self._moments = {
             layer: moment if isinstance(moment, Moment) else Moment(moment) for layer, moment in moments.items()
         }
-        self._factors: dict[int, Tensor] = {}
+        self._factors: dict[tuple[int, int], Tensor] = {}
         self._symmetric: set[int] = set()
 
     def __getitem__(self, layer: int) -> Moment:
@@ -82,9 +84,35 @@ class SecondMoments(Mapping[int, Moment]):
 
     def factor(self, layer: int) -> Tensor:
         """Lower Cholesky factor of C, [I, I] float64; raises ``SingularMomentError`` where there is none."""
-        if layer not in self._factors:
-            self._factors[layer] = cholesky(self._moments[layer].matrix, layer)
-        return self._factors[layer]
+        return self._factor(layer, 0)
+
+    def whiten(self, layer: int, keys: Tensor) -> Tensor:
+        """C⁻¹ k for each key, [n, I] float64; of a mixture expert by expert, [n, N · I].
+
+        Raises:
+            SingularMomentError: C, or that of an expert that some key uses, is not positive definite.
+        """
+        return self.each_expert(layer, keys, lambda expert, part: whiten(self._factor(layer, expert), part))
+
+    def each_expert(self, layer: int, keys: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Apply ``function`` (number, keys [n, I]) to every expert's part of keys [n, N · I]; unused parts stay 0."""
+        width = self._moments[layer].matrix.shape[-1]
+        parts = list(keys.to(torch.float64).split(width, dim=1))
+        for expert, part in enumerate(parts):
+            if len(parts) == 1 or bool(part.any()):
+                parts[expert] = function(expert, part)
+        return torch.cat(parts, 1)
+
+    def matrices(self, layer: int) -> Tensor:
+        """The layer's C, one per expert, [N, I, I]; N is 1 where there is no mixture."""
+        matrix = self._moments[layer].matrix
+        return matrix if matrix.ndim == 3 else matrix[None]
+
+    def _factor(self, layer: int, expert: int) -> Tensor:
+        key = (layer, expert)
+        if key not in self._factors:
+            self._factors[key] = cholesky(self.matrices(layer)[expert], layer)
+        return self._factors[key]
 
     @classmethod
     def from_npz(cls, paths: Mapping[int, str | Path]) -> SecondMoments:
@@ -115,19 +143,20 @@ class SecondMoments(Mapping[int, Moment]):
                     f"There is no second moment for layer {layer}; given are layers {sorted(self._moments)}. "
                     "Pass moments={layer: C} for every edited layer, or none to have them estimated."
                 )
-            matrix, width = self._moments[layer].matrix, arch.weight(layer).matrix.shape[1]
-            if not isinstance(matrix, Tensor) or tuple(matrix.shape) != (width, width):
+            matrix, weights = self._moments[layer].matrix, arch.weights(layer)
+            width = weights[0].matrix.shape[1]
+            wanted = (width, width) if arch.experts(layer) is None else (len(weights), width, width)
+            if not isinstance(matrix, Tensor) or tuple(matrix.shape) != wanted:
                 shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
                 raise ConfigError(
-                    f"The second moment of layer {layer} is {shape}; its keys have {width} numbers, so ({width}, {width}) "
-                    "is needed."
+                    f"The second moment of layer {layer} is {shape}; its keys have {width} numbers, so {wanted} is needed."
                 )
             self._check_symmetric(layer, matrix)
 
     def _check_symmetric(self, layer: int, matrix: Tensor) -> None:
         if layer in self._symmetric:
             return
-        skew = float((matrix - matrix.T).abs().max())
+        skew = float((matrix - matrix.mT).abs().max())
         if skew > 1e-3 * float(matrix.abs().max()):
             raise ConfigError(
                 f"The second moment of layer {layer} is not symmetric (it differs from its transpose by up to {skew:.3g}), "
@@ -156,10 +185,18 @@ class Accumulator:
     def add(self, keys: Tensor) -> None:
         """Add the keys [n, I] of one batch."""
         keys = keys.to(self.total.dtype)
-        half = 0 if self.counts[0] <= self.counts[1] else 1
-        self.counts[half] += len(keys)  # first, so that the counts tell where Ctrl-C left the sums half done
+        half = self._count(len(keys))
         self.total.addmm_(keys.T, keys)
         self._sketches[half] += keys.T @ (keys @ self._signs)
+
+    def _count(self, keys: int) -> int:
+        """Count some keys, and say which half they belong to.
+
+        To be called before they are summed, so that the counts tell where Ctrl-C left the sums half done.
+        """
+        half = 0 if self.counts[0] <= self.counts[1] else 1
+        self.counts[half] += keys
+        return half
 
     def state(self) -> dict[str, Tensor]:
         """What :meth:`restore` needs to go on."""
@@ -187,7 +224,7 @@ class Accumulator:
                 f"The second moment of layer {layer} holds NaN or infinite numbers: the model's keys do. Check its weights, or "
                 "load it in float32 or bfloat16 if it is float16."
             )
-        trace = float(matrix.diagonal().sum())
+        trace = float(matrix.diagonal(dim1=-2, dim2=-1).sum())
         if trace == 0:
             raise SingularMomentError(f"All {tokens} keys of layer {layer} are 0, so nothing can be written there.")
         spread = trace**2 / float(matrix.square().sum())
@@ -195,5 +232,31 @@ class Accumulator:
         if min(self.counts) > 0:
             halves = [sketch / count for sketch, count in zip(self._sketches, self.counts, strict=True)]
             difference = float((halves[0] - halves[1]).norm() / ((halves[0] + halves[1]) / 2).norm())
-        matrix.diagonal().add_(ridge * matrix.diagonal().mean())
+        # Of all experts alike: one that saw nothing has no scale of its own.
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(ridge * diagonal.mean())
         return Moment(matrix, tokens, ridge, difference, spread)
+
+
+class ExpertsAccumulator(Accumulator):
+    """The same for a mixture of experts: Σ κ κᵀ expert by expert, without what two experts have in common.
+
+    A token that the router sends elsewhere counts as a key of 0, so an expert that ordinary text hardly uses is freer to be
+    written.
+    """
+
+    def __init__(self, experts: Experts, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(experts.width, device, dtype)
+        self._experts = experts
+        self.total = self.total.new_zeros((experts.count, *self.total.shape))
+        self._sketches = self.total.new_zeros((2, experts.count, experts.width, self.probes))
+
+    def route(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> None:
+        """Add the keys of some tokens, as the experts are called with them: [n, H], [n, k], [n, k]."""
+        half = self._count(len(hidden))
+        for expert in chosen.unique().tolist():
+            row, place = torch.where(chosen == expert)
+            keys = self._experts.expert_keys(hidden[row], expert).to(self.total.dtype)
+            keys = keys * weights[row, place, None].to(keys)
+            self.total[expert].addmm_(keys.T, keys)
+            self._sketches[half, expert] += keys.T @ (keys @ self._signs)

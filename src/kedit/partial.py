@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kedit.arch import ModelArch, Site
 from kedit.batch import pad
-from kedit.hooks import on_input, on_output
+from kedit.hooks import by_prompt, on_input, on_output
 from kedit.regularizers.base import Needs
 from kedit.runner import Layout, Runner, Wave
 
@@ -59,25 +59,29 @@ class _Prefix(DynamicLayer):
         return self.length
 
 
-def _joins_unchanged(sites: Sequence[Site]) -> bool:
-    return len(sites) == 1 and sites[0].kind in ("mlp", "block")
+def _gain_above(arch: ModelArch, sites: Sequence[Site]) -> float | None:
+    """What δ is multiplied by when it is added to the input of the block above; ``None`` where that is not the same."""
+    if len(sites) != 1 or sites[0].kind == "attention":
+        return None
+    return 1.0 if sites[0].kind == "block" else arch.gain(sites[0].layer)
 
 
-def first_block(sites: Sequence[Site]) -> int:
+def first_block(arch: ModelArch, sites: Sequence[Site]) -> int:
     """The lowest block that must run when only δ at ``sites`` changes; below it nothing can be read either."""
-    return sites[0].layer + 1 if _joins_unchanged(sites) else min(site.layer for site in sites)
+    above = _gain_above(arch, sites) is not None
+    return sites[0].layer + 1 if above else min(site.layer for site in sites)
 
 
 class PartialRunner(Runner):
     """A :class:`~kedit.runner.Runner` that computes only what depends on δ.
 
-    Where the site's output joins the residual stream unchanged, δ is added to the input of the block above and the
-    edited block does not run either (``start`` is then the block above).
+    Where the site's output joins the residual stream unchanged or times a constant, δ is added to the input of the block
+    above and the edited block does not run either (``start`` is then the block above).
     """
 
     def __init__(self, arch: ModelArch, sites: Sequence[Site], wave: Wave, needs: Needs) -> None:
-        self._above = _joins_unchanged(sites)
-        self.start = first_block(sites)
+        self._gain = _gain_above(arch, sites)
+        self.start = first_block(arch, sites)
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
         self._entering: Tensor | None = None
         self._initials: Tensor | None = None
@@ -132,16 +136,18 @@ class PartialRunner(Runner):
             stack.enter_context(_passing_through(self.arch.block(layer), as_tuple=layer in self._tuples))
         entry = self.arch.block(self.start) if self.start < self.arch.num_layers else self.arch.final_norm
         stack.enter_context(on_input(entry, self._enter))
-        if not self._above:
+        if self._gain is None:
             super()._install(stack)
 
     def _enter(self, _hidden: Tensor) -> Tensor:
         """The stored hidden states [P, Tq, H], with δ at the first token."""
         assert self._entering is not None
         assert self._delta is not None
-        if not self._above:
+        if self._gain is None:
             return self._entering
         added = self._delta[self._layout.edit, 0].to(self._entering)
+        if self._gain != 1:
+            added = added * self._gain
         return torch.cat([(self._entering[:, 0] + added)[:, None], self._entering[:, 1:]], 1)
 
     @torch.no_grad()
@@ -155,7 +161,8 @@ class PartialRunner(Runner):
         bare = self._layout.bare
 
         def read_initial(site: Site, output: Tensor) -> None:
-            initial[site] = output[bare.to(output.device), skip[bare.cpu()].to(output.device)]
+            tokens = by_prompt(output, len(prompts))
+            initial[site] = tokens[bare.to(output.device), skip[bare.cpu()].to(output.device)]
 
         def read_entering(hidden: Tensor) -> None:
             rows = torch.arange(len(skip), device=hidden.device)[:, None]

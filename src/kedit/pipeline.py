@@ -14,34 +14,60 @@ import torch
 from torch import Tensor
 
 from kedit import locate
-from kedit.arch import ModelArch, Site
-from kedit.delta import Delta, check_finite
-from kedit.errors import KEditWarning
+from kedit.arch import ModelArch, Site, Weight
+from kedit.delta import Delta, LowRankDelta, check_finite
+from kedit.errors import KEditWarning, UnsupportedError
 from kedit.ledger import Ledger
 from kedit.moments import SecondMoments
 from kedit.optimise import Values
 from kedit.regularizers.base import needs_of as needs_of
 from kedit.request import Request
+from kedit.solve import ridge, ridge_whitened
 
 
 @dataclass(frozen=True)
 class Insertion:
-    """What a closed form sees of one layer.
+    """What a closed form sees of one layer: a linear memory, be it one matrix or a mixture of experts.
 
     Attributes:
         layer: the block.
-        keys: down-projection inputs at the subject's last token, per edit and context, [E, C, I]; context 0 is the
-            bare prompt.
-        residual: what the site's output shall change by on the bare prompt, this layer's share, [E, O].
-        weight: W as it is now, [O, I].
+        keys: the block's keys at the subject's last token, per edit and context, [E, C, I]: down-projection inputs, or those
+            of all experts together (:mod:`kedit.arch.experts`); context 0 is the bare prompt.
+        residual: what the MLP's output shall change by on the bare prompt, this layer's share, [E, O].
+        weights: W as it is now: one matrix, or one per expert.
         moments: second moments of the edited layers.
     """
 
     layer: int
     keys: Tensor
     residual: Tensor
-    weight: Tensor
+    weights: tuple[Weight, ...]
     moments: SecondMoments
+
+    def recall(self, keys: Tensor) -> Tensor:
+        """W k for each key [n, I], without the bias: [n, O], in the keys' dtype."""
+        parts = keys.split(keys.shape[1] // len(self.weights), dim=1)
+        pairs = [pair for pair in zip(self.weights, parts, strict=True) if len(parts) == 1 or bool(pair[1].any())]
+        return torch.stack([part @ weight.matrix.to(keys).T for weight, part in pairs]).sum(0)
+
+    def whiten(self, keys: Tensor) -> Tensor:
+        """C⁻¹ k for each key, [n, I] float64; of a mixture expert by expert."""
+        return self.moments.whiten(self.layer, keys)
+
+    def ridge(self, keys: Tensor, weight: float) -> LowRankDelta:
+        """The ridge solution Δ = R Kᵀ (λ C + K Kᵀ)⁻¹ for one key per edit, [E, I] (:func:`kedit.solve.ridge`)."""
+        if len(self.weights) > 1:
+            return ridge_whitened(keys.to(torch.float64), self.whiten(keys), self.residual, weight)
+        matrix = self.moments[self.layer].matrix
+        return ridge(keys, self.residual, matrix, weight, lambda: self.moments.factor(self.layer))
+
+    def split(self, delta: Delta) -> dict[str, Delta]:
+        """A solution [O, I] as updates by name: of a mixture, one for every expert that it changes."""
+        if len(self.weights) == 1:
+            return {self.weights[0].name: delta}
+        assert isinstance(delta, LowRankDelta), "closed forms give factors"
+        parts = zip(self.weights, delta.right.chunk(len(self.weights)), strict=True)
+        return {weight.name: LowRankDelta(delta.left, part.clone()) for weight, part in parts if bool(part.any())}
 
 
 class Method(Protocol):
@@ -103,19 +129,35 @@ def spread(
     bare = [request.rewrite[0] for request in requests]
     rows = [row for request in requests for row in request.rewrite]
     layers: tuple[int, ...] = config.layers
-    with Ledger.of(arch.model).scratch([arch.weight(layer) for layer in layers[:-1]]):
+    with Ledger.of(arch.model).scratch() as keep:
         for number, layer in enumerate(layers):
             keys = locate.keys(arch, rows, layer).unflatten(0, (len(requests), -1))
             residual = values.delta[:, 0]
             if number > 0:  # what is below has changed the site's output; measure what is left to write
                 residual = values.value[:, 0] - locate.outputs(arch, bare, site).to(residual.device)
-            weight = arch.weight(layer)
-            insertion = Insertion(layer, keys, residual / method.share(config, layer), weight.matrix, moments)
-            delta = method.solve(insertion, config).to(weight.parameter.device, arch.work_dtype)
-            deltas[weight.name] = check_finite(weight.name, delta)
+            share = method.share(config, layer) * _gain(arch, site, layer)
+            weights = arch.weights(layer)
+            insertion = Insertion(layer, keys, (residual / share).to(keys.device), weights, moments)
+            solution = method.solve(insertion, config).to(weights[0].parameter.device, arch.work_dtype)
+            found = insertion.split(solution)
+            deltas |= {name: check_finite(name, delta) for name, delta in found.items()}
             if layer != layers[-1]:
-                overwrite(arch, {weight.name: delta})
+                keep([arch.weight_of(name) for name in found])
+                overwrite(arch, found)
     return deltas
+
+
+def _gain(arch: ModelArch, site: Site, layer: int) -> float:
+    """What a change of the MLP's output at ``layer`` is multiplied by on its way to where the residual is measured."""
+    if site.kind != "block":
+        return 1.0
+    gain = arch.gain(layer)
+    if gain is None:
+        raise UnsupportedError(
+            f"Block {layer} of this {arch.model_type} normalises its MLP's output, so no change of the MLP gives a wanted change "
+            "of the block. Let sites() return the MLP's site: arch.output_site(layer)."
+        )
+    return gain
 
 
 @torch.no_grad()
@@ -123,8 +165,7 @@ def overwrite(arch: ModelArch, deltas: Mapping[str, Delta]) -> None:
     """Add updates to the weights inside :meth:`Ledger.scratch`, without bookkeeping."""
     for name, delta in deltas.items():
         weight = arch.weight_of(name)
-        total = weight.matrix.to(arch.work_dtype) + delta.dense
-        weight.parameter.copy_(total.T if weight.transposed else total)
+        weight.matrix.copy_(weight.matrix.to(arch.work_dtype) + delta.dense)
 
 
 def describe(value: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kedit.edit import Edit
 from kedit.optimise import StepLog
 from kedit.patch import EditPatch
+from kedit.routing import Route
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ class EditResult:
         log: per edit and step: step, total, nll, kl, weight_decay, and one column per regularizer.
         seconds: time by stage.
         guard: the guard's report, where there was one.
+        routes: in mixtures of experts, how the router treats each edit's subject, before and after.
     """
 
     patch: EditPatch
@@ -50,6 +52,7 @@ class EditResult:
     seconds: dict[str, float] = field(default_factory=dict)
     _model: PreTrainedModel | None = None
     guard: Any = None
+    routes: Sequence[Route] = ()
 
     def revert(self) -> None:
         """Take this edit back, whatever was edited before or after; raises ``PatchMismatchError`` the second time."""
@@ -71,6 +74,7 @@ class EditResult:
                 lines.append(f"    {len(steps)} steps: {figures}")
         for name, delta in self.patch.deltas.items():
             lines.append(f"  {name}: rank {delta.rank} update of norm {delta.norm:.3g}, shape {delta.shape}")
+        lines += [f"  {route}" for route in self.routes]
         if self.guard is not None:
             lines += [f"  {line}" for line in str(self.guard).splitlines()]
         if self.seconds:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kedit.arch import ModelArch, Site
 from kedit.batch import Row, pad
 from kedit.errors import CaptureError
-from kedit.hooks import on_output
+from kedit.hooks import by_prompt, on_output
 from kedit.regularizers.base import Needs, Rows
 
 if TYPE_CHECKING:
@@ -352,10 +352,11 @@ class Runner:
     def _inject(self, number: int, site: Site, output: Tensor) -> Tensor:
         assert self._delta is not None
         layout = self._layout
+        tokens = by_prompt(output, len(layout.lookup))
         where = (torch.arange(len(layout.lookup), device=output.device), layout.lookup)
-        self._initial[site] = output[layout.bare, layout.lookup[layout.bare]].detach()
+        self._initial[site] = tokens[layout.bare, layout.lookup[layout.bare]].detach()
         added = self._delta[layout.edit, number].to(output.device, output.dtype)
-        return output.index_put(where, added, accumulate=True)
+        return tokens.index_put(where, added, accumulate=True).view_as(output)
 
     def _read_hidden(self, layer: int, output: Tensor) -> None:
         layout = self._layout

@@ -91,12 +91,23 @@ def ridge(keys: Tensor, residuals: Tensor, moment: Tensor, weight: float, factor
     """
     keys, residuals = keys.to(torch.float64), residuals.to(torch.float64)
     if len(keys) < keys.shape[1] or weight == 0:
-        whitened = whiten(factor(), keys)  # A transposed, [E, I]
-        right = _solve_spd(keys @ whitened.T, whitened, weight)
-    else:
-        system = weight * moment.to(keys) + keys.T @ keys
-        right = torch.cholesky_solve(keys.T, cholesky(system)).T
+        return ridge_whitened(keys, whiten(factor(), keys), residuals, weight)
+    system = weight * moment.to(keys) + keys.T @ keys
+    right = torch.cholesky_solve(keys.T, cholesky(system)).T
     return LowRankDelta(residuals.T, right.T)
+
+
+def ridge_whitened(keys: Tensor, whitened: Tensor, residuals: Tensor, weight: float) -> LowRankDelta:
+    """:func:`ridge` from A = C⁻¹ K alone, as a system in the number of edits.
+
+    Args:
+        keys: K transposed, [E, I].
+        whitened: A transposed, [E, I] float64.
+        residuals: R transposed, [E, O].
+        weight: λ, at least 0.
+    """
+    right = _solve_spd(keys.to(whitened) @ whitened.T, whitened, weight)
+    return LowRankDelta(residuals.to(whitened).T, right.T)
 
 
 def _solve_spd(gram: Tensor, right_side: Tensor, weight: float) -> Tensor:
@@ -152,8 +163,18 @@ def null_space_update(used: Tensor, keys: Tensor, residuals: Tensor, past: Tenso
     Returns:
         left R as [O, E] and right [I, E], float64; right has no part in the used directions.
     """
-    both = projected(used, torch.cat([keys.to(used), past.to(used)]))  # Z transposed
-    count = len(keys)
+    return null_space_solution(projected(used, torch.cat([keys.to(used), past.to(used)])), residuals, weight)
+
+
+def null_space_solution(both: Tensor, residuals: Tensor, weight: float) -> LowRankDelta:
+    """:func:`null_space_update` from the projected keys Z alone.
+
+    Args:
+        both: Z transposed: those to write first, then those of earlier edits, [E + n, I] float64.
+        residuals: R transposed, [E, O].
+        weight: λ, above 0.
+    """
+    count = len(residuals)
     if len(both) < both.shape[1]:
         gram = both @ both.T
         identity = torch.eye(len(both), dtype=gram.dtype, device=gram.device)[:, :count]
@@ -162,4 +183,4 @@ def null_space_update(used: Tensor, keys: Tensor, residuals: Tensor, past: Tenso
         system = both.T @ both
         system.diagonal().add_(weight)
         right = torch.cholesky_solve(both[:count].T, torch.linalg.cholesky(system))
-    return LowRankDelta(residuals.to(used).T, right)
+    return LowRankDelta(residuals.to(both).T, right)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, OPTConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, MambaConfig
 
 from kedit.arch import ARCHITECTURES, ModelArch, Site
 from kedit.errors import ArchitectureError, ConfigError
@@ -89,10 +89,8 @@ def test_layer_that_is_no_number(layer):
 
 
 def test_unknown_type_lists_the_known_ones():
-    config = OPTConfig(
-        vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16
-    )
-    with pytest.raises(ArchitectureError, match="'opt'.*gpt2.*qwen2"):
+    config = MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1)
+    with pytest.raises(ArchitectureError, match="'mamba'.*gpt2.*qwen2"):
         ModelArch(AutoModelForCausalLM.from_config(config))
     with pytest.raises(ArchitectureError, match="'Linear'"):
         ModelArch(nn.Linear(2, 2))

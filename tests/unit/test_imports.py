@@ -46,6 +46,7 @@ ORDER = [
     "patch",
     "history",
     "pipeline",
+    "routing",
     "result",
     "editors.config",
     "editors.base",

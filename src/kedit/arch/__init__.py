@@ -1,5 +1,6 @@
 """Typed access to the parts of a model that editing reads and writes."""
 
+from kedit.arch.experts import Experts as Experts
 from kedit.arch.model import ModelArch as ModelArch
 from kedit.arch.model import Site as Site
 from kedit.arch.model import Weight as Weight

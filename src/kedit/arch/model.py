@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from kedit.arch.experts import Experts
 from kedit.arch.table import ARCHITECTURES, ArchSpec
-from kedit.errors import ArchitectureError, ConfigError
+from kedit.errors import ArchitectureError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Kind = Literal["mlp", "block", "attention"]
+_NAME = re.compile(r"(?P<path>.*?)\.?(?P<leaf>[^.\[\]]*)(\[(?P<index>[0-9]+)\])?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a value is written: the output of a block's MLP, of its attention, or of the whole block."""
+    """Where a value is written: the output of a block's MLP, of its attention, or of the whole block.
+
+    The MLP's output is what its down-projection gives (in a mixture, the experts' together), before the block normalises,
+    scales or adds it.
+    """
 
     layer: int
     kind: Kind = "mlp"
@@ -27,20 +34,30 @@ class Site:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter together with how it is stored.
+    """A matrix of a model together with how it is stored.
 
-    ``transposed`` is true for GPT-2's ``Conv1D``, which stores [I, O]; ``nn.Linear`` stores [O, I].
+    Attributes:
+        name: the parameter's; with ``[n]`` at the end for expert n of a fused tensor.
+        parameter: the parameter, or the fused tensor that holds the matrix.
+        transposed: whether it is stored as [I, O], as by GPT-2's ``Conv1D``; ``nn.Linear`` stores [O, I].
+        index: the expert's number in a fused tensor.
     """
 
     name: str
     parameter: nn.Parameter
     transposed: bool
+    index: int | None = None
+
+    @property
+    def stored(self) -> Tensor:
+        """The matrix as it is stored: a view without gradient."""
+        whole = self.parameter.detach()
+        return whole if self.index is None else whole[self.index]
 
     @property
     def matrix(self) -> Tensor:
         """W with y = W x, [O, I]: a view of the stored tensor, without gradient."""
-        stored = self.parameter.detach()
-        return stored.T if self.transposed else stored
+        return self.stored.T if self.transposed else self.stored
 
 
 class ModelArch:
@@ -90,8 +107,7 @@ class ModelArch:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights that are edited."""
-        dtype: torch.dtype = self.down(0).weight.dtype
-        return dtype
+        return self.weights(0)[0].parameter.dtype
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -124,6 +140,36 @@ class ModelArch:
         """The down-projection of a block's MLP."""
         return self._part(self.spec.down, layer)
 
+    def experts(self, layer: int) -> Experts | None:
+        """The experts of a block's MLP; ``None`` where it is no mixture."""
+        path = self.spec.experts
+        if not path:
+            return None
+        try:
+            module = self.block(layer).get_submodule(path)
+        except AttributeError:  # some types mix only in some blocks
+            return None
+        return Experts(module, f"{self.spec.blocks}.{layer}.{path}", self.spec.fused_down)
+
+    def gain(self, layer: int) -> float | None:
+        """By how much a change of the MLP's output changes the block's; ``None`` where the block normalises in between."""
+        self.check_layer(layer)
+        normalised = self.spec.normalised
+        if isinstance(normalised, tuple):
+            normalised = getattr(self.config, normalised[0], None) == normalised[1]
+        if normalised:
+            return None
+        scale = self.spec.scale
+        return float(getattr(self.config, scale) if isinstance(scale, str) else scale)
+
+    def output_site(self, layer: int) -> Site:
+        """Where a block's contribution is written: its output, or its MLP's where the block normalises that.
+
+        A wanted change of a normalised output is no change of the MLP's that could be solved for, so there the value is
+        optimised at the MLP's output itself.
+        """
+        return Site(layer, "block" if self.gain(layer) is not None else "mlp")
+
     def site(self, site: Site) -> nn.Module:
         """The module whose output the site names."""
         if site.kind == "block":
@@ -132,8 +178,7 @@ class ModelArch:
 
     def device(self, layer: int) -> torch.device:
         """Device of a block's down-projection."""
-        device: torch.device = self.down(layer).weight.device
-        return device
+        return self.weights(layer)[0].parameter.device
 
     @property
     def input_device(self) -> torch.device:
@@ -143,18 +188,43 @@ class ModelArch:
         return device
 
     def weight(self, layer: int) -> Weight:
-        """The editable weight of a block: its down-projection's, with its stored layout."""
-        name = f"{self.spec.blocks}.{self.check_layer(layer)}.{self.spec.down}.weight"
-        return self.weight_of(name)
+        """The editable weight of a block: its down-projection's, with its stored layout.
+
+        Raises:
+            UnsupportedError: the block is a mixture of experts, which has several (:meth:`weights`).
+        """
+        found = self.weights(layer)
+        if len(found) > 1:
+            raise UnsupportedError(
+                f"Block {layer} of this {self.model_type} is a mixture of {len(found)} experts, so it has no single "
+                "down-projection. Use weights(layer)."
+            )
+        return found[0]
+
+    def weights(self, layer: int) -> tuple[Weight, ...]:
+        """The editable weights of a block: its down-projection's, or one per expert."""
+        self.check_layer(layer)
+        experts = self.experts(layer)
+        if experts is None:
+            return (self.weight_of(f"{self.spec.blocks}.{layer}.{self.spec.down}.weight"),)
+        return tuple(self.weight_of(name) for name in experts.names)
+
+    def memory_width(self, layer: int) -> int:
+        """How many numbers a key of a block has: I, or the experts' widths together (:mod:`kedit.arch.experts`)."""
+        return sum(weight.matrix.shape[1] for weight in self.weights(layer))
 
     def weight_of(self, name: str) -> Weight:
-        """The matrix parameter called ``name``, with the layout that its module's type implies."""
-        path, _, leaf = name.rpartition(".")
-        module = self._part(path)
-        parameter = getattr(module, leaf, None)
+        """The matrix called ``name``, with the layout that its module's type implies."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ArchitectureError(f"{type(self.model).__name__} has no parameter {name!r}.")
+        module = self._part(match["path"])
+        parameter = getattr(module, match["leaf"], None)
         if not isinstance(parameter, nn.Parameter):
             raise ArchitectureError(f"{type(self.model).__name__} has no parameter {name!r}.")
-        return Weight(name, parameter, _stored_transposed(module, name))
+        if match["index"] is None:
+            return Weight(name, parameter, _stored_transposed(module, name))
+        return Experts(module, match["path"], match["leaf"]).weight(int(match["index"]))
 
     def check_layer(self, layer: int) -> int:
         """Return ``layer``, or raise :class:`ConfigError` where the model has no such block."""

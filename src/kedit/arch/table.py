@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,12 +12,19 @@ class ArchSpec:
 
     Attributes:
         blocks: the list of decoder blocks.
-        mlp: the block's MLP, whose output is added to the residual stream unchanged.
+        mlp: the module whose output is the MLP's before the block does anything with it: before a normalisation, a factor,
+            or the residual. A value at the site ``"mlp"`` is written there.
         down: the MLP's down-projection: its input is the key k, its weight is what editing changes.
         attention: the block's attention.
         attention_out: the attention's output projection.
         final_norm: the normalisation before the head.
         head: the language-model head.
+        experts: in a mixture of experts, the module that holds the experts' fused tensors; blocks without it have ``down``.
+        fused_down: the name of that module's fused down-projections, [E, O, I] or [E, I, O].
+        scale: the factor by which the block multiplies the MLP's output before adding it, or the configuration's field
+            that holds it.
+        normalised: whether the block normalises the MLP's output before or after adding it, so that a change of the block's
+            output is no fixed multiple of a change at ``mlp``; or the configuration's field and its value where this is so.
     """
 
     blocks: str
@@ -26,6 +34,10 @@ class ArchSpec:
     attention_out: str
     final_norm: str
     head: str = "lm_head"
+    experts: str = ""
+    fused_down: str = "down_proj"
+    scale: float | str = 1.0
+    normalised: bool | tuple[str, Any] = False
 
 
 _GPT2 = ArchSpec(
@@ -36,6 +48,7 @@ _GPT2 = ArchSpec(
     attention_out="attn.c_proj",
     final_norm="transformer.ln_f",
 )
+_GPTJ = replace(_GPT2, down="mlp.fc_out", attention_out="attn.out_proj")
 _LLAMA = ArchSpec(
     blocks="model.layers",
     mlp="mlp",
@@ -44,10 +57,30 @@ _LLAMA = ArchSpec(
     attention_out="self_attn.o_proj",
     final_norm="model.norm",
 )
+_NORMALISED = replace(_LLAMA, normalised=True)
+_MIXTURE = replace(_LLAMA, experts="mlp.experts")
+# Bloom and MPT add the residual inside the MLP, so what is the MLP's own is the down-projection's output.
+_BLOOM = ArchSpec(
+    blocks="transformer.h",
+    mlp="mlp.dense_4h_to_h",
+    down="mlp.dense_4h_to_h",
+    attention="self_attention",
+    attention_out="self_attention.dense",
+    final_norm="transformer.ln_f",
+)
 
 ARCHITECTURES: dict[str, ArchSpec] = {
+    "bloom": _BLOOM,
+    "codegen": _GPTJ,
+    "cohere": _LLAMA,
+    "falcon": replace(_BLOOM, mlp="mlp"),
+    "gemma": _LLAMA,
+    "gemma2": _NORMALISED,
+    "gemma3_text": _NORMALISED,
+    "glm4": _NORMALISED,
     "gpt2": _GPT2,
-    "gptj": replace(_GPT2, down="mlp.fc_out", attention_out="attn.out_proj"),
+    "gpt_bigcode": _GPT2,
+    "gpt_neo": replace(_GPT2, attention="attn.attention", attention_out="attn.attention.out_proj"),
     "gpt_neox": ArchSpec(
         blocks="gpt_neox.layers",
         mlp="mlp",
@@ -56,7 +89,38 @@ ARCHITECTURES: dict[str, ArchSpec] = {
         attention_out="attention.dense",
         final_norm="gpt_neox.final_layer_norm",
     ),
+    "gpt_oss": _MIXTURE,
+    "gptj": _GPTJ,
+    "granite": replace(_LLAMA, scale="residual_multiplier"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _MIXTURE,
+    "mpt": ArchSpec(
+        blocks="transformer.blocks",
+        mlp="ffn.down_proj",
+        down="ffn.down_proj",
+        attention="attn",
+        attention_out="attn.out_proj",
+        final_norm="transformer.norm_f",
+    ),
+    "olmo2": _NORMALISED,
+    "olmoe": _MIXTURE,
+    # A block of OPT is flat: its two projections are its own, and it has no module that is the MLP.
+    "opt": ArchSpec(
+        blocks="model.decoder.layers",
+        mlp="fc2",
+        down="fc2",
+        attention="self_attn",
+        attention_out="self_attn.out_proj",
+        final_norm="model.decoder.final_layer_norm",
+        normalised=("do_layer_norm_before", False),
+    ),
+    "phi": replace(_LLAMA, down="mlp.fc2", attention_out="self_attn.dense", final_norm="model.final_layernorm"),
+    "phi3": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen3_moe": _MIXTURE,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+    "starcoder2": replace(_LLAMA, down="mlp.c_proj"),
 }

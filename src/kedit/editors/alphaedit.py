@@ -17,7 +17,7 @@ from kedit.editors.memit import MEMIT, mixed_keys
 from kedit.history import KeyHistory
 from kedit.pipeline import Insertion
 from kedit.request import Request
-from kedit.solve import null_space, null_space_update
+from kedit.solve import null_space, null_space_solution, projected
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
@@ -60,21 +60,27 @@ class AlphaEdit(MEMIT):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.history = KeyHistory(self.model)
-        self._used: dict[tuple[int, float, bool], Tensor] = {}
+        self._used: dict[tuple[int, float, bool, int], Tensor] = {}
 
-    def used_directions(self, layer: int, config: Any) -> Tensor:
-        """The directions of ordinary keys, which are not written: [I, d] float64; computed once per layer."""
-        key = (layer, config.threshold, config.relative)
+    def used_directions(self, layer: int, config: Any, expert: int = 0) -> Tensor:
+        """The directions of ordinary keys, which are not written: [I, d] float64; computed once per layer and expert."""
+        key = (layer, config.threshold, config.relative, expert)
         if key not in self._used:
-            self._used[key] = null_space(self.moments[layer].matrix, config.threshold, relative=config.relative)
+            matrix = self.moments.matrices(layer)[expert]
+            self._used[key] = null_space(matrix, config.threshold, relative=config.relative)
         return self._used[key]
 
     def solve(self, insertion: Insertion, config: Any) -> Delta:
         """The projected solution of one layer."""
         keys = mixed_keys(insertion.keys)
-        used = self.used_directions(insertion.layer, config).to(keys.device)
-        past = self.history.keys(insertion.layer, keys.shape[1]).to(keys.device)
-        return null_space_update(used, keys, insertion.residual, past, config.l2)
+        layer = insertion.layer
+        past = self.history.keys(layer, keys.shape[1]).to(keys)
+
+        def project(expert: int, part: Tensor) -> Tensor:
+            return projected(self.used_directions(layer, config, expert).to(part.device), part)
+
+        both = insertion.moments.each_expert(layer, torch.cat([keys, past]), project)
+        return null_space_solution(both, insertion.residual, config.l2)
 
     def kept(self, patch: EditPatch, requests: Sequence[Request], settings: Settings) -> None:
         """Remember the keys of what was written, as the edited model makes them."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from kedit import presets
+from kedit import presets, routing
 from kedit.arch import ModelArch, Site
 from kedit.contexts import check_contexts, generate_contexts
 from kedit.delta import Delta, concatenate
@@ -181,29 +181,28 @@ class Editor(ABC):
         timer = Timer()
         self._prepare(timer)
         watch = None if guard is None else guard.watch(self.model, self.tokenizer, chosen)
-        base = fingerprints(self.arch, settings.names)
-        written: dict[str, list[Delta]] = {name: [] for name in settings.names}
+        routed = routing.shares(self.arch, requests, settings.config.layers)
+        written: dict[str, list[Delta]] = {}
         log: list[list[StepLog]] = []
         groups = [requests] if self.joint else [[request] for request in requests]
         with ExitStack() as stack:
-            if len(groups) > 1:
-                stack.enter_context(
-                    Ledger.of(self.model).scratch([self.arch.weight_of(name) for name in settings.names])
-                )
+            keep = stack.enter_context(Ledger.of(self.model).scratch())
             progress = stack.enter_context(Progress(len(groups), self.name))
             for number, group in enumerate(groups):
                 deltas, steps = self.write(group, settings, timer)
                 deltas = here().from_leader(deltas)  # so that rounding keeps no two processes apart
                 log += steps
                 for name, delta in deltas.items():
-                    written[name].append(delta)
+                    written.setdefault(name, []).append(delta)
                 if number < len(groups) - 1:
+                    keep([self.arch.weight_of(name) for name in deltas])
                     overwrite(self.arch, deltas)
                 progress.advance()
         summed = {name: concatenate(parts) for name, parts in written.items()}
-        patch = EditPatch(summed, base, self._provenance(chosen, settings))
+        patch = EditPatch(summed, fingerprints(self.arch, summed), self._provenance(chosen, settings))
         patch.apply(self.model)
         try:
+            routes = routing.check(self.arch, requests, routed, summed)
             if watch is not None:
                 with timer.stage("guard"):
                     patch.provenance["scores"] = watch.check(patch.deltas).scores
@@ -211,7 +210,8 @@ class Editor(ABC):
         except BaseException:
             patch.revert(self.model)
             raise
-        return EditResult(patch, chosen, log, timer.seconds, self.model, None if watch is None else watch.report)
+        report = None if watch is None else watch.report
+        return EditResult(patch, chosen, log, timer.seconds, self.model, report, routes)
 
     def reapply(self, patch: EditPatch, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> None:
         """Put a patch that this editor made of ``edits`` back onto the model, as :meth:`apply` left it.
@@ -244,10 +244,10 @@ class Editor(ABC):
         settings = self._settings(regularizer)
         requests = self._encode(chosen, settings)
         self._prepare(Timer())
-        base = fingerprints(self.arch, settings.names)
         found = self.propose_deltas(requests, settings)
+        base = fingerprints(self.arch, {name for deltas in found for name in deltas})
         return [
-            EditPatch(deltas, base, self._provenance([edit], settings))
+            EditPatch(deltas, {name: base[name] for name in deltas}, self._provenance([edit], settings))
             for edit, deltas in zip(chosen, found, strict=True)
         ]
 
@@ -283,7 +283,7 @@ class Editor(ABC):
         found = resolve(regularizer)
         config = self._configure([item.name for item in found])
         filled = [self._fill(item) for item in found]
-        names = tuple(self.arch.weight(layer).name for layer in config.layers)
+        names = tuple(weight.name for layer in config.layers for weight in self.arch.weights(layer))
         return Settings(config, filled, self.sites(config), names)
 
     def _prepare(self, timer: Timer) -> None:

@@ -28,7 +28,8 @@ from kedit.runner import inference_state
 class FT(Editor):
     """Fine-tunes the down-projection on the edit's sentence, every weight staying within ±ε of where it was.
 
-    There is no value, so there are no value regularizers, and nothing is guaranteed to hold afterwards.
+    There is no value, so there are no value regularizers, and nothing is guaranteed to hold afterwards. Of a mixture of
+    experts, those are trained that serve the sentence's tokens.
     """
 
     name: ClassVar[str] = "ft"
@@ -96,11 +97,12 @@ class FT(Editor):
     def _tune(self, request: Request, settings: Settings) -> tuple[dict[str, Delta], list[list[StepLog]]]:
         config = settings.config
         weights = [self.arch.weight_of(name) for name in settings.names]
-        original = [w.parameter.detach().to(self.arch.work_dtype, copy=True) for w in weights]
+        trained = list({id(weight.parameter): weight.parameter for weight in weights}.values())  # experts share theirs
+        original = [tensor.detach().to(self.arch.work_dtype, copy=True) for tensor in trained]
         changes = [torch.zeros_like(tensor, requires_grad=True) for tensor in original]
         adam = torch.optim.Adam(changes, lr=config.lr, weight_decay=config.weight_decay)
         log: list[StepLog] = []
-        with inference_state(self.model, [w.parameter for w in weights]):
+        with inference_state(self.model, trained):
             for step in range(config.steps):
                 loss = self._loss(request, config.objective_form)
                 log.append({"step": float(step), "total": loss.item(), "nll": loss.item()})
@@ -108,17 +110,23 @@ class FT(Editor):
                     raise NonFiniteError(f"The loss of {request.edit.text!r} is not finite at step {step}.")
                 if log[-1]["total"] < config.stop_loss:
                     break
-                grads = torch.autograd.grad(loss, [w.parameter for w in weights])
+                grads = torch.autograd.grad(loss, trained)
                 for change, grad in zip(changes, grads, strict=True):
                     change.grad = grad.to(change.dtype)
                 adam.step()
                 with torch.no_grad():
-                    for weight, change, base in zip(weights, changes, original, strict=True):
+                    for tensor, change, base in zip(trained, changes, original, strict=True):
                         change.clamp_(-config.clamp, config.clamp)
-                        weight.parameter.copy_(base + change)
+                        tensor.copy_(base + change)
+        found = {id(tensor): change.detach() for tensor, change in zip(trained, changes, strict=True)}
         deltas: dict[str, Delta] = {}
-        for weight, change in zip(weights, changes, strict=True):
-            matrix = change.detach().T if weight.transposed else change.detach()
+        for weight in weights:
+            change = found[id(weight.parameter)]
+            if weight.index is not None:
+                change = change[weight.index]
+                if not bool(change.any()) and (deltas or weight is not weights[-1]):  # it served no token
+                    continue
+            matrix = change.T if weight.transposed else change
             deltas[weight.name] = check_finite(weight.name, DenseDelta(matrix.contiguous()))
         return deltas, [log]
 

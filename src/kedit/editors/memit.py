@@ -14,7 +14,6 @@ from kedit.delta import Delta
 from kedit.editors.base import Editor
 from kedit.editors.config import EditorConfig
 from kedit.pipeline import Insertion
-from kedit.solve import ridge
 
 
 def mixed_keys(keys: Tensor) -> Tensor:
@@ -25,7 +24,8 @@ def mixed_keys(keys: Tensor) -> Tensor:
 class MEMIT(Editor):
     """Mass editing: many associations, several layers, one ridge solution per layer.
 
-    The value z is optimised at the output of the last edited block. Layer by layer, lowest first, with the residual
+    The value z is optimised at the output of the last edited block; where the block normalises its MLP's output, at the
+    MLP's, as no change of the MLP gives a wanted change behind a norm. Layer by layer, lowest first, with the residual
     measured anew below L::
 
         R = (z − h_L) / (L − l + 1),   Δ_l = R Kᵀ (λ C + K Kᵀ)⁻¹
@@ -52,8 +52,8 @@ class MEMIT(Editor):
             self.check_range("moment_weight")
 
     def sites(self, config: Any) -> tuple[Site, ...]:
-        """The output of the last edited block."""
-        return (Site(config.layers[-1], "block"),)
+        """The output of the last edited block, or its MLP's where the block normalises that."""
+        return (self.arch.output_site(config.layers[-1]),)
 
     def share(self, config: Any, layer: int) -> float:
         """The number of layers left to write, this one included."""
@@ -61,14 +61,7 @@ class MEMIT(Editor):
 
     def solve(self, insertion: Insertion, config: Any) -> Delta:
         """The ridge solution of one layer."""
-        moments, layer = insertion.moments, insertion.layer
-        return ridge(
-            mixed_keys(insertion.keys),
-            insertion.residual,
-            moments[layer].matrix,
-            config.moment_weight,
-            lambda: moments.factor(layer),
-        )
+        return insertion.ridge(mixed_keys(insertion.keys), config.moment_weight)
 
     @classmethod
     def default_layers(cls, arch: ModelArch) -> tuple[int, ...]:
@@ -138,15 +131,8 @@ class EMMET(MEMIT):
 
     def solve(self, insertion: Insertion, config: Any) -> Delta:
         """The constrained solution of one layer."""
-        moments, layer = insertion.moments, insertion.layer
         weight = config.alpha * config.ridge if len(insertion.keys) > 1 else 0.0
-        return ridge(
-            mixed_keys(insertion.keys),
-            insertion.residual,
-            moments[layer].matrix,
-            weight,
-            lambda: moments.factor(layer),
-        )
+        return insertion.ridge(mixed_keys(insertion.keys), weight)
 
     @classmethod
     def default_layers(cls, arch: ModelArch) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from kedit.editors.base import Editor
 from kedit.editors.config import EditorConfig
 from kedit.errors import ConfigError
 from kedit.pipeline import Insertion
-from kedit.solve import rank_one, whiten
+from kedit.solve import rank_one
 
 
 class ROME(Editor):
@@ -44,7 +44,7 @@ class ROME(Editor):
     def solve(self, insertion: Insertion, config: Any) -> Delta:
         """The rank-one update of one edit."""
         keys = insertion.keys[0]  # [C, I]
-        whitened = whiten(insertion.moments.factor(insertion.layer), keys.mean(0, keepdim=True))[0]
+        whitened = insertion.whiten(keys.mean(0, keepdim=True))[0]
         return rank_one(whitened, keys[0], insertion.residual[0])
 
 
@@ -60,7 +60,7 @@ class RROME(ROME):
         """The rank-one update of one edit."""
         keys = insertion.keys[0]
         mean = keys.mean(0)
-        whitened = whiten(insertion.moments.factor(insertion.layer), mean[None])[0]
+        whitened = insertion.whiten(mean[None])[0]
         # v* − W k̄ = δ + W (k − k̄), as v* = W k + δ.
-        shift = insertion.weight.to(keys.dtype) @ (keys[0] - mean)
+        shift = insertion.recall((keys[0] - mean)[None])[0]
         return rank_one(whitened, mean, insertion.residual[0] + shift)

@@ -92,7 +92,7 @@ class EditPatch:
                     f"The patch changes {name}, which this model does not have as a plain weight. {error}"
                 ) from error
             self.check_shape(name, delta, tuple(weight.matrix.shape))
-            if not has_fingerprint(weight.parameter, self.fingerprints.get(name)):
+            if not has_fingerprint(weight.stored, self.fingerprints.get(name)):
                 raise self.mismatch(name)
 
     def check_shape(self, name: str, delta: Delta, shape: tuple[int, ...]) -> None:
@@ -167,4 +167,4 @@ class EditPatch:
 
 def fingerprints(arch: ModelArch, names: Iterable[str]) -> dict[str, str]:
     """The hashes of some weights as they are now, by name."""
-    return {name: tensor_fingerprint(arch.weight_of(name).parameter) for name in names}
+    return {name: tensor_fingerprint(arch.weight_of(name).stored) for name in names}

@@ -1,0 +1,82 @@
+"""Which experts serve the edited facts, before and after an edit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kedit import locate
+from kedit.arch import ModelArch
+from kedit.errors import KEditWarning
+from kedit.request import Request
+
+Shares = dict[int, float]  # the router's weight of every chosen expert, by its number
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the router treats the subject's last token in an edit's bare prompt.
+
+    Attributes:
+        layer: the block.
+        edit: number of the edit.
+        before: the chosen experts with their weights, before the edit.
+        after: the same after it.
+        written: experts of the block that the edit changed.
+    """
+
+    layer: int
+    edit: int
+    before: Shares
+    after: Shares
+    written: frozenset[int]
+
+    @property
+    def reached(self) -> float:
+        """The share of the router's weight that goes to experts that were written, after the edit."""
+        total = sum(self.after.values())
+        return sum(share for expert, share in self.after.items() if expert in self.written) / total
+
+    def __str__(self) -> str:
+        text = f"block {self.layer}, edit {self.edit}: served by {_listed(self.after)}"
+        return (
+            f"{text}, as before" if set(self.before) == set(self.after) else f"{text}; before by {_listed(self.before)}"
+        )
+
+
+def shares(arch: ModelArch, requests: Sequence[Request], layers: Iterable[int]) -> dict[int, list[Shares]]:
+    """Per mixture among ``layers`` and per edit, the experts that serve the subject's last token, with their weights."""
+    rows = [request.rewrite[0] for request in requests]
+    mixtures = [layer for layer in layers if arch.experts(layer) is not None]
+    return {layer: locate.routing(arch, rows, layer).shares() for layer in mixtures}
+
+
+def check(
+    arch: ModelArch, requests: Sequence[Request], before: dict[int, list[Shares]], names: Iterable[str]
+) -> list[Route]:
+    """The routes after the weights ``names`` were edited; warns of facts that the router no longer sends where they are."""
+    written: dict[int, set[int]] = {layer: set() for layer in before}
+    for layer in before:
+        numbers = {weight.name: weight.index for weight in arch.weights(layer)}
+        written[layer] = {index for name in names if (index := numbers.get(name)) is not None}
+    after = shares(arch, requests, before)
+    routes = [
+        Route(layer, edit, old, after[layer][edit], frozenset(written[layer]))
+        for layer, found in before.items()
+        for edit, old in enumerate(found)
+    ]
+    for route in routes:
+        if route.reached < 1 - 1e-6:
+            warnings.warn(
+                f"In block {route.layer} the router now sends the subject of {requests[route.edit].edit.text!r} to experts "
+                f"that hold nothing of the edit: {1 - route.reached:.0%} of its weight. The fact may not be recalled. Edit "
+                "fewer layers, or one edit at a time.",
+                KEditWarning,
+                stacklevel=4,
+            )
+    return routes
+
+
+def _listed(found: Shares) -> str:
+    return ", ".join(f"expert {expert} ({share:.2f})" for expert, share in found.items())
