@@ -12,6 +12,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 import kedit
 from kedit.arch import ModelArch
 from kedit.regularizers.base import Needs
-from kedit.request import encode_edits
+from kedit.request import Request, encode_edits
 from models import gpt2_small, tokenizer
 
 MEMIT_EDITS = 32
@@ -112,15 +113,15 @@ def matrix_rate(dtype: torch.dtype) -> float:
     return 2 * 1_024 * 768 * 3_072 / statistics.median(times)
 
 
-def floor_flops(setting: Setting, count: int, steps: int = 20) -> float:
-    """FLOPs that the steps must do: blocks above the edit and the head on read rows, forward and input gradient."""
-    top = setting.editor.config.layers[-1]
-    per_token = 2 * 12 * 768**2 * (12 - top - 1)
+def floor_flops(arch: ModelArch, requests: Sequence[Request], top: int, steps: int) -> float:
+    """FLOPs that the steps must do: blocks above ``top`` and the head on read rows, forward and input gradient."""
+    above = [arch.block(layer) for layer in range(top + 1, arch.num_layers)]
+    per_token = 2 * sum(p.numel() for block in above for p in block.parameters() if p.ndim > 1)
+    per_read = 2 * arch.hidden * arch.model.config.get_text_config().vocab_size
     total = 0.0
-    for request in setting.requests[:count]:
+    for request in requests:
         for prompt in request.prompts(0):
-            tokens = len(prompt.tokens) - prompt.row.lookup
-            total += tokens * per_token + len(prompt.reads) * 2 * 768 * 50_257
+            total += (len(prompt.tokens) - prompt.row.lookup) * per_token + len(prompt.reads) * per_read
     return 2 * steps * total  # the backward pass costs one forward: weights have no gradient
 
 
@@ -143,6 +144,7 @@ def measure(
             plain.append(timed(setting.plain, 1))
     rate = matrix_rate(dtype)
     seconds = statistics.median(engine)
+    floor = floor_flops(setting.arch, setting.requests[:count], setting.editor.config.layers[-1], 20) / count / rate
     return {
         "editor": name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -151,7 +153,7 @@ def measure(
         "plain_s_per_edit": statistics.median(plain) if plain else float("nan"),
         "ratio": statistics.median(p / e for p, e in zip(plain, engine, strict=True)) if plain else float("nan"),
         "difference": difference,
-        "floor_s_per_edit": floor_flops(setting, count) / count / rate,
+        "floor_s_per_edit": floor,
         "matrix_gflops": rate / 1e9,
     }
 
