@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import kedit
 from contract.common import ADA, FRENCH, make, state
@@ -238,6 +239,32 @@ def test_the_command_refuses_what_fails(words, tmp_path, capsys):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_a_journal_in_which_all_is_refused_ends_in_words(words, tmp_path, capsys):
+    assert main([*words, *OPEN, "perplexity=0", "--journal", str(tmp_path / "j")]) == 1
+    assert "refused every edit" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_command_keeps_alphaedits_keys_in_a_file(words, tmp_path, capsys):
+    keys = ["--keys", str(tmp_path / "keys.safetensors")]
+    assert main([*words, *keys]) == 1
+    assert "alphaedit" in capsys.readouterr().err
+    counts = []
+    for _ in range(2):
+        assert main([*words, "--editor", "alphaedit", *keys]) == 0
+        counts.append(len(load_file(tmp_path / "keys.safetensors")["keys.4"]))
+    assert counts == [2, 4]
+
+
+def test_the_embedded_model_reads_its_own_world():
+    model, _ = kedit.load()
+    texts = Guard().texts_for(model)
+    assert len(texts) > 10
+    assert set(texts).isdisjoint(PLAIN)
+    assert Guard().texts_for(tiny_model("gpt2")) == PLAIN
+    assert Guard(texts="one").texts_for(model) == ("one",)
+
+
 def test_the_command_goes_on_in_a_journal(words, tmp_path, capsys):
     journal = ["--journal", str(tmp_path / "j")]
     assert main([*words, *OPEN, *journal]) == 0
@@ -248,7 +275,8 @@ def test_the_command_goes_on_in_a_journal(words, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more", [["--guard", "no=1"], ["--guard", "kl=x"], ["--guard-cases", "x"], ["--guard-texts", "x"]]
+    "more",
+    [["--guard", "no=1"], ["--guard", "kl=x"], ["--guard", "kl"], ["--guard-cases", "x"], ["--guard-texts", "x"]],
 )
 def test_the_command_refuses_guards_that_are_none(words, more, capsys):
     assert main([*words, *more]) == 1

@@ -9,7 +9,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from patch_common import bytes_of
+from safetensors.torch import save_file
 
 import kedit
 from contract.common import ADA, EDITS, FRENCH, RIVER, make
@@ -17,6 +19,7 @@ from kedit.errors import ConfigError, KEditError, PatchError, PatchMismatchError
 from kedit.guard import Guard
 from kedit.journal import read_journal, run_journal
 from kedit.ledger import Ledger
+from kedit.patch import EditPatch
 from models import tiny_model
 
 MORE = [
@@ -254,6 +257,53 @@ def test_a_flipped_byte_in_a_kept_edit_is_refused(journal):
     data[-5] ^= 4
     (journal / "000001.safetensors").write_bytes(data)
     refuses(journal, "checksum")
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / ".x.partial").write_text("mine")
+    refuses(tmp_path / "model", "holds other things")
+
+
+def test_alphaedits_keys_travel_between_runs_beside_the_patches(tmp_path):
+    """One run of four edits, and two runs of two with patches and keys in files between them: the same bits."""
+    edits = [*EDITS, *MORE][:4]
+    whole, first, second = fresh("alphaedit"), fresh("alphaedit"), fresh("alphaedit")
+    run_journal(tmp_path / "whole", whole, edits, batch_size=2)
+    run_journal(tmp_path / "first", first, edits[:2], batch_size=2).patch.save(tmp_path / "first.safetensors")
+    first.history.save(tmp_path / "first.keys.safetensors")
+    second.prepare()  # contexts and moments are those of the unedited model
+    EditPatch.load(tmp_path / "first.safetensors").apply(second.model)
+    forgetful = second.propose(edits[2])[0]
+    second.history.load(tmp_path / "first.keys.safetensors")
+    knowing = second.propose(edits[2])[0]
+    second.apply(edits[2:])
+    assert bytes_of(second.model) == bytes_of(whole.model)
+    name = next(iter(knowing.deltas))
+    assert not torch.equal(forgetful.deltas[name].dense, knowing.deltas[name].dense)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "form", "match"),
+    [
+        ({"keys.1": torch.ones(2, 192)}, "pt", "no key history"),
+        ({"keys.99": torch.ones(2, 192)}, "kedit-key-history", "keys.99"),
+        ({"other": torch.ones(2, 192)}, "kedit-key-history", "other"),
+        ({"keys.1": torch.ones(2, 3)}, "kedit-key-history", "finite matrix"),
+        ({"keys.1": torch.full((2, 192), float("nan"))}, "kedit-key-history", "finite matrix"),
+    ],
+)
+def test_files_that_are_no_key_history_are_refused(tmp_path, tensors, form, match):
+    editor = fresh("alphaedit")
+    save_file(tensors, tmp_path / "keys", metadata={"format": form})
+    with pytest.raises(PatchError, match=match):
+        editor.history.load(tmp_path / "keys")
+    assert editor.history.keys(1, 192).shape == (0, 192)
+    for bad in (b"", b"x" * 99):
+        (tmp_path / "keys").write_bytes(bad)
+        with pytest.raises(PatchError):
+            editor.history.load(tmp_path / "keys")
 
 
 def test_two_runs_on_one_journal_are_refused(journal):

@@ -13,7 +13,7 @@ from patch_common import TYPES, bytes_of, patch_for, random_delta
 from kedit import ledger as ledger_module
 from kedit.delta import DenseDelta, LowRankDelta, _add_columns, add_delta, is_finite
 from kedit.errors import KEditError, NonFiniteError, PatchMismatchError
-from kedit.fingerprint import has_fingerprint, tensor_fingerprint
+from kedit.fingerprint import has_fingerprint, model_fingerprint, tensor_fingerprint
 from kedit.ledger import Ledger
 from kedit.patch import EditPatch
 from models import tiny_model as model
@@ -216,6 +216,22 @@ def test_a_fingerprint_sees_every_bit_shape_and_dtype():
     assert not has_fingerprint(flipped, known)
     assert not has_fingerprint(weight.view(6, 4), known)
     assert not has_fingerprint(weight, None)
+
+
+def test_a_models_fingerprint_sees_weights_buffers_and_what_its_configuration_computes():
+    subject = model("llama")
+    known = model_fingerprint(subject)
+    subject.config._name_or_path, subject.config.use_cache, subject.config.output_attentions = "elsewhere", False, False
+    assert model_fingerprint(subject) == known
+    subject.config.rms_norm_eps *= 2
+    assert model_fingerprint(subject) != known
+    subject.config.rms_norm_eps /= 2
+    assert model_fingerprint(subject) == known
+    subject.register_buffer("bias_of_experts", torch.zeros(3))
+    with_buffer = model_fingerprint(subject)
+    assert with_buffer != known
+    subject.bias_of_experts[1] = 1.0
+    assert model_fingerprint(subject) not in (known, with_buffer)
 
 
 @pytest.mark.parametrize("how", ["in place", "through .data", "another parameter", "another dtype"])
