@@ -1,7 +1,7 @@
 """Measure what edits do: every case's probes before and after.
 
 Examples:
-  kedit eval --cases 50 --regularizer sadr --gamma 2 --out run
+  kedit eval --cases 50 --regularizer sadr --out run
   kedit eval --model EleutherAI/gpt-j-6b --dtype bfloat16 --device-map auto --data counterfact.json --cases 200 --out run
   kedit eval --data merged.json --editor memit --mode batch --out run --texts wikitext.txt --generate 100
 
