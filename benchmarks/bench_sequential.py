@@ -1,14 +1,16 @@
-"""A thousand edits one after another on the embedded model: ``python benchmarks/bench_sequential.py [--edits N]``.
+"""A thousand edits of the embedded model, one after another and at once: ``python benchmarks/bench_sequential.py``.
 
-Every fact of the world that may be edited is edited, then edited again to something else, each with an ``apply`` of its own.
-Written down every tenth of the way: the process's memory, the time of an apply, and how many of the latest hundred edits the
-model says. At the end everything is taken back.
+One after another: every fact of the world that may be edited is edited, then edited again to something else, each with an
+``apply`` of its own; written down every tenth of the way: the process's memory, the time of an apply, and how many of the latest
+hundred edits the model says. At once: MEMIT writes 100 and then all of them as one batch (the world's facts, then the same facts in
+other words); written down: the process's peak memory. At the end of each everything is taken back.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import resource
 import time
 from pathlib import Path
 
@@ -72,6 +74,38 @@ def run(name: str, edits: list[kedit.Edit]) -> list[list[str]]:
     return rows
 
 
+def wordings(count: int) -> list[kedit.Edit]:
+    """``count`` edits that do not contradict one another: every fact in its first wording, then in its second, ..."""
+    world = embedded_world()
+    found = []
+    for number in range(4):
+        for half in ("dev", "test"):
+            for case in world.edits(half, 300):
+                prompts = [case.prompt, *(probe.prompt for probe in case.paraphrases)]
+                found.append(kedit.Edit(prompts[number], case.subject, case.target_new))
+    return found[:count]
+
+
+def at_once(edits: list[kedit.Edit]) -> list[list[str]]:
+    """Rows of the table of MEMIT's batches."""
+    model, tokenizer = kedit.load()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    editor = kedit.editor("memit", model, tokenizer)
+    editor.prepare()
+    rows = []
+    for count in (min(100, len(edits)), len(edits)):
+        start = time.perf_counter()
+        result = editor.apply(edits[:count])
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        hits = said(model, tokenizer, edits[:count])
+        rows.append([f"{count:,}", f"{peak:.1f}", f"{1000 * seconds / count:.0f}", f"{hits:.0f}"])
+        print("memit at once", *rows[-1], flush=True)
+        result.revert()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "not reverted"
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edits", type=int, default=1_000)
@@ -80,6 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     edits = facts(args.edits)
+    batches = at_once(wordings(args.edits))
     rows = [row for name in args.editors.split(",") for row in run(name, edits)]
     machine = environment()
     lines = [
@@ -91,6 +126,12 @@ def main() -> None:
         "| editor | edits so far | memory, MiB | ms per edit | of the latest 100, says the target, % |",
         "|---|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        "MEMIT, all in one `apply`; the peak is the process's since it began:",
+        "",
+        "| edits at once | peak memory, MiB | ms per edit | of all, says the target, % |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in batches),
     ]
     args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
