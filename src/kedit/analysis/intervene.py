@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kedit.arch import ModelArch, Site
 from kedit.arch.model import Kind
-from kedit.hooks import on_output
+from kedit.hooks import by_prompt, on_output
 
 # The names in results and figures -> the kind of site.
 ACTIVATIONS: dict[str, Kind] = {"hidden": "block", "mlp": "mlp", "attention": "attention"}
@@ -38,10 +39,11 @@ class Change:
     columns: Tensor
     values: Callable[[Tensor], Tensor]
 
-    def __call__(self, output: Tensor) -> Tensor:
-        """The changed output; the old one stays as it is."""
+    def __call__(self, output: Tensor, prompts: int) -> Tensor:
+        """The changed output of so many prompts, [B, T, H] or [B · T, H]; the old one stays as it is."""
+        split = by_prompt(output, prompts)
         where = (self.rows.to(output.device), self.columns.to(output.device))
-        return output.index_put(where, self.values(output).to(output.device, output.dtype))
+        return split.index_put(where, self.values(split).to(output.device, output.dtype)).view_as(output)
 
 
 def copy_rows(rows: Tensor, columns: Tensor, sources: Tensor) -> Change:
@@ -57,9 +59,20 @@ def put_values(rows: Tensor, columns: Tensor, values: Tensor) -> Change:
 @contextmanager
 def changing(arch: ModelArch, changes: Mapping[Site, Change]) -> Iterator[None]:
     """The outputs of some sites are changed inside."""
+    prompts = 0
+
+    def count(embedded: Tensor) -> None:
+        nonlocal prompts
+        prompts = len(embedded)
+
+    def run(change: Change) -> Callable[[Tensor], Tensor]:
+        return lambda output: change(output, prompts)
+
+    embeddings: Any = arch.model.get_input_embeddings()
     with ExitStack() as stack:
+        stack.enter_context(on_output(embeddings, count))
         for site, change in changes.items():
-            stack.enter_context(on_output(arch.site(site), change))
+            stack.enter_context(on_output(arch.site(site), run(change)))
         yield
 
 
@@ -71,7 +84,8 @@ def reading(arch: ModelArch, sites: list[Site], columns: Tensor) -> Iterator[dic
     def read(site: Site) -> Callable[[Tensor], None]:
         def take(output: Tensor) -> None:
             at = columns.clamp(min=0).to(output.device)
-            found[site] = output[torch.arange(len(at), device=output.device)[:, None], at].cpu()
+            split = by_prompt(output, len(at))
+            found[site] = split[torch.arange(len(at), device=output.device)[:, None], at].cpu()
 
         return take
 

@@ -105,11 +105,14 @@ def trace(
 
 
 def embedding_deviation(arch: ModelArch, facts: Sequence[Fact]) -> float:
-    """Standard deviation of all numbers in the embeddings of the facts' subject tokens."""
+    """Standard deviation of all numbers in the embeddings of the facts' subject tokens.
+
+    What counts is what the embedding puts out, where the noise is added: Gemma scales its table by √H there.
+    """
     ids = [token for fact in facts for token in fact.row.ids[fact.first : fact.row.lookup + 1]]
     table: Any = arch.model.get_input_embeddings()
     with torch.no_grad():
-        return float(table.weight[torch.tensor(ids, device=table.weight.device)].double().std(correction=0))
+        return float(table(torch.tensor([ids], device=arch.input_device)).double().std(correction=0))
 
 
 def draw_noise(arch: ModelArch, fact: Fact, samples: int, scale: float, seed: int) -> Tensor:
