@@ -32,6 +32,7 @@ _NAMES = {
     "RROME": "kedit.editors.rome",
     "SADR": "kedit.regularizers.sadr",
     "SecondMoments": "kedit.moments",
+    "drift": "kedit.analysis.drifting",
     "editor": "kedit.editors",
     "evaluate": "kedit.evaluation.api",
     "load": "kedit.loading",
@@ -41,6 +42,7 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
+    from kedit.analysis.drifting import drift as drift
     from kedit.analysis.tracing import trace as trace
     from kedit.edit import Edit as Edit
     from kedit.editors import editor as editor

@@ -1,0 +1,195 @@
+"""What the comparison of attention before and after edits found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kedit.analysis.intervals import Floats, correlation, pearson, spearman
+from kedit.analysis.moved import MEASURES, DriftProbe, Head
+from kedit.errors import EditError
+from kedit.evaluation.cases import Kind
+from kedit.evaluation.statistics import Estimate, Tally, case_weights, difference, estimate
+
+
+@dataclass(frozen=True, eq=False)
+class DriftResult:
+    """Attention before and after the edits of some cases.
+
+    Attributes:
+        label: the editor with its regularizers.
+        probes: one :class:`DriftProbe` each.
+        layers: the blocks that have attention, L of them.
+        failures: why a case could not be edited, by id.
+    """
+
+    label: str
+    probes: tuple[DriftProbe, ...]
+    layers: tuple[int, ...]
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, kind: Kind | str) -> tuple[DriftProbe, ...]:
+        """The probes of one kind.
+
+        Raises:
+            EditError: there are none.
+        """
+        found = tuple(probe for probe in self.probes if probe.kind == Kind(kind))
+        if not found:
+            kinds = ", ".join(sorted({str(probe.kind) for probe in self.probes}))
+            raise EditError(f"No probe of kind {kind} was asked; there are {kinds}.")
+        return found
+
+    @property
+    def main_kind(self) -> Kind:
+        """Distracted neighbours where there are any, else the first kind that was asked."""
+        kinds = [probe.kind for probe in self.probes]
+        return Kind.DISTRACTED if Kind.DISTRACTED in kinds else kinds[0]
+
+    def stack(self, name: str, kind: Kind | str | None = None) -> Floats:
+        """A [L, A] attribute of all probes of a kind, [P, L, A]."""
+        return np.stack([getattr(probe, name) for probe in self.of(kind or self.main_kind)]).astype(np.float64)
+
+    def map(self, name: str, kind: Kind | str | None = None) -> Floats:
+        """Mean over the probes of a kind, [L, A].
+
+        ``name`` is an array of :class:`DriftProbe`, ``"gain"`` (the change of the weight on the subject) or ``"excess"`` (the
+        same where the head over-attends, else 0).
+        """
+        if name in ("gain", "excess"):
+            gain = self.stack("weight_after", kind) - self.stack("weight_before", kind)
+            return np.asarray((gain * self.stack("over", kind) if name == "excess" else gain).mean(0))
+        return np.asarray(self.stack(name, kind).mean(0))
+
+    def heads(self, kind: Kind | str | None = None) -> list[Head]:
+        """All heads, those that over-attend to the edited subject most first (by ``excess``)."""
+        probes = self.of(kind or self.main_kind)
+        loss = np.array([probe.loss for probe in probes])
+        kl = self.stack("kl", kind)
+        maps = {name: self.map(name, kind) for name in ("over", "excess", "gain", "kl", "weight_before")}
+        found = [
+            Head(
+                layer=layer,
+                head=head,
+                share=float(maps["over"][place, head]),
+                excess=float(maps["excess"][place, head]),
+                gain=float(maps["gain"][place, head]),
+                before=float(maps["weight_before"][place, head]),
+                kl=float(maps["kl"][place, head]),
+                pearson=pearson(kl[:, place, head], loss),
+            )
+            for place, layer in enumerate(self.layers)
+            for head in range(kl.shape[2])
+        ]
+        return sorted(found, key=lambda one: -one.excess)
+
+    def correlations(self, kind: Kind | str | None = None) -> dict[str, dict[str, Estimate]]:
+        """By measure: Pearson's and Spearman's correlation with the loss, with intervals by case."""
+        probes = self.of(kind or self.main_kind)
+        loss = np.array([probe.loss for probe in probes])
+        groups = [probe.case for probe in probes]
+        found = {}
+        for name in MEASURES:
+            values = np.array([probe.measure(name) for probe in probes])
+            found[name] = {
+                "pearson": correlation(pearson, values, loss, groups),
+                "spearman": correlation(spearman, values, loss, groups),
+            }
+        return found
+
+    def drift_where(self, masks: Sequence[npt.NDArray[np.bool_]], kind: Kind | str | None = None) -> list[float]:
+        """Each probe's mean KL over the heads of its mask [L, A]; NaN where the mask is empty."""
+        found = []
+        for probe, mask in zip(self.of(kind or self.main_kind), masks, strict=True):
+            found.append(float(probe.kl[mask].mean()) if mask.any() else float("nan"))
+        return found
+
+    def against(self, other: DriftResult, kind: Kind | str | None = None) -> dict[str, Estimate]:
+        """The drift of the heads that over-attend here, here and in ``other``, and the paired difference (other - here).
+
+        Both must have asked the same probes. Keys: ``"here"``, ``"other"``, ``"difference"``; in nats per head.
+
+        Raises:
+            EditError: the two did not ask the same probes, or no head over-attends.
+        """
+        chosen = kind or self.main_kind
+        mine, theirs = self.of(chosen), other.of(chosen)
+        if [(p.case, p.prompt) for p in mine] != [(p.case, p.prompt) for p in theirs]:
+            raise EditError("The two results are about different probes. Compare results of the same cases.")
+        masks = [probe.over for probe in mine]
+        cases = list(dict.fromkeys(probe.case for probe in mine))
+        tallies = []
+        for result in (self, other):
+            values: dict[str, list[float]] = {case: [] for case in cases}
+            for probe, value in zip(mine, result.drift_where(masks, chosen), strict=True):
+                if value == value:
+                    values[probe.case].append(value)
+            tallies.append(Tally.of([values[case] for case in cases]))
+        weights = case_weights(len(cases))
+        here, there = (estimate([tally], weights) for tally in tallies)
+        change = difference([tallies[1]], [tallies[0]], weights)
+        if here is None or there is None or change is None:
+            raise EditError(f"Under {self.label} no head attends to the edited subject more than before.")
+        return {"here": here, "other": there, "difference": change}
+
+    def summary(self) -> str:
+        """The correlations and the heads that over-attend most, as text."""
+        kind = self.main_kind
+        probes = self.of(kind)
+        lines = [
+            f"{self.label}: {len(probes)} probes ({kind}) of {len({probe.case for probe in probes})} edits; the right answer "
+            f"loses {100 * float(np.mean([probe.loss for probe in probes])):.1f} points of probability.",
+            "Correlation with that loss [95%]:",
+        ]
+        for name, both in self.correlations(kind).items():
+            lines.append(f"  {name:10s} Pearson {_cell(both['pearson'])}  Spearman {_cell(both['spearman'])}")
+        lines.append("Heads that over-attend to the edited subject most:")
+        lines.append("  block head  over-attends  weight before  gain    KL (nats)  Pearson with loss")
+        for one in self.heads(kind)[:8]:
+            lines.append(
+                f"  {one.layer:5d} {one.head:4d}  {100 * one.share:10.0f}%  {one.before:13.3f}  {one.gain:+.3f}  "
+                f"{one.kl:9.3f}  {one.pearson:17.2f}"
+            )
+        if self.failures:
+            lines.append(f"{len(self.failures)} cases could not be edited.")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: every probe with its figures by block and head."""
+        names = (
+            "case",
+            "prompt",
+            "right",
+            "wrong",
+            "column",
+            "right_before",
+            "right_after",
+            "wrong_before",
+            "wrong_after",
+        )
+        arrays = ("kl", "weight_before", "weight_after", "over")
+        probes = [
+            {
+                **{name: getattr(probe, name) for name in names},
+                "kind": str(probe.kind),
+                **{name: getattr(probe, name).tolist() for name in arrays},
+            }
+            for probe in self.probes
+        ]
+        return {"label": self.label, "layers": list(self.layers), "probes": probes, "failures": dict(self.failures)}
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`to_dict` as JSON."""
+        target = Path(path)
+        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
+        return target
+
+
+def _cell(found: Estimate) -> str:
+    return f"{found.value:.2f}" if found.low is None else f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"

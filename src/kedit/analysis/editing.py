@@ -1,0 +1,124 @@
+"""One edited model per case: where the patches come from, and the model with one of them applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kedit.editors import editor as make_editor
+from kedit.editors.base import Editor
+from kedit.errors import ConfigError, EditError, KEditError
+from kedit.evaluation.cases import EditCase, check_cases
+from kedit.patch import EditPatch
+from kedit.regularizers import Choice, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Source = str | Editor | EditPatch | Mapping[str, EditPatch]
+"""An editor by name, an editor, one patch for all cases, or a patch per case id."""
+
+CHUNK = 32  # cases whose values are optimised together
+
+
+class Patches:
+    """The patch of each case, made when it is asked for.
+
+    Attributes:
+        cases: all cases.
+        label: the editor with its regularizers, in words.
+        failures: why a case could not be edited, by id.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cases: EditCase | Iterable[EditCase],
+        source: Source,
+        regularizer: Choice = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.cases = check_cases([cases] if isinstance(cases, EditCase) else cases)
+        self.regularizers = resolve(regularizer)
+        self.failures: dict[str, str] = {}
+        self.given = isinstance(source, EditPatch | Mapping)
+        self.source: Editor | EditPatch | Mapping[str, EditPatch]
+        if isinstance(source, str):
+            self.source = make_editor(source, model, tokenizer, **(config or {}))
+        else:
+            self.source = source
+            if config:
+                raise ConfigError("config belongs to an editor given by name; an editor object has its own.")
+        if self.given and self.regularizers:
+            raise ConfigError("A patch is written already, so there is nothing to regularize. Name an editor instead.")
+        if isinstance(self.source, Editor) and self.source.model is not model:
+            raise ConfigError("The editor was made for another model object. Make it with the model that is looked at.")
+        if isinstance(self.source, Mapping):
+            missing = [case.id for case in self.cases if case.id not in self.source]
+            if missing:
+                raise EditError(f"There is no patch for {len(missing)} of {len(self.cases)} cases: {missing[0]!r}, ...")
+        self.label = self._label()
+
+    def chunks(self, size: int = CHUNK) -> Iterator[list[tuple[EditCase, EditPatch]]]:
+        """Cases with their patches, some at a time; those that fail are left out and noted."""
+        for start in range(0, len(self.cases), size):
+            part = self.cases[start : start + size]
+            made = self._together([case for case in part if not case.more])
+            found = [(case, made.get(case.id) or self._of(case)) for case in part]
+            yield [(case, patch) for case, patch in found if patch is not None]
+
+    def all(self) -> dict[str, EditPatch]:
+        """Every patch by case id: to be used again."""
+        return {case.id: patch for chunk in self.chunks() for case, patch in chunk}
+
+    @contextmanager
+    def edited(self, patch: EditPatch) -> Iterator[None]:
+        """The model carries ``patch`` inside; it is as before afterwards."""
+        patch.apply(self.model, force=not self.given)  # what was just made for this model needs no check
+        try:
+            yield
+        finally:
+            patch.revert(self.model)
+
+    def _of(self, case: EditCase) -> EditPatch | None:
+        if isinstance(self.source, EditPatch):
+            return self.source
+        if isinstance(self.source, Mapping):
+            return self.source[case.id]
+        try:
+            return self._alone(case)
+        except ConfigError:
+            raise  # it would fail for every case
+        except KEditError as error:
+            self.failures[case.id] = str(error)
+            return None
+
+    def _together(self, cases: Sequence[EditCase]) -> dict[str, EditPatch]:
+        """What the editor makes for cases that write one fact each; nothing where one of them fails."""
+        if not isinstance(self.source, Editor) or not cases:
+            return {}
+        try:
+            found = self.source.propose([case.edit for case in cases], self.regularizers)
+        except ConfigError:
+            raise
+        except KEditError:
+            return {}
+        return {case.id: patch for case, patch in zip(cases, found, strict=True)}
+
+    def _alone(self, case: EditCase) -> EditPatch:
+        assert isinstance(self.source, Editor)
+        if not case.more:
+            return self.source.propose(case.edit, self.regularizers)[0]
+        result = self.source.apply(case.edits, self.regularizers)
+        result.revert()
+        return result.patch
+
+    def _label(self) -> str:
+        if isinstance(self.source, Editor):
+            return " + ".join([self.source.name.upper(), *(item.name.upper() for item in self.regularizers)])
+        first = self.source if isinstance(self.source, EditPatch) else next(iter(self.source.values()))
+        names = [item["name"] for item in first.provenance.get("regularizers", [])]
+        return " + ".join(str(name).upper() for name in [first.provenance.get("editor", "patch"), *names])
