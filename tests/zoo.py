@@ -1,7 +1,11 @@
 """Tiny models of many types, from configurations alone: the one place for them."""
 
+import copy
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kedit.arch import ARCHITECTURES
 
 VOCAB = 97
 _GPT2 = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 64}
@@ -91,6 +95,8 @@ MORE: dict[str, tuple[str, dict[str, object]]] = {
     "opt-normalised": ("opt", {**INSIDE["opt"][1], "do_layer_norm_before": False}),
 }
 ZOO = {**INSIDE, **OUTSIDE, **MORE}
+EDITABLE = tuple(name for name, (kind, _) in ZOO.items() if kind in ARCHITECTURES)
+"""Every type that has an entry, with its variants."""
 
 
 def config_of(name: str, **changes: object) -> object:
@@ -104,6 +110,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> Pr
     torch.manual_seed(1)
     if name == "falcon-alibi":  # transformers' SDPA and eager differ with alibi: compare eager with eager
         changes = {"attn_implementation": "eager", **changes}
+    if dtype is torch.float64:  # grouped multiplication of experts knows no float64
+        changes = {"experts_implementation": "eager", **changes}
     attention = {key: changes.pop(key) for key in ("attn_implementation",) if key in changes}
     model = AutoModelForCausalLM.from_config(config_of(name, **changes), **attention).eval()
     torch.manual_seed(2)
@@ -111,3 +119,13 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> Pr
         parameter.data.add_(torch.randn_like(parameter) * 0.15)
         parameter.requires_grad_(False)
     return model.to(dtype)
+
+
+def eager_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The oracle: the same weights with attention written out."""
+    config = copy.deepcopy(model.config)
+    twin = type(model)._from_config(config, attn_implementation="eager").eval().to(model.dtype)
+    twin.load_state_dict(model.state_dict())
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    return twin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,20 +12,11 @@ from transformers import PreTrainedModel
 from zoo import INSIDE as INSIDE
 from zoo import OUTSIDE, VOCAB
 from zoo import config_of as config_of
+from zoo import eager_twin as eager_twin
 from zoo import make as make
 
 ZOO = {**INSIDE, **OUTSIDE}
 NO_POSITION_IDS = ("opt", "bloom", "mpt", "xglm")
-
-
-def eager_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The oracle: the same weights with attention written out."""
-    config = copy.deepcopy(model.config)
-    twin = type(model)._from_config(config, attn_implementation="eager").eval().to(model.dtype)
-    twin.load_state_dict(model.state_dict())
-    for parameter in twin.parameters():
-        parameter.requires_grad_(False)
-    return twin
 
 
 def inputs(pad: str = "none", batch: int = 3, length: int = 12) -> tuple[dict[str, Tensor], Tensor]:

@@ -110,7 +110,8 @@ def added(module: nn.Module, position: int, delta: Tensor) -> Iterator[None]:
     def hook(_module, _inputs, output):
         hidden = output[0] if isinstance(output, tuple) else output
         hidden = hidden.clone()
-        hidden[0, position] = hidden[0, position] + delta
+        tokens = hidden if hidden.ndim == 2 else hidden[0]  # OPT's MLP works on all tokens in one row
+        tokens[position] = tokens[position] + delta
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = module.register_forward_hook(hook)
