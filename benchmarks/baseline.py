@@ -107,7 +107,10 @@ class Plain:
     def memit(self, requests: list[Request]) -> dict[int, Tensor]:
         """ΔW [O, I] by layer, for all edits together; the weights are put back."""
         values = [self.value(request) for request in requests]
-        targets = torch.stack([delta + initial for delta, initial in values])
+        return self.spread(requests, torch.stack([delta + initial for delta, initial in values]))
+
+    def spread(self, requests: list[Request], targets: Tensor) -> dict[int, Tensor]:
+        """MEMIT's second half: the residuals of the targets [E, H] over the layers; the weights are put back."""
         site = Site(self.layers[-1], "block")
         weights = {layer: self.arch.weight(layer) for layer in self.layers}
         kept = {layer: weight.parameter.detach().clone() for layer, weight in weights.items()}
@@ -126,7 +129,7 @@ class Plain:
             updates[layer] = residual.T @ torch.linalg.solve(system, mixed.T).T
             with torch.no_grad():
                 stored = updates[layer].T if weights[layer].transposed else updates[layer]
-                weights[layer].parameter += stored.to(weights[layer].parameter.dtype)
+                weights[layer].parameter.add_(stored.to(weights[layer].parameter.dtype))
         with torch.no_grad():
             for layer, weight in weights.items():
                 weight.parameter.copy_(kept[layer])
