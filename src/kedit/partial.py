@@ -181,7 +181,7 @@ class PartialRunner(Runner):
                 attention_mask=mask.to(self.device),
                 past_key_values=Cache(layers=list(layers)),
                 use_cache=True,
-                logits_to_keep=1,
+                **({"logits_to_keep": 1} if arch.keeps_logits else {}),
             )
         self._initials = torch.stack([initial[site].to(self.device) for site in self.sites], dim=1)
         for layer in range(self.start, arch.num_layers):

@@ -308,8 +308,10 @@ class Runner:
         if self._capture is not None:
             self._capture.positions = layout.last[:, None]
             self._capture.columns = layout.column if self.needs.keys else None
-        output = self.arch.model(**layout.inputs, logits_to_keep=layout.keep)
-        logits = output.logits
+        if self.arch.keeps_logits:
+            logits = self.arch.model(**layout.inputs, logits_to_keep=layout.keep).logits
+        else:
+            logits = self.arch.model(**layout.inputs).logits[layout.keep]
         attention, keys = self._captured()
         last = logits[self.reads.last] if self.needs.logits else None
         rows = Rows(

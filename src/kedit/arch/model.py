@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from kedit.arch.experts import Experts
 from kedit.arch.table import ARCHITECTURES, ArchSpec
 from kedit.errors import ArchitectureError, ConfigError, UnsupportedError
+from kedit.progress import logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,10 +66,12 @@ class Weight:
 class ModelArch:
     """Typed access to the parts of one model.
 
-    ``ModelArch(model)`` looks the model's type up in :data:`kedit.arch.ARCHITECTURES`.
+    ``ModelArch(model)`` looks the model's type up in :data:`kedit.arch.ARCHITECTURES`; a type without an entry is found by
+    its structure (:mod:`kedit.arch.detect`), once per model.
 
     Raises:
-        ArchitectureError: the type has no entry, or the model lacks a part that its entry names.
+        ArchitectureError: the type has no entry and its structure is not understood, or the model lacks a part that its entry
+            names.
     """
 
     def __init__(self, model: PreTrainedModel, spec: ArchSpec | None = None) -> None:
@@ -75,16 +80,15 @@ class ModelArch:
         if spec is None:
             spec = ARCHITECTURES.get(self.model_type)
         if spec is None:
-            known = ", ".join(sorted(ARCHITECTURES))
-            raise ArchitectureError(
-                f"kedit does not know the model type {self.model_type!r}. It knows {known}. Pass a model of one of these."
-            )
+            spec = _found_by_structure(model)
         self.model = model
         self.spec = spec
         blocks = self._part(spec.blocks)
         if not isinstance(blocks, nn.ModuleList):
             raise ArchitectureError(f"{spec.blocks} of {type(model).__name__} is not a list of blocks.")
         self.blocks = blocks
+        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        """Whether the model computes the logits of chosen positions only."""
 
     def __repr__(self) -> str:
         return f"ModelArch({self.model_type}, {self.num_layers} blocks)"
@@ -97,7 +101,7 @@ class ModelArch:
     @property
     def hidden(self) -> int:
         """Width of the residual stream, H."""
-        return int(self.config.hidden_size)
+        return int(self.weights(0)[0].matrix.shape[0])
 
     @property
     def config(self) -> Any:
@@ -246,6 +250,20 @@ class ModelArch:
                 f"{type(self.model).__name__} has no module {path!r}, where a {self.model_type} keeps it. "
                 "Pass the causal language model itself, not a part or a wrapper of it."
             ) from error
+
+
+_DETECTED: WeakKeyDictionary[Any, ArchSpec] = WeakKeyDictionary()
+
+
+def _found_by_structure(model: Any) -> ArchSpec:
+    if model not in _DETECTED:
+        from kedit.arch.detect import detect
+
+        _DETECTED[model] = spec = detect(model)
+        logger.info(
+            "Its blocks are %s, its down-projections %s: found by structure, and verified.", spec.blocks, spec.down
+        )
+    return _DETECTED[model]
 
 
 def _stored_transposed(module: nn.Module, name: str) -> bool:
