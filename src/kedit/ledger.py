@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
-from kedit.arch import ModelArch, Weight
+from kedit.arch import ModelArch, Weight, unwrap
 from kedit.delta import Delta, add_delta, check_finite, is_finite, sum_dtype
 from kedit.errors import ArchitectureError, NonFiniteError, PatchMismatchError
 from kedit.fingerprint import checksum
@@ -43,7 +43,7 @@ class _Entry:
     def total(self) -> Tensor:
         """W₀ + Σ deltas as stored, in the dtype of the sum; a new tensor."""
         now = self.rounded if self.rounded is not None else self.weight.stored
-        return now.to(self.weight.parameter.device, sum_dtype(now.dtype), copy=True)
+        return now.to(self.weight.stored.device, sum_dtype(now.dtype), copy=True)
 
     def store(self, stored: Tensor, rounded: Tensor | None = None) -> None:
         """Write the weight and remember how it looks now."""
@@ -53,7 +53,7 @@ class _Entry:
 
     def mark(self) -> None:
         """Remember how the weight looks now."""
-        self.version = self.weight.parameter._version
+        self.version = self.weight.stored._version
         self.checksum = checksum(self.weight.stored)
 
 
@@ -70,6 +70,7 @@ class Ledger:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Ledger:
         """The ledger of ``model``, made on first use and dropped with the model."""
+        model = unwrap(model)
         if model not in cls._all:
             cls._all[model] = cls(ModelArch(model))
         return cls._all[model]
@@ -87,6 +88,13 @@ class Ledger:
         """The weight as it was before the first edit, as stored; ``None`` where it is untouched."""
         entry = self._entries.get(name)
         return None if entry is None else entry.original
+
+    def rounding(self, name: str) -> float:
+        """‖what was lost when the sum of a weight and its updates was rounded to the weight's dtype‖ (Frobenius)."""
+        entry = self._entries.get(name)
+        if entry is None or entry.rounded is None:
+            return 0.0
+        return float(torch.linalg.vector_norm(entry.rounded - entry.weight.stored.to(entry.rounded)))
 
     def apply(self, owner: Hashable, deltas: Mapping[str, Delta]) -> None:
         """Add deltas under the key ``owner``: all of them, or none where anything fails.
@@ -119,7 +127,7 @@ class Ledger:
             self._check_unchanged(entry)
         totals = {}
         for name, entry in entries.items():
-            total = entry.original.to(entry.weight.parameter.device, sum_dtype(entry.original.dtype), copy=True)
+            total = entry.original.to(entry.weight.stored.device, sum_dtype(entry.original.dtype), copy=True)
             for other, delta in entry.deltas.items():
                 if other != owner:
                     add_delta(total, delta, transposed=entry.weight.transposed)
@@ -152,6 +160,8 @@ class Ledger:
         def keep(more: Iterable[Weight]) -> None:
             for weight in more:
                 if weight.name not in copies:
+                    check_writable(weight)
+                    weight.hold()
                     copies[weight.name] = weight, weight.stored.clone()
 
         keep(weights)
@@ -164,26 +174,21 @@ class Ledger:
                 parameters = {id(weight.parameter) for weight, _ in copies.values()}
                 for entry in self._entries.values():
                     if id(entry.weight.parameter) in parameters:
-                        entry.version = entry.weight.parameter._version
+                        entry.version = entry.weight.stored._version
 
     def _note_siblings(self, entries: Mapping[str, _Entry]) -> None:
         """Experts of one fused tensor share its version: what was written to one is no surprise to the others."""
         parameters = {id(entry.weight.parameter) for entry in entries.values()}
         for entry in self._entries.values():
             if id(entry.weight.parameter) in parameters:
-                entry.version = entry.weight.parameter._version
+                entry.version = entry.weight.stored._version
 
     def _entry(self, name: str, delta: Delta) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
             weight = self._lookup(name)
-            parameter = weight.parameter
-            if parameter.is_meta or parameter.dtype not in WRITABLE:
-                place = "on another device than it says (offloaded)" if parameter.is_meta else f"in {parameter.dtype}"
-                raise PatchMismatchError(
-                    f"{name} is stored {place} and cannot be written in place. Attach the patch instead (patch.attach), "
-                    "or load the model in full precision."
-                )
+            check_writable(weight)
+            weight.hold()
             entry = _Entry(weight, weight.stored.clone())
             entry.mark()
         else:
@@ -206,13 +211,15 @@ class Ledger:
             weight = self._lookup(name)
         except ArchitectureError as error:
             raise PatchMismatchError(f"{name} is no longer where kedit edited it. {error}") from error
-        parameter, stored = weight.parameter, weight.stored
+        stored = weight.stored
         if stored.shape != original.shape or stored.dtype != original.dtype:
             raise PatchMismatchError(
-                f"{name} changed its shape or dtype since kedit edited it (now {parameter.dtype}, then {original.dtype}). "
+                f"{name} changed its shape or dtype since kedit edited it (now {stored.dtype}, then {original.dtype}). "
                 "Revert edits before converting the model."
             )
-        same = parameter is entry.weight.parameter and parameter._version == entry.version
+        # An offloaded weight's parameter is an empty one that is made anew for every use.
+        same = weight.parameter is entry.weight.parameter or weight.away is not None
+        same = same and stored._version == entry.version
         if not same or checksum(stored) != entry.checksum:
             raise PatchMismatchError(
                 f"{name} was written by something else since kedit edited it, so the edit cannot be added to or taken back "
@@ -243,6 +250,18 @@ class Ledger:
                     entry.store(stored, rounded)
                 self._note_siblings(entries)
             raise
+
+
+def check_writable(weight: Weight) -> None:
+    """Raise :class:`PatchMismatchError` where a weight is not stored as numbers that can be changed in place."""
+    if weight.writable:
+        return
+    parameter = weight.parameter
+    place = "on another device than it says (offloaded)" if parameter.is_meta else f"in {parameter.dtype}"
+    raise PatchMismatchError(
+        f"{weight.name} is stored {place} and cannot be written in place. Attach the edit instead (editor.propose(edit) and "
+        "patch.attach(model)), or load the model in full precision."
+    )
 
 
 def cast_checked(name: str, total: Tensor, dtype: torch.dtype) -> Tensor:

@@ -143,9 +143,8 @@ class SecondMoments(Mapping[int, Moment]):
                     f"There is no second moment for layer {layer}; given are layers {sorted(self._moments)}. "
                     "Pass moments={layer: C} for every edited layer, or none to have them estimated."
                 )
-            matrix, weights = self._moments[layer].matrix, arch.weights(layer)
-            width = weights[0].matrix.shape[1]
-            wanted = (width, width) if arch.experts(layer) is None else (len(weights), width, width)
+            matrix, width, experts = self._moments[layer].matrix, arch.shape(layer)[1], arch.experts(layer)
+            wanted = (width, width) if experts is None else (experts.count, width, width)
             if not isinstance(matrix, Tensor) or tuple(matrix.shape) != wanted:
                 shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
                 raise ConfigError(

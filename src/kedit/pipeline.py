@@ -138,7 +138,7 @@ def spread(
             share = method.share(config, layer) * _gain(arch, site, layer)
             weights = arch.weights(layer)
             insertion = Insertion(layer, keys, (residual / share).to(keys.device), weights, moments)
-            solution = method.solve(insertion, config).to(weights[0].parameter.device, arch.work_dtype)
+            solution = method.solve(insertion, config).to(arch.device(layer), arch.work_dtype)
             found = insertion.split(solution)
             deltas |= {name: check_finite(name, delta) for name, delta in found.items()}
             if layer != layers[-1]:
@@ -165,7 +165,7 @@ def overwrite(arch: ModelArch, deltas: Mapping[str, Delta]) -> None:
     """Add updates to the weights inside :meth:`Ledger.scratch`, without bookkeeping."""
     for name, delta in deltas.items():
         weight = arch.weight_of(name)
-        weight.matrix.copy_(weight.matrix.to(arch.work_dtype) + delta.dense)
+        weight.matrix.copy_(weight.matrix.to(arch.work_dtype) + delta.dense.to(weight.stored.device))
 
 
 def describe(value: Any) -> dict[str, Any]:

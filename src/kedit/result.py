@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,6 +44,8 @@ class EditResult:
         seconds: time by stage.
         guard: the guard's report, where there was one.
         routes: in mixtures of experts, how the router treats each edit's subject, before and after.
+        rounding: by weight, what rounding to the weight's dtype took from the update, relative to its norm; 0 where the weight
+            is stored in the dtype in which updates are summed.
     """
 
     patch: EditPatch
@@ -53,6 +55,7 @@ class EditResult:
     _model: PreTrainedModel | None = None
     guard: Any = None
     routes: Sequence[Route] = ()
+    rounding: Mapping[str, float] = field(default_factory=dict)
 
     def revert(self) -> None:
         """Take this edit back, whatever was edited before or after; raises ``PatchMismatchError`` the second time."""
@@ -73,7 +76,9 @@ class EditResult:
                 figures = ", ".join(f"{name} {first[name]:.3f} → {last[name]:.3f}" for name in columns)
                 lines.append(f"    {len(steps)} steps: {figures}")
         for name, delta in self.patch.deltas.items():
-            lines.append(f"  {name}: rank {delta.rank} update of norm {delta.norm:.3g}, shape {delta.shape}")
+            lost = self.rounding.get(name, 0.0)
+            note = f", {lost:.1%} of it lost to rounding" if lost else ""
+            lines.append(f"  {name}: rank {delta.rank} update of norm {delta.norm:.3g}, shape {delta.shape}{note}")
         lines += [f"  {route}" for route in self.routes]
         if self.guard is not None:
             lines += [f"  {line}" for line in str(self.guard).splitlines()]

@@ -107,16 +107,22 @@ class Reading:
 def inference_state(model: nn.Module, trained: Sequence[nn.Parameter] = ()) -> Iterator[None]:
     """Evaluation mode inside, gradient for the ``trained`` weights alone; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     chosen = {id(parameter) for parameter in trained}
+    # A module compiled in place would not see hooks that come and go.
+    compiled = {module: call for module in model.modules() if (call := vars(module).get("_compiled_call_impl"))}
     try:
         model.eval()
-        for parameter in wanted:
+        for module in compiled:
+            module._compiled_call_impl = None
+        for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         yield
     finally:
-        for parameter, before in wanted.items():
-            parameter.requires_grad_(before)
+        for name, parameter in model.named_parameters():  # by name: of an offloaded weight the parameter is made anew
+            parameter.requires_grad_(wanted[name])
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
         for module in training:
             module.training = True
 

@@ -18,7 +18,7 @@ LAYER = 2
 def make(name, model, tok=None, *, layer=LAYER, **options):
     """An editor that needs no corpus and takes few steps."""
     arch = ModelArch(model)
-    width = arch.weight(layer).matrix.shape[1] if 0 <= layer < arch.num_layers else 1
+    width = arch.shape(layer)[1] if 0 <= layer < arch.num_layers else 1
     options = {
         "layers": layer,
         "steps": 4,

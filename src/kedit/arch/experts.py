@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kedit.arch.placement import offloaded
 from kedit.errors import ArchitectureError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -84,19 +85,25 @@ class Experts:
 
         if index >= self.count:
             raise ArchitectureError(f"{self.path}.{self.leaf} has {self.count} experts, and no number {index}.")
-        return Weight(self.names[index], self.fused, self.transposed, index)
+        away = offloaded(self.module, self.leaf) if self.fused.is_meta else None
+        return Weight(self.names[index], self.fused, self.transposed, index, away)
 
     @torch.no_grad()
     def expert_keys(self, hidden: Tensor, expert: int) -> Tensor:
         """k_e: what one expert's down-projection sees of hidden states [n, H]; [n, I]."""
         module = self.module
         name = "gate_up_proj" if module.has_gate else "up_proj"
-        matrix = getattr(module, name)[expert]
+        matrix = self._read(name)[expert].to(hidden.device)
         inner = hidden.to(matrix) @ (matrix if module.is_transposed else matrix.T)
         if module.has_bias:
-            inner = inner + getattr(module, f"{name}_bias")[expert]
+            inner = inner + self._read(f"{name}_bias")[expert].to(inner)
         keys: Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
         return keys
+
+    def _read(self, leaf: str) -> Tensor:
+        parameter: Tensor = getattr(self.module, leaf)
+        away = offloaded(self.module, leaf) if parameter.is_meta else None
+        return parameter if away is None else away.read()
 
     def keys(self, hidden: Tensor, chosen: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """κ of some tokens.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit.arch.experts import Experts
+from kedit.arch.placement import Offloaded, device_of, offloaded, unwrap
 from kedit.arch.table import ARCHITECTURES, ArchSpec
 from kedit.errors import ArchitectureError, ConfigError, UnsupportedError
 from kedit.progress import logger
@@ -44,17 +45,19 @@ class Weight:
         parameter: the parameter, or the fused tensor that holds the matrix.
         transposed: whether it is stored as [I, O], as by GPT-2's ``Conv1D``; ``nn.Linear`` stores [O, I].
         index: the expert's number in a fused tensor.
+        away: where the numbers are, if the parameter itself is empty.
     """
 
     name: str
     parameter: nn.Parameter
     transposed: bool
     index: int | None = None
+    away: Offloaded | None = None
 
     @property
     def stored(self) -> Tensor:
-        """The matrix as it is stored: a view without gradient."""
-        whole = self.parameter.detach()
+        """The matrix as it is stored: a view without gradient (of an offloaded weight, what is kept of it)."""
+        whole = self.parameter.detach() if self.away is None else self.away.read()
         return whole if self.index is None else whole[self.index]
 
     @property
@@ -62,9 +65,20 @@ class Weight:
         """W with y = W x, [O, I]: a view of the stored tensor, without gradient."""
         return self.stored.T if self.transposed else self.stored
 
+    @property
+    def writable(self) -> bool:
+        """Whether the weight is stored as plain numbers, in memory or offloaded: not quantized, not left out."""
+        plain = self.parameter.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        return plain and (self.away is not None or not self.parameter.is_meta)
+
+    def hold(self) -> None:
+        """Get the weight to where it can be written: an offloaded one is in memory from now on."""
+        if self.away is not None:
+            self.away.hold()
+
 
 class ModelArch:
-    """Typed access to the parts of one model.
+    """Typed access to the parts of one model; of one wrapped by PEFT or ``torch.compile``, to those of the model inside.
 
     ``ModelArch(model)`` looks the model's type up in :data:`kedit.arch.ARCHITECTURES`; a type without an entry is found by
     its structure (:mod:`kedit.arch.detect`), once per model.
@@ -75,6 +89,7 @@ class ModelArch:
     """
 
     def __init__(self, model: PreTrainedModel, spec: ArchSpec | None = None) -> None:
+        model = unwrap(model)
         config = getattr(model, "config", None)
         self.model_type = str(getattr(config, "model_type", type(model).__name__))
         if spec is None:
@@ -101,7 +116,7 @@ class ModelArch:
     @property
     def hidden(self) -> int:
         """Width of the residual stream, H."""
-        return int(self.weights(0)[0].matrix.shape[0])
+        return self.shape(0)[0]
 
     @property
     def config(self) -> Any:
@@ -182,14 +197,13 @@ class ModelArch:
 
     def device(self, layer: int) -> torch.device:
         """Device of a block's down-projection."""
-        return self.weights(layer)[0].parameter.device
+        experts = self.experts(layer)
+        return device_of(self.down(layer)) if experts is None else device_of(experts.module, experts.leaf)
 
     @property
     def input_device(self) -> torch.device:
         """Device that token ids go to."""
-        embeddings: Any = self.model.get_input_embeddings()
-        device: torch.device = embeddings.weight.device
-        return device
+        return device_of(self.model.get_input_embeddings())
 
     def weight(self, layer: int) -> Weight:
         """The editable weight of a block: its down-projection's, with its stored layout.
@@ -215,19 +229,33 @@ class ModelArch:
 
     def memory_width(self, layer: int) -> int:
         """How many numbers a key of a block has: I, or the experts' widths together (:mod:`kedit.arch.experts`)."""
-        return sum(weight.matrix.shape[1] for weight in self.weights(layer))
+        experts = self.experts(layer)
+        return self.shape(layer)[1] * (1 if experts is None else experts.count)
+
+    def shape(self, layer: int) -> tuple[int, int]:
+        """(O, I) of a block's down-projection, or of each expert's; also where the weight is quantized."""
+        experts = self.experts(layer)
+        if experts is not None:
+            rows, columns = experts.fused.shape[1:]
+            return (columns, rows) if experts.transposed else (rows, columns)
+        down: Any = _bare(self.down(layer))
+        if hasattr(down, "in_features"):
+            return int(down.out_features), int(down.in_features)
+        rows, columns = self.weight(layer).matrix.shape
+        return rows, columns
 
     def weight_of(self, name: str) -> Weight:
         """The matrix called ``name``, with the layout that its module's type implies."""
         match = _NAME.fullmatch(name)
         if match is None:
             raise ArchitectureError(f"{type(self.model).__name__} has no parameter {name!r}.")
-        module = self._part(match["path"])
+        module = _bare(self._part(match["path"]))
         parameter = getattr(module, match["leaf"], None)
         if not isinstance(parameter, nn.Parameter):
             raise ArchitectureError(f"{type(self.model).__name__} has no parameter {name!r}.")
         if match["index"] is None:
-            return Weight(name, parameter, _stored_transposed(module, name))
+            away = offloaded(module, match["leaf"]) if parameter.is_meta else None
+            return Weight(name, parameter, _stored_transposed(module, name), away=away)
         return Experts(module, match["path"], match["leaf"]).weight(int(match["index"]))
 
     def check_layer(self, layer: int) -> int:
@@ -250,6 +278,12 @@ class ModelArch:
                 f"{type(self.model).__name__} has no module {path!r}, where a {self.model_type} keeps it. "
                 "Pass the causal language model itself, not a part or a wrapper of it."
             ) from error
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The layer inside a PEFT adapter, which adds to what it gives."""
+    inner = getattr(module, "base_layer", None)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 _DETECTED: WeakKeyDictionary[Any, ArchSpec] = WeakKeyDictionary()

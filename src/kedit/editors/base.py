@@ -21,7 +21,7 @@ from kedit.edit import Edit, as_edits
 from kedit.editors.config import EditorConfig
 from kedit.engine import Engine
 from kedit.errors import ConfigError
-from kedit.ledger import Ledger
+from kedit.ledger import Ledger, check_writable
 from kedit.moments import RIDGE, Moment, SecondMoments
 from kedit.optimise import StepLog, Values
 from kedit.patch import EditPatch, fingerprints
@@ -102,7 +102,7 @@ class Editor(ABC):
         **overrides: Any,
     ) -> None:
         self.arch = ModelArch(model)
-        self.model = model
+        self.model = self.arch.model
         self.tokenizer = tokenizer
         self._check_names(overrides)
         if config is not None and not isinstance(config, self.Config):
@@ -177,6 +177,8 @@ class Editor(ABC):
         """
         chosen = as_edits(edits)
         settings = self._settings(regularizer)
+        for name in settings.names:
+            check_writable(self.arch.weight_of(name))
         requests = self._encode(chosen, settings)
         timer = Timer()
         self._prepare(timer)
@@ -211,7 +213,8 @@ class Editor(ABC):
             patch.revert(self.model)
             raise
         report = None if watch is None else watch.report
-        return EditResult(patch, chosen, log, timer.seconds, self.model, report, routes)
+        lost = {name: Ledger.of(self.model).rounding(name) / max(delta.norm, 1e-30) for name, delta in summed.items()}
+        return EditResult(patch, chosen, log, timer.seconds, self.model, report, routes, lost)
 
     def reapply(self, patch: EditPatch, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> None:
         """Put a patch that this editor made of ``edits`` back onto the model, as :meth:`apply` left it.

@@ -16,7 +16,7 @@ from kedit.batch import pad
 from kedit.delta import Delta, DenseDelta, check_finite
 from kedit.editors.base import Editor, Settings
 from kedit.editors.config import EditorConfig
-from kedit.errors import ConfigError, NonFiniteError
+from kedit.errors import ConfigError, NonFiniteError, UnsupportedError
 from kedit.ledger import Ledger
 from kedit.optimise import StepLog
 from kedit.pipeline import Insertion, Timer
@@ -97,6 +97,11 @@ class FT(Editor):
     def _tune(self, request: Request, settings: Settings) -> tuple[dict[str, Delta], list[list[StepLog]]]:
         config = settings.config
         weights = [self.arch.weight_of(name) for name in settings.names]
+        if any(weight.away is not None for weight in weights):
+            raise UnsupportedError(
+                f"FT trains {weights[0].name}, which is offloaded: no gradient reaches it. Keep its block on a device "
+                "(device_map), or use an editor that solves for its update."
+            )
         trained = list({id(weight.parameter): weight.parameter for weight in weights}.values())  # experts share theirs
         original = [tensor.detach().to(self.arch.work_dtype, copy=True) for tensor in trained]
         changes = [torch.zeros_like(tensor, requires_grad=True) for tensor in original]

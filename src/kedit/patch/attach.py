@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kedit.arch import ModelArch
+from kedit.arch import ModelArch, unwrap
 from kedit.delta import Delta, LowRankDelta
-from kedit.errors import ArchitectureError, KEditWarning, PatchMismatchError
+from kedit.errors import ArchitectureError, KEditWarning, PatchMismatchError, UnsupportedError
 from kedit.fingerprint import has_fingerprint
 from kedit.ledger import WRITABLE, Ledger
 
@@ -106,8 +106,12 @@ class _Branch:
 
 def _module(model: PreTrainedModel, name: str) -> nn.Module:
     path, _, leaf = name.rpartition(".")
+    if leaf.endswith("]"):
+        raise UnsupportedError(
+            f"{name} is one expert of a fused tensor, which no side branch can be put beside. Apply the patch to the weights."
+        )
     try:
-        module = model.get_submodule(path)
+        module: nn.Module | None = unwrap(model).get_submodule(path)
     except AttributeError:
         module = None
     if module is None or leaf != "weight" or not path:

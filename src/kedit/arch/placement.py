@@ -1,0 +1,74 @@
+"""Where a model and its weights are: inside wrappers, and away from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside the wrappers of ``torch.compile`` and PEFT; adapters stay where they are and act as before."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """A weight that accelerate keeps in memory or on disk, and loads for every use.
+
+    Attributes:
+        store: all offloaded weights by name.
+        key: the weight's name.
+        device: where it is used.
+    """
+
+    store: Mapping[str, Tensor]
+    key: str
+    device: torch.device
+
+    def read(self) -> Tensor:
+        """The weight as it is kept."""
+        return self.store[self.key].detach()
+
+    def hold(self) -> None:
+        """Keep the weight in memory from now on, so that what is written to it lasts: the file is left as it is."""
+        held = getattr(self.store, "state_dict", None)
+        if isinstance(held, dict) and self.key not in held:
+            held[self.key] = self.read().clone()
+
+
+def offloaded(module: nn.Module, leaf: str) -> Offloaded | None:
+    """How a module's parameter is kept elsewhere; ``None`` where it is not, or not by accelerate."""
+    for hook in _hooks(module):
+        store = getattr(hook, "weights_map", None)
+        if not getattr(hook, "offload", False) or store is None:
+            continue
+        key = leaf
+        while hasattr(store, "dataset"):  # accelerate's views of a part of the weights
+            key, store = f"{store.prefix}{key}", store.dataset
+        return Offloaded(store, key, torch.device(hook.execution_device))
+    return None
+
+
+def device_of(module: nn.Module, leaf: str = "weight") -> torch.device:
+    """Where a module computes with its parameter."""
+    device: torch.device = getattr(module, leaf).device
+    if device.type != "meta":
+        return device
+    found = offloaded(module, leaf)
+    return device if found is None else found.device
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))

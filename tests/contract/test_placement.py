@@ -1,0 +1,215 @@
+"""Models as they come: in half precision, offloaded, wrapped, quantized; what cannot be edited says so before it starts."""
+
+import copy
+import warnings
+
+import accelerate
+import peft
+import pytest
+import torch
+from torch import nn
+
+import kedit
+import zoo
+from kedit import locate
+from kedit.arch import ModelArch, Site
+from kedit.batch import encode, rewrite_texts
+from kedit.editors import base
+from kedit.ledger import Ledger
+from models import CONTEXTS, tiny_model, tokenizer
+
+from .common import ADA, FRENCH, LAYER, digest, make
+
+SADR = kedit.SADR(gamma=0.3)
+
+
+def bare(model, edit=FRENCH):
+    """The MLP's output at the subject's last token."""
+    return locate.outputs(ModelArch(model), encode(tokenizer(), rewrite_texts(edit, ["{}"])), Site(LAYER, "mlp"))[0]
+
+
+@pytest.fixture
+def values(monkeypatch):
+    """What the optimisation found, for each call of the closed form."""
+    found = []
+    spread = base.spread
+    monkeypatch.setattr(base, "spread", lambda *args: (found.append(args[3]), spread(*args))[1])
+    return found
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_the_rounding_of_an_update_is_measured(model_type, dtype):
+    model = tiny_model(model_type, dtype=dtype)
+    weight = ModelArch(model).weight(LAYER)
+    editor = make("rome", model)
+    for edit in (FRENCH, ADA):  # the second on top of the first: its own share of the rounding counts
+        before = weight.matrix.double().clone()
+        total = Ledger.of(model)._entries[weight.name].rounded if edit is ADA else None
+        wanted = before if total is None else (total.T if weight.transposed else total).double()
+        result = editor.apply(edit)
+        [(name, delta)] = result.patch.deltas.items()
+        assert delta.left.dtype == torch.float32
+        lost = float((weight.matrix.double() - wanted - delta.dense.double()).norm() / delta.dense.double().norm())
+        if dtype == torch.float32:
+            assert result.rounding == {name: 0.0}
+            assert "rounding" not in result.report()
+        else:
+            assert 0 < lost < 0.5
+            assert result.rounding[name] == pytest.approx(lost, rel=1e-3)
+            assert f"{lost:.1%} of it lost to rounding" in result.report()
+
+
+# Offloading
+
+
+def offload(model, where, folder):
+    if where == "cpu":
+        return accelerate.cpu_offload(model, execution_device="cpu")
+    return accelerate.disk_offload(model, folder, execution_device="cpu")
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("name", ["rome", "memit"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mixtral"])  # GPT-2's head is tied
+def test_an_offloaded_model_is_edited_as_it_would_be_on_the_device(model_type, name, where, tmp_path):
+    plain = zoo.make(model_type, vocab_size=len(tokenizer())) if model_type == "mixtral" else tiny_model(model_type)
+    away = offload(copy.deepcopy(plain), where, tmp_path)
+    arch = ModelArch(plain)
+    width = arch.shape(1)[1]
+    eye = torch.eye(width, dtype=torch.float64)
+    moments = eye if arch.experts(1) is None else eye.repeat(arch.experts(1).count, 1, 1)
+    layers = (0, 1) if name == "memit" else (1,)
+    given = {"layers": layers, "moments": {i: moments for i in layers}}
+    given |= {"moment_weight": 0.01} if name == "memit" else {}
+    ids = torch.tensor([[5, 17, 90, 3, 44]])
+    before = away(ids).logits
+    torch.testing.assert_close(before, plain(ids).logits)
+    flags = [parameter.requires_grad for parameter in away.parameters()]
+
+    wanted = make(name, plain, **given).apply(FRENCH, SADR)
+    result = make(name, away, **given).apply(FRENCH, SADR)
+    assert result.patch.deltas.keys() == wanted.patch.deltas.keys()
+    assert result.patch.fingerprints == wanted.patch.fingerprints
+    for key, delta in wanted.patch.deltas.items():
+        torch.testing.assert_close(result.patch.deltas[key].dense, delta.dense, atol=1e-5, rtol=1e-4)
+    assert all(parameter.is_meta for parameter in away.parameters())
+    assert [parameter.requires_grad for parameter in away.parameters()] == flags
+    after = away(ids).logits
+    torch.testing.assert_close(after, plain(ids).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(after, before, atol=1e-3)
+    result.revert()
+    assert torch.equal(away(ids).logits, before)
+
+
+def test_what_offloading_rules_out_is_refused(tmp_path):
+    away = accelerate.disk_offload(tiny_model("gpt2"), tmp_path, execution_device="cpu")
+    with pytest.raises(kedit.errors.UnsupportedError, match="FT trains .*offloaded"):
+        kedit.FT(away, tokenizer(), layers=1).apply(FRENCH)
+    empty = tiny_model("llama")
+    empty.model.layers[LAYER].mlp.down_proj.to("meta")
+    with pytest.raises(kedit.KEditError, match="is stored on another device"):
+        make("rome", empty).apply(FRENCH)
+
+
+# Wrappers
+
+
+def adapted(model, targets):
+    """The model with LoRA adapters that do something."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT asks transformers for what it renamed
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    return wrapped.eval()
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "down_proj"]])
+def test_a_model_with_adapters_is_edited_with_them(targets, values, tmp_path):
+    model = tiny_model("llama")
+    plain = copy.deepcopy(model)
+    torch.manual_seed(0)
+    wrapped = adapted(model, targets)
+    before = {key: digest(tensor) for key, tensor in wrapped.state_dict().items()}
+    old = bare(wrapped)
+    assert not torch.allclose(old, bare(plain), atol=1e-3)  # the adapters count
+    result = make("rome", wrapped).apply(FRENCH, SADR)
+    torch.testing.assert_close(values[0].initial[0, 0], old, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(bare(wrapped), values[0].value[0, 0], atol=2e-4, rtol=1e-3)
+    assert set(result.patch.deltas) == {f"model.layers.{LAYER}.mlp.down_proj.weight"}
+    after = {key: digest(tensor) for key, tensor in wrapped.state_dict().items()}
+    assert len([key for key in before if before[key] != after[key]]) == 1
+    kedit.EditPatch.load(result.patch.save(tmp_path / "edit.safetensors")).apply(plain)  # the same weight without them
+    result.revert()
+    assert {key: digest(tensor) for key, tensor in wrapped.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("way", ["wrapper", "in place"])
+def test_a_compiled_model_is_edited_and_sees_it(way, values):
+    model = tiny_model("gpt2")
+    ids = torch.tensor([[5, 17, 90, 3, 44]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if way == "wrapper":
+            compiled = torch.compile(model, backend="eager")
+        else:
+            model.compile(backend="eager")
+            compiled = model
+        before = compiled(ids).logits
+        result = make("rome", compiled).apply(FRENCH, SADR)
+        torch.testing.assert_close(bare(model), values[0].value[0, 0], atol=2e-4, rtol=1e-3)
+        after = compiled(ids).logits
+        fresh = tiny_model("gpt2")
+        fresh.load_state_dict(model.state_dict())
+        torch.testing.assert_close(after, fresh(ids).logits, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(after, before, atol=1e-3)
+        result.revert()
+        torch.testing.assert_close(compiled(ids).logits, before)
+
+
+# Quantized weights
+
+
+class Int8(nn.Linear):
+    """A linear layer whose weight is stored in 8 bits, row by row, as quantization libraries do."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x) * self.scale)
+
+
+def quantized():
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.mlp.down_proj = Int8(block.mlp.down_proj)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def test_a_quantized_model_gets_its_edit_beside_the_weight(values):
+    model = quantized()
+    before = {key: digest(tensor) for key, tensor in model.state_dict().items()}
+    editor = make("rome", model)
+    [patch] = editor.propose(FRENCH, SADR)
+    with pytest.warns(kedit.errors.KEditWarning, match="cannot check"), patch.attach(model):
+        torch.testing.assert_close(bare(model), values[0].value[0, 0], atol=2e-4, rtol=1e-3)
+    assert {key: digest(tensor) for key, tensor in model.state_dict().items()} == before
+
+
+def test_writing_into_quantized_weights_is_refused_before_anything_runs(monkeypatch):
+    model = quantized()
+    editor = make("rome", model)
+    monkeypatch.setattr(editor.engine, "optimise", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(kedit.KEditError, match=r"torch.int8 and cannot be written in place.*propose.*attach"):
+        editor.apply(FRENCH)
+    spread = make("memit", model, layers=(1, 2), moments={i: torch.eye(80) for i in (1, 2)}, contexts=CONTEXTS)
+    with pytest.raises(kedit.KEditError, match="cannot be written in place"):
+        spread.propose(FRENCH)
