@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 Mode = Literal["auto", "partial", "plain"]
 TOKENS_PER_WAVE = 8_192
+FIXED_COST = {
+    "cpu": 64,
+    "cuda": 1_024,
+}  # of a step besides its tokens (weights read, kernels launched), as so many tokens
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -153,17 +158,19 @@ class Engine:
         return PartialRunner(self.arch, sites, wave, needs)
 
     def _waves(self, requests: Sequence[Request], order: Sequence[int]) -> list[list[int]]:
-        """Numbers of the edits that run together: in order, at most ``budget`` padded tokens (one edit at least)."""
+        """Numbers of the edits that run together: of similar length, at most ``budget`` padded tokens (one edit at least)."""
+        fixed = FIXED_COST["cuda" if self.arch.input_device.type == "cuda" else "cpu"]
         waves: list[list[int]] = []
-        width = rows = 0
-        for number in order:
-            span, count = requests[number].span, len(requests[number].prompts(0))
-            if waves and max(width, span) * (rows + count) <= self.budget:
-                waves[-1].append(number)
-                width, rows = max(width, span), rows + count
-            else:
-                waves.append([number])
-                width, rows = span, count
+        for alike in _alike(requests, order, fixed):
+            width = rows = 0
+            for number in alike:
+                span, count = requests[number].span, len(requests[number].prompts(0))
+                if rows and max(width, span) * (rows + count) <= self.budget:
+                    waves[-1].append(number)
+                    width, rows = max(width, span), rows + count
+                else:
+                    waves.append([number])
+                    width, rows = span, count
         return waves
 
     def _check(self, sites: Sequence[Site], wave: Wave) -> bool:
@@ -197,6 +204,23 @@ class Engine:
                 reason,
             )
         return not reason
+
+
+def _alike(requests: Sequence[Request], order: Sequence[int], fixed: int) -> list[list[int]]:
+    """``order`` (by span) cut where the padding saved is worth the fixed cost of one more wave, both in tokens."""
+    groups = [list(group) for _, group in groupby(order, key=lambda number: requests[number].span)]
+    spans = [requests[group[0]].span for group in groups]
+    rows = [sum(len(requests[number].prompts(0)) for number in group) for group in groups]
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first i groups, and where the last cut is
+    for i, span in enumerate(spans):
+        choices = ((best[j][0] + fixed + span * sum(rows[j : i + 1]), j) for j in range(i + 1))
+        best.append(min(choices))
+    found, end = [], len(groups)
+    while end:
+        start = best[end][1]
+        found.append([number for group in groups[start:end] for number in group])
+        end = start
+    return found[::-1]
 
 
 def _wave(requests: Sequence[Request], numbers: Sequence[int]) -> Wave:

@@ -232,3 +232,30 @@ def test_many_edits_one_after_another_revert_in_any_order_bit_for_bit(name):
     assert not all(torch.equal(t, before[key]) for key, t in made.model.state_dict().items())
     Ledger.of(made.model).revert_all()
     assert all(torch.equal(t, before[key]) for key, t in made.model.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_waves_are_cut_where_padding_costs_more_than_a_wave(seed):
+    """Against every way to cut the list."""
+    from itertools import combinations
+    from random import Random
+    from types import SimpleNamespace
+
+    from kedit.engine import _alike
+
+    rng, fixed = Random(seed), 20
+    spans = sorted(rng.choice([2, 3, 5, 9, 14]) for _ in range(10))
+    counts = [rng.randint(1, 4) for _ in spans]
+    requests = [SimpleNamespace(span=s, prompts=lambda _, c=c: [None] * c) for s, c in zip(spans, counts, strict=True)]
+
+    def cost(parts):
+        return sum(fixed + max(spans[i] for i in part) * sum(counts[i] for i in part) for part in parts)
+
+    every = []
+    for number in range(10):
+        for cuts in combinations(range(1, 10), number):
+            bounds = [0, *cuts, 10]
+            every.append(cost([range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]))
+    found = _alike(requests, range(10), fixed)
+    assert [number for part in found for number in part] == list(range(10))
+    assert cost(found) == min(every)
