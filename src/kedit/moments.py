@@ -44,7 +44,7 @@ class Moment:
 
     def warn_if_scarce(self, layer: int) -> None:
         """Warn where the estimate saw fewer keys than their width."""
-        width = self.matrix.shape[-1]
+        width = self.matrix.shape[:-1].numel()  # of a mixture, of all experts together: a token reaches but a few
         if self.tokens is not None and self.tokens < width:
             warnings.warn(
                 f"The second moment of layer {layer} saw {self.tokens} keys of width {width}: directions it never "

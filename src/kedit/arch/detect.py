@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit.arch.placement import device_of
 from kedit.arch.table import ARCHITECTURES, ArchSpec
 from kedit.errors import ArchitectureError
 
@@ -50,6 +51,8 @@ def detect(model: Any) -> ArchSpec:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None or not hasattr(model, "get_input_embeddings"):
         raise _refused(kind, "it has no language-model head; pass the causal language model itself")
+    if device_of(model.get_input_embeddings()).type == "meta":
+        raise _refused(kind, "its weights are not loaded, so it cannot be run to find its parts")
     was = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -133,7 +136,7 @@ def _chain(model: Any, kind: str) -> tuple[_Calls, nn.Module]:
         order.append((module, args[0] if args else None))
 
     embeddings = model.get_input_embeddings()
-    ids = torch.arange(1, TOKENS + 1, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
+    ids = torch.arange(1, TOKENS + 1, device=device_of(embeddings))[None] % embeddings.weight.shape[0]
     handles = [block.register_forward_hook(note, with_kwargs=True) for block in seen]
     handles += [module.register_forward_pre_hook(enter) for module in model.modules()]
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kedit.delta import add_delta, sum_dtype
-from kedit.errors import PatchError, PatchMismatchError
+from kedit.errors import PatchError, PatchMismatchError, UnsupportedError
 from kedit.fingerprint import has_fingerprint
 from kedit.ledger import cast_checked
 from kedit.patch.checkpoint import Checkpoint, skeleton, weight_in
@@ -103,7 +103,14 @@ def revert_checkpoint(
 
 
 def _names(patches: Sequence[EditPatch]) -> list[str]:
-    return list(dict.fromkeys(name for patch in patches for name in patch.deltas))
+    names = list(dict.fromkeys(name for patch in patches for name in patch.deltas))
+    for name in names:
+        if name.endswith("]"):
+            raise UnsupportedError(
+                f"{name} is one expert of a fused tensor, which checkpoints store in another form. Load the model, apply the "
+                "patch to it, and save it with save_pretrained."
+            )
+    return names
 
 
 def _edited(

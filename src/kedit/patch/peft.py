@@ -13,7 +13,7 @@ import torch
 
 from kedit.arch import ModelArch
 from kedit.delta import Delta, LowRankDelta
-from kedit.errors import PatchError
+from kedit.errors import PatchError, UnsupportedError
 from kedit.patch.combine import recompress
 from kedit.patch.files import open_to_others, sync_folder, write_safetensors
 
@@ -50,6 +50,10 @@ def to_peft(patch: EditPatch, folder: str | Path, model: PreTrainedModel) -> Pat
     conv = set()
     for name, delta in patch.deltas.items():
         weight = arch.weight_of(name)
+        if weight.index is not None:
+            raise UnsupportedError(
+                f"{name} is one expert of a fused tensor, which a LoRA adapter of linear layers does not reach. Ship the patch."
+            )
         patch.check_shape(name, delta, tuple(weight.matrix.shape))
         layer = name.removesuffix(".weight")
         low = _low_rank(delta)

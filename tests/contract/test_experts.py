@@ -1,0 +1,218 @@
+"""Mixtures of experts: one linear memory, written where the router sends the subject."""
+
+import copy
+
+import pytest
+import torch
+
+import kedit
+import zoo
+from kedit import locate, routing
+from kedit.arch import ModelArch
+from kedit.batch import encode, rewrite_texts
+from kedit.errors import KEditWarning, PatchMismatchError, UnsupportedError
+from kedit.ledger import Ledger
+from kedit.moments import ExpertsAccumulator
+from kedit.patch.disk import apply_to_checkpoint
+from kedit.patch.peft import to_peft
+from kedit.stats import accumulate
+from models import CONTEXTS, tokenizer
+
+from .common import ADA, FRENCH, RIVER, digest
+
+TYPES = [name for name in zoo.EDITABLE if name in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss-sinks")]
+TOKENIZER = tokenizer("bos")
+LAYER = 1
+
+
+def model_of(name, dtype=torch.float32):
+    return zoo.make(name, dtype, vocab_size=len(TOKENIZER))
+
+
+def eye(arch, layer=LAYER):
+    experts = arch.experts(layer)
+    return torch.eye(experts.width, dtype=torch.float64).repeat(experts.count, 1, 1)
+
+
+def rome(model, **given):
+    arch = ModelArch(model)
+    return kedit.ROME(
+        model, TOKENIZER, layers=LAYER, steps=3, stop_loss=0.0, contexts=CONTEXTS, moments={LAYER: eye(arch)}, **given
+    )
+
+
+def rows_of(*edits):
+    return [row for edit in edits for row in encode(TOKENIZER, rewrite_texts(edit, CONTEXTS))]
+
+
+def seen_of(model, module, row):
+    """What a module is called with, and what it gives, in a whole forward pass."""
+    found = {}
+    handle = module.register_forward_hook(
+        lambda _m, args, out: found.update(args=args, out=out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        model(torch.tensor([row.ids]))
+    handle.remove()
+    return found["args"], found["out"].reshape(len(row.ids), -1)
+
+
+@pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("name", TYPES)
+def test_the_mlp_is_a_linear_function_of_the_key(name, kernel):
+    """W κ and the chosen experts' weighted biases are what the model's own kernel gives, whichever it is."""
+    model = model_of(name)
+    model.set_experts_implementation(kernel)
+    arch, rows = ModelArch(model), rows_of(FRENCH, ADA)
+    experts = arch.experts(LAYER)
+    keys = locate.keys(arch, rows, LAYER)
+    assert keys.shape == (len(rows), experts.count * experts.width)
+    bias = getattr(experts.module, "down_proj_bias", None)
+    for row, key in zip(rows, keys, strict=True):
+        (_, chosen, weights), out = seen_of(model, experts.module, row)
+        parts = key.split(experts.width)
+        given = sum(part @ weight.matrix.T for part, weight in zip(parts, arch.weights(LAYER), strict=True))
+        if bias is not None:
+            given = given + (weights[row.lookup, :, None] * bias[chosen[row.lookup]]).sum(0)
+        torch.testing.assert_close(given, out[row.lookup], atol=2e-5, rtol=1e-4)
+        assert {i for i, part in enumerate(parts) if part.any()} == set(chosen[row.lookup].tolist())
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_second_moments_expert_by_expert(name):
+    model = model_of(name, torch.float64)
+    arch = ModelArch(model)
+    experts, texts = (
+        arch.experts(LAYER),
+        ["The capital of France is Paris.", "It was a cold morning. The river is long."],
+    )
+    total = accumulate(arch, TOKENIZER, [LAYER], texts, 10_000)[LAYER]
+    assert isinstance(total, ExpertsAccumulator)
+    expected, tokens = torch.zeros_like(total.total), 0
+    for text in texts:
+        ids = TOKENIZER(text)["input_ids"]
+        (hidden, chosen, weights), _ = seen_of(model, experts.module, type("Row", (), {"ids": ids}))
+        tokens += len(ids)
+        for token in range(len(ids)):
+            for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+                key = weight * experts.expert_keys(hidden[token][None], expert)[0]
+                expected[expert] += torch.outer(key, key)
+    torch.testing.assert_close(total.total, expected)
+    moment = total.moment(LAYER, ridge=1e-3)
+    assert moment.tokens == tokens
+    diagonal = (expected / tokens).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(
+        moment.matrix, expected / tokens + 1e-3 * diagonal.mean() * torch.eye(experts.width, dtype=torch.float64)
+    )
+    state = {key: tensor.clone() for key, tensor in total.state().items()}
+    fresh = ExpertsAccumulator(experts, torch.device("cpu"), torch.float64)
+    fresh.restore(state)
+    assert torch.equal(fresh.moment(LAYER).matrix, total.moment(LAYER).matrix)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_moments_are_estimated_and_an_edit_holds(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
+    model = model_of(name)
+    corpus = [f"{subject} {verb} in the old city." for subject in ("Ada", "The king") for verb in ("lives", "works")]
+    with pytest.warns(KEditWarning, match="saw"):
+        found = kedit.second_moments(model, TOKENIZER, [LAYER], corpus)
+    assert found[LAYER].matrix.shape == eye(ModelArch(model)).shape
+    result = kedit.ROME(model, TOKENIZER, layers=LAYER, steps=3, stop_loss=0.0, contexts=CONTEXTS, moments=found).apply(
+        FRENCH
+    )
+    assert result.log[0][-1]["nll"] < result.log[0][0]["nll"]
+    with pytest.raises(kedit.KEditError, match="so .* is needed"):
+        kedit.ROME(model, TOKENIZER, layers=LAYER, moments={LAYER: torch.eye(4)})
+
+
+def test_experts_share_by_the_routers_weights():
+    """With C = 1 and the bare prompt alone, an expert's part of the update grows with the square of its share of the key."""
+    model = model_of("mixtral")
+    arch = ModelArch(model)
+    [row] = encode(TOKENIZER, rewrite_texts(FRENCH, ["{}"]))
+    key = locate.keys(arch, [row], LAYER)[0].double()
+    patch = (
+        kedit.ROME(model, TOKENIZER, layers=LAYER, steps=2, stop_loss=0.0, contexts=["{}"], moments={LAYER: eye(arch)})
+        .apply(FRENCH)
+        .patch
+    )
+    parts = key.split(arch.experts(LAYER).width)
+    for index, weight in enumerate(arch.weights(LAYER)):
+        delta = patch.deltas.get(weight.name)
+        assert (delta is None) == (not parts[index].any())
+        if delta is not None:
+            cosine = torch.cosine_similarity(delta.right[:, 0].double(), parts[index], dim=0)
+            assert abs(float(cosine)) == pytest.approx(1, abs=1e-5)
+    norms = {i: patch.deltas[w.name].norm for i, w in enumerate(arch.weights(LAYER)) if w.name in patch.deltas}
+    first, second = norms
+    assert norms[first] / norms[second] == pytest.approx(float(parts[first].norm() / parts[second].norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_edits_of_experts_revert_in_any_order(order, dtype):
+    model = model_of("gpt_oss-sinks", dtype)
+    before = {key: digest(tensor) for key, tensor in model.state_dict().items()}
+    editor = rome(model)
+    results = [editor.apply(edit) for edit in (FRENCH, ADA, RIVER)]
+    assert len({frozenset(result.patch.deltas) for result in results}) > 1
+    for number in order:
+        results[number].revert()
+    assert {key: digest(tensor) for key, tensor in model.state_dict().items()} == before
+    assert not Ledger.of(model).touched
+
+
+def test_a_change_of_an_edited_expert_by_someone_else_is_noticed():
+    model = model_of("mixtral")
+    result = rome(model).apply(FRENCH)
+    weight = ModelArch(model).weight_of(next(iter(result.patch.deltas)))
+    with torch.no_grad():
+        weight.parameter[weight.index, 0, 0] += 1
+    with pytest.raises(PatchMismatchError, match="written by something else"):
+        result.revert()
+
+
+def test_the_report_says_who_serves_the_fact_and_a_moved_route_is_warned_of():
+    model = model_of("mixtral")
+    arch = ModelArch(model)
+    result = rome(model).apply(FRENCH)
+    [route] = result.routes
+    assert f"block {LAYER}, edit 0: served by expert" in result.report()
+    assert "as before" in result.report()
+    assert route.reached == pytest.approx(1)
+    assert set(route.after) <= route.written
+    editor = rome(copy.deepcopy(model))
+    requests = editor._encode([FRENCH], editor._settings(None))
+    with torch.no_grad():  # a router that now prefers the experts that were not written
+        spare = [i for i in range(4) if i not in route.after]
+        gate = model.model.layers[LAYER].mlp.gate.weight
+        gate[list(route.after)], gate[spare] = gate[spare].clone(), gate[list(route.after)].clone()
+    written = [weight.name for weight in arch.weights(LAYER) if weight.index in route.after]
+    with pytest.warns(KEditWarning, match="experts that hold nothing of the edit: 100%"):
+        [moved] = routing.check(arch, requests, {LAYER: [route.before]}, written)
+    assert moved.reached == 0
+    assert "before by" in str(moved)
+
+
+def test_what_has_no_sound_form_is_refused(tmp_path):
+    model = model_of("mixtral")
+    arch = ModelArch(model)
+    patch = rome(model).propose(FRENCH)[0]
+    with pytest.raises(UnsupportedError, match="no side branch"):
+        patch.attach(model)
+    with pytest.raises(UnsupportedError, match="LoRA adapter"):
+        to_peft(patch, tmp_path / "adapter", model)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(UnsupportedError, match="save_pretrained"):
+        apply_to_checkpoint(tmp_path / "base", [patch], tmp_path / "edited")
+    with pytest.raises(UnsupportedError, match="mixture of 4 experts"):
+        arch.weight(LAYER)
+    model.model.layers[LAYER].mlp.experts.has_post_expert_norm = True
+    with pytest.raises(UnsupportedError, match="no linear function of their keys"):
+        rome(model)
+    model.model.layers[LAYER].mlp.experts = torch.nn.Linear(32, 32)
+    with pytest.raises(UnsupportedError, match="one plain tensor"):
+        arch.weights(LAYER)
+    with pytest.raises(kedit.KEditError, match="no number 9"):
+        ModelArch(model_of("mixtral")).weight_of(f"model.layers.{LAYER}.mlp.experts.down_proj[9]")
