@@ -59,5 +59,9 @@ class PatchMismatchError(PatchError):
     """A patch was made for weights other than the ones it is applied to."""
 
 
+class DependencyError(KEditError, ImportError):
+    """An optional package is needed and not installed."""
+
+
 class KEditWarning(UserWarning):
     """Something a user should know that does not stop the work."""

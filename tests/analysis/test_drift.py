@@ -99,6 +99,7 @@ def test_rome_moves_attention_to_the_subject_and_sadr_less_in_the_heads_it_restr
     text = plain.summary()
     assert "ROME: 24 probes (distracted_neighbour) of 6 edits" in text
     assert text.count("Pearson") == 4
+    assert "the right answer's probability changes by -" in text
 
 
 def test_results_are_saved_as_json(plain_and_sadr, tmp_path):

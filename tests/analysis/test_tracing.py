@@ -135,6 +135,19 @@ def test_a_small_budget_changes_the_passes_and_not_the_effects():
         np.testing.assert_allclose(one.facts[0].effects[kind], many.facts[0].effects[kind], atol=1e-6, rtol=0)
 
 
+def test_a_model_whose_weights_are_offloaded_is_traced_alike():
+    from accelerate import cpu_offload
+
+    model = tiny_model("llama", layers=3)
+    plain = kedit.trace(model, TOKENIZER, FACTS[0], samples=1)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    found = kedit.trace(model, TOKENIZER, FACTS[0], samples=1)
+    assert found.settings == plain.settings
+    for kind in MODULES:
+        np.testing.assert_allclose(found.facts[0].effects[kind], plain.facts[0].effects[kind], atol=1e-6, rtol=0)
+
+
 def test_tracing_leaves_no_hook_and_no_changed_weight():
     model = tiny_model("gpt2", layers=2)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -33,6 +33,7 @@ class DriftResult:
     probes: tuple[DriftProbe, ...]
     layers: tuple[int, ...]
     failures: Mapping[str, str] = field(default_factory=dict)
+    _correlations: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict, repr=False)
 
     def of(self, kind: Kind | str) -> tuple[DriftProbe, ...]:
         """The probes of one kind.
@@ -91,10 +92,13 @@ class DriftResult:
 
     def correlations(self, kind: Kind | str | None = None) -> dict[str, dict[str, Estimate]]:
         """By measure: Pearson's and Spearman's correlation with the loss, with intervals by case."""
-        probes = self.of(kind or self.main_kind)
+        chosen = kind or self.main_kind
+        if str(chosen) in self._correlations:  # thousands of resamples: drawn once
+            return self._correlations[str(chosen)]
+        probes = self.of(chosen)
         loss = np.array([probe.loss for probe in probes])
         groups = [probe.case for probe in probes]
-        found = {}
+        found = self._correlations.setdefault(str(chosen), {})
         for name in MEASURES:
             values = np.array([probe.measure(name) for probe in probes])
             found[name] = {
@@ -142,23 +146,31 @@ class DriftResult:
         """The correlations and the heads that over-attend most, as text."""
         kind = self.main_kind
         probes = self.of(kind)
+        edits = len({probe.case for probe in probes})
+        loss = float(np.mean([probe.loss for probe in probes]))
         lines = [
-            f"{self.label}: {len(probes)} probes ({kind}) of {len({probe.case for probe in probes})} edits; the right answer "
-            f"loses {100 * float(np.mean([probe.loss for probe in probes])):.1f} points of probability.",
-            "Correlation with that loss [95%]:",
+            f"{self.label}: {len(probes)} probes ({kind}) of {edits} edit{'s' * (edits > 1)}; the right answer's probability "
+            f"changes by {-100 * loss:+.1f} points."
         ]
-        for name, both in self.correlations(kind).items():
-            lines.append(f"  {name:10s} Pearson {_cell(both['pearson'])}  Spearman {_cell(both['spearman'])}")
+        if edits > 1:
+            lines.append("Correlation with the loss of that probability [95%]:")
+            for name, both in self.correlations(kind).items():
+                lines.append(f"  {name:10s} Pearson {_cell(both['pearson'])}  Spearman {_cell(both['spearman'])}")
         lines.append("Heads that over-attend to the edited subject most:")
         lines.append("  block head  over-attends  weight before  gain    KL (nats)  Pearson with loss")
         for one in self.heads(kind)[:8]:
             lines.append(
                 f"  {one.layer:5d} {one.head:4d}  {100 * one.share:10.0f}%  {one.before:13.3f}  {one.gain:+.3f}  "
-                f"{one.kl:9.3f}  {one.pearson:17.2f}"
+                f"{one.kl:9.3f}  {'-' if one.pearson != one.pearson else format(one.pearson, '.2f'):>17s}"
             )
         if self.failures:
             lines.append(f"{len(self.failures)} cases could not be edited.")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from kedit.analysis.page import drift_html, in_notebook
+
+        return in_notebook(self, drift_html)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every probe with its figures by block and head."""

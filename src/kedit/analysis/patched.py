@@ -18,6 +18,7 @@ from kedit.evaluation.statistics import Estimate, case_weights
 
 RESTORE = "restore"
 CONTAMINATE = "contaminate"
+LEAST_DAMAGE = 0.01  # of probability; a share of less says nothing
 ORIGINAL, EDITED = 0, 1  # the first two conditions of every result
 
 
@@ -113,46 +114,64 @@ class PatchingResult:
 
     def score(self, condition: int) -> Estimate:
         """Share of the probes whose right answer is the likelier one, in per cent, with its interval by case."""
-        sums, counts, weights = self._by_case()
+        sums, counts, weights = self._by_case(self.passed)
         drawn = (weights @ sums[condition]) / (weights @ counts)
         return self._estimate(float(self.passed[condition].mean()), drawn)
 
-    def share(self, condition: int, *, of: str = "score") -> Estimate | None:
+    def damage(self, of: str) -> float:
+        """What the edit costs per probe: points of the ``"score"``, or ``"probability"`` of the right answer (0 to 1)."""
+        values = self._values(of)
+        return float(values[ORIGINAL].mean() - values[EDITED].mean())
+
+    @property
+    def scale(self) -> str:
+        """What shares are of: the score, or the right answer's probability where no score was lost."""
+        return "score" if self.damage("score") > 0 else "probability"
+
+    def share(self, condition: int, *, of: str | None = None) -> Estimate | None:
         """How much of the damage an exchange undoes (``restore``) or does (``contaminate``), as a share of all of it.
 
         0 is nothing, 1 is all: (exchanged - edited) / (original - edited), or its complement.
 
         Args:
             condition: its number.
-            of: ``"score"``, or ``"probability"`` of the right answer.
+            of: ``"score"`` or ``"probability"``; by default :attr:`scale`.
 
         Returns:
-            The share with its interval by case; ``None`` where the edit did no damage.
+            The share with its interval by case; ``None`` where the edit did no damage (less than a point of probability).
         """
-        values = self.passed if of == "score" else self.probabilities[..., 0]
-        sums, _, weights = self._by_case(values)
-        total = float(sums[ORIGINAL].sum() - sums[EDITED].sum())
-        if total <= 0:
+        of = of or self.scale
+        if self.damage(of) <= (0 if of == "score" else LEAST_DAMAGE):
             return None
+        sums, _, weights = self._by_case(self._values(of))
         base, sign = (EDITED, 1.0) if self.conditions[condition].direction == RESTORE else (ORIGINAL, -1.0)
         gained = sign * (sums[condition] - sums[base])
         lost = weights @ (sums[ORIGINAL] - sums[EDITED])
         drawn = np.divide(weights @ gained, lost, out=np.full_like(lost, np.nan), where=lost > 0)
+        total = float(sums[ORIGINAL].sum() - sums[EDITED].sum())
         return self._estimate(float(gained.sum()) / total, drawn)
 
     def summary(self) -> str:
         """Scores and shares of the exchanges in all blocks and of chosen heads, as text."""
+        edits = len(set(self.cases))
+        before, after = self._values("probability")[: EDITED + 1].mean(1)
         lines = [
-            f"{self.label}: {len(self.cases)} probes ({self.kind}) of {len(set(self.cases))} edits. Right answer likelier: "
-            f"{_percent(self.score(ORIGINAL))} originally, {_percent(self.score(EDITED))} after the edit.",
-            "Exchanged at the last token                          score               share of the damage",
+            f"{self.label}: {len(self.cases)} probes ({self.kind}) of {edits} edit{'s' * (edits > 1)}. Right answer likelier: "
+            f"{_percent(self.score(ORIGINAL))} originally, {_percent(self.score(EDITED))} after the edit; its probability: "
+            f"{100 * before:.1f}% and {100 * after:.1f}%.",
+            f"{'Exchanged at the last token':70s} {'score':20s} share of the lost {self.scale}",
         ]
         for i, one in enumerate(self.conditions[2:], start=2):
             if one.centre is None:
                 share = self.share(i)
                 cell = "none was done" if share is None else _percent(share, 100.0)
-                lines.append(f"  {one!s:50s} {_percent(self.score(i)):19s} {cell}")
+                lines.append(f"  {one!s:68s} {_percent(self.score(i)):20s} {cell}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from kedit.analysis.page import in_notebook, patching_html
+
+        return in_notebook(self, patching_html)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every probability."""
@@ -175,12 +194,14 @@ class PatchingResult:
         target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
         return target
 
-    def _by_case(self, values: Floats | None = None) -> tuple[Floats, Floats, Floats]:
+    def _values(self, of: str) -> Floats:
+        return self.passed if of == "score" else self.probabilities[..., 0]
+
+    def _by_case(self, values: Floats) -> tuple[Floats, Floats, Floats]:
         """Sums per condition and case [C, cases], probes per case [cases], bootstrap weights [B, cases]."""
-        chosen = self.passed if values is None else values
         names = list(dict.fromkeys(self.cases))
         member = np.array([[case == name for name in names] for case in self.cases], dtype=np.float64)
-        return chosen @ member, member.sum(0), case_weights(len(names))
+        return values @ member, member.sum(0), case_weights(len(names))
 
     def _estimate(self, value: float, drawn: Floats) -> Estimate:
         cases = len(set(self.cases))

@@ -95,7 +95,7 @@ class Suggestion:
 
     def __str__(self) -> str:
         lines = [
-            f"Indirect effect at the subject's last token over {self.facts} facts, in points of probability [95%]:",
+            f"Indirect effect at the subject's last token (facts traced: {self.facts}), in points of probability [95%]:",
             "block   MLP output             hidden state",
         ]
         for layer, (mlp, hidden) in enumerate(self.evidence):
@@ -182,6 +182,11 @@ class TraceResult:
                 layer = int(np.nanargmax(found[0, role]))
                 lines.append(f"  {LABELS[kind]:16s} {label:18s} block {layer:2d}: {_cell(found[:, role, layer])}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from kedit.analysis.page import in_notebook, trace_html
+
+        return in_notebook(self, trace_html)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every fact's effects and the averages (NaN as null)."""

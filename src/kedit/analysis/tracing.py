@@ -110,9 +110,9 @@ def embedding_deviation(arch: ModelArch, facts: Sequence[Fact]) -> float:
     What counts is what the embedding puts out, where the noise is added: Gemma scales its table by √H there.
     """
     ids = [token for fact in facts for token in fact.row.ids[fact.first : fact.row.lookup + 1]]
-    table: Any = arch.model.get_input_embeddings()
-    with torch.no_grad():
-        return float(table(torch.tensor([ids], device=arch.input_device)).double().std(correction=0))
+    embed: Any = arch.model.get_input_embeddings()
+    with torch.no_grad():  # run, not read: the module may scale its rows, or keep them on another device
+        return float(embed(torch.tensor([ids], device=arch.input_device)).double().std(correction=0))
 
 
 def draw_noise(arch: ModelArch, fact: Fact, samples: int, scale: float, seed: int) -> Tensor:

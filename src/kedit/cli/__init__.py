@@ -16,9 +16,11 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": "kedit.cli.demo",
+    "drift": "kedit.cli.drift",
     "edit": "kedit.cli.edit",
     "eval": "kedit.cli.eval",
     "patch": "kedit.cli.patch",
+    "report": "kedit.cli.report",
     "stats": "kedit.cli.stats",
     "trace": "kedit.cli.trace",
 }

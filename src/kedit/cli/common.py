@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from kedit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kedit.evaluation.cases import EditCase
@@ -110,6 +113,18 @@ def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:
             value = text
         found[key] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def save_figures(folder: str, drawn: Mapping[str, Figure]) -> list[Path]:
+    """Write figures as PNG files, by name."""
+    from kedit.analysis import plots
+
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        return [plots.save(figure, target / f"{name}.png") for name, figure in drawn.items()]
+    except OSError as error:
+        raise ConfigError(f"Cannot write figures to {folder}: {error}. Choose another folder.") from error
 
 
 def make_regularizers(args: argparse.Namespace) -> list[Any]:

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, help="blocks restored together (default: 10 of 48 in proportion)")
     parser.add_argument("--suggest", action="store_true", help="propose edit layers, with the evidence")
     parser.add_argument("--out", metavar="FILE", help="write all effects there (.json)")
+    parser.add_argument("--figures", metavar="DIR", help="draw heatmap and hand-over there (PNG)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,6 +65,15 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(f"\n{result.suggest()}\n")
     if args.out:
         sys.stdout.write(f"effects: {result.save(args.out)}\n")
+    if args.figures:
+        from kedit.analysis import plots
+
+        one = len(result.facts) == 1
+        drawn = {"tracing": plots.tracing_fact(result.facts[0]) if one else plots.tracing_averages(result)}
+        if not one:
+            drawn["handover"] = plots.tracing_handover(result)
+        for path in common.save_figures(args.figures, drawn):
+            sys.stdout.write(f"picture: {path}\n")
     return 0
 
 

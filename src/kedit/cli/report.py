@@ -1,0 +1,57 @@
+"""One self-contained HTML page about an edit or a run: tracing, attention drift, patching, with figures.
+
+Examples:
+  kedit report --case test-3 --out edit.html
+  kedit report --cases 50 --out run.html
+  kedit report --model EleutherAI/gpt-j-6b --data counterfact.json --cases 10 --regularizer sadr --out run.html
+
+Without --data the embedded world makes the cases (its test half), and SADR is compared with. For another model, name the
+regularizer to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from kedit.cli import common
+from kedit.errors import ConfigError
+
+HELP = "show what an edit does inside a model, on one page"
+COUNT = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    common.add_model(parser)
+    common.add_cases(parser)
+    common.add_editor(parser)
+    parser.add_argument("--case", metavar="ID", help="only the case of this name, as kedit eval names it: test-3")
+    parser.add_argument(
+        "--samples", type=int, default=10, metavar="N", help="draws of the noise in tracing (default 10)"
+    )
+    parser.add_argument("--out", metavar="FILE", default="report.html", help="the page (default: report.html)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look, and write the page."""
+    from kedit.analysis import plots
+    from kedit.analysis.reveal import reveal
+
+    common.check_writable(args.out)
+    plots.style()  # without matplotlib it fails now, not after the work
+    regularizers = common.make_regularizers(args)
+    cases = common.load_cases(args, COUNT if args.case is None else 200)
+    if args.case is not None:
+        cases = [case for case in cases if case.id == args.case]
+        if not cases:
+            raise ConfigError(
+                f"There is no case called {args.case!r}. Cases of the embedded world are test-0, test-1, ..."
+            )
+    model, tokenizer = common.load_model(args)
+    compared = regularizers or ("sadr" if args.model is None and args.editor != "ft" else None)
+    editor = common.make_editor(args, model, tokenizer)
+    found = reveal(model, tokenizer, cases, editor, compared, samples=args.samples, seed=args.seed)
+    sys.stdout.write(found.summary() + "\n")
+    sys.stdout.write(f"\npage: {found.save(args.out)}\n")
+    return 0
