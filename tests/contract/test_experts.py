@@ -216,3 +216,22 @@ def test_what_has_no_sound_form_is_refused(tmp_path):
         arch.weights(LAYER)
     with pytest.raises(kedit.KEditError, match="no number 9"):
         ModelArch(model_of("mixtral")).weight_of(f"model.layers.{LAYER}.mlp.experts.down_proj[9]")
+
+
+@pytest.mark.parametrize("name", ["memit", "alphaedit", "ft"])
+def test_a_model_that_mixes_only_in_some_blocks(name):
+    model = zoo.make("qwen3_moe", vocab_size=len(TOKENIZER), mlp_only_layers=[0])
+    arch = ModelArch(model)
+    assert arch.experts(0) is None
+    assert (arch.memory_width(0), arch.memory_width(1)) == (arch.shape(0)[1], 4 * 16)
+    moments = {0: torch.eye(arch.shape(0)[1], dtype=torch.float64), 1: eye(arch)}
+    own = {"memit": {"moment_weight": 0.0}, "alphaedit": {"l2": 1e-9, "threshold": 2.0}, "ft": {}}[name]
+    given = {"layers": (0, 1), "steps": 3, "contexts": ["{}"], **own}
+    editor = kedit.editor(name, model, TOKENIZER, **given, **({} if name == "ft" else {"moments": moments}))
+    before = {key: digest(tensor) for key, tensor in model.state_dict().items()}
+    result = editor.apply([FRENCH, ADA])
+    assert "model.layers.0.mlp.down_proj.weight" in result.patch.deltas
+    assert any(key.startswith("model.layers.1.mlp.experts.down_proj[") for key in result.patch.deltas)
+    assert {route.layer for route in result.routes} == {1}
+    result.revert()
+    assert {key: digest(tensor) for key, tensor in model.state_dict().items()} == before

@@ -43,6 +43,17 @@ OWN = {
 }
 
 
+# What another cell of the table covers up to a detail runs with the slow tests.
+VARIANTS = ("gpt2-inverse", "falcon-alibi", "falcon-new", "stablelm-parallel")
+ALIKE = ("qwen2", "qwen3", "mistral-window", "phi3", "smollm3", "stablelm", "starcoder2", "cohere", "gemma", "codegen")
+ALIKE += ("gpt_bigcode", "gemma3", "glm4", "qwen3_moe", "olmoe")
+
+
+def types(*slow):
+    """Every type, those named in ``slow`` marked so."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in zoo.EDITABLE]
+
+
 @functools.cache
 def _made(name, dtype):
     return zoo.make(name, dtype, vocab_size=len(TOKENIZER))
@@ -131,7 +142,7 @@ def check_null_space(editor, result):
 
 
 @pytest.mark.parametrize("name", EDITORS)
-@pytest.mark.parametrize("model_type", zoo.EDITABLE)
+@pytest.mark.parametrize("model_type", types(*VARIANTS))
 def test_every_editor_on_every_model_type(model_type, name, values, tmp_path):
     model = model_of(model_type)
     editor = editor_of(name, model)
@@ -189,7 +200,7 @@ def engine_penalty(kind, model, site, delta):
     return sum(form.drift(now.rewrite, before.detach().rewrite, 1).sum() for form in forms)
 
 
-@pytest.mark.parametrize("model_type", zoo.EDITABLE)
+@pytest.mark.parametrize("model_type", types(*VARIANTS, *ALIKE))
 def test_sadrs_gradient(model_type):
     model = model_of(model_type, torch.float64)
     site = ModelArch(model).output_site(0)

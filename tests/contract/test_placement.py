@@ -1,6 +1,7 @@
 """Models as they come: in half precision, offloaded, wrapped, quantized; what cannot be edited says so before it starts."""
 
 import copy
+import itertools
 import warnings
 
 import accelerate
@@ -72,9 +73,14 @@ def offload(model, where, folder):
     return accelerate.disk_offload(model, folder, execution_device="cpu")
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-@pytest.mark.parametrize("name", ["rome", "memit"])
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mixtral"])  # GPT-2's head is tied
+CASES = list(itertools.product(("gpt2", "llama", "mixtral"), ("rome", "memit"), ("cpu", "disk")))
+QUICK = [("gpt2", "memit", "cpu"), ("llama", "memit", "disk"), ("mixtral", "rome", "disk")]  # GPT-2's head is tied
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "where"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES],
+)
 def test_an_offloaded_model_is_edited_as_it_would_be_on_the_device(model_type, name, where, tmp_path):
     plain = zoo.make(model_type, vocab_size=len(tokenizer())) if model_type == "mixtral" else tiny_model(model_type)
     away = offload(copy.deepcopy(plain), where, tmp_path)

@@ -22,7 +22,7 @@ MIXED = [name for name in zoo.EDITABLE if name not in DENSE]
 FRENCH = kedit.Edit("The mother tongue of {} is", "Danielle Darrieux", "English")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DENSE)
 def test_the_structure_of_a_known_type_is_what_its_entry_says(name, dtype):
     """Two descriptions made in different ways agree; so the entries are verified too."""

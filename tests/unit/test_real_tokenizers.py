@@ -22,7 +22,7 @@ def text_of(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-@pytest.mark.parametrize("context", ["{}", CONTEXT])
+@pytest.mark.parametrize("context", ["{}", pytest.param(CONTEXT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_positions_in_real_prompts(test_data, folder, context):
     tokenizer = loaded(test_data / folder)
