@@ -1,6 +1,7 @@
 """Attention drift against eager attention, and what it says about the embedded model."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,11 +111,19 @@ def test_results_are_saved_as_json(plain_and_sadr, tmp_path):
     assert np.array(found["probes"][0]["kl"]).shape == (6, 8)
 
 
-def test_results_about_other_probes_are_not_compared(plain_and_sadr):
+def test_only_probes_that_both_asked_are_compared(plain_and_sadr):
+    plain, sadr = plain_and_sadr
+    ids = [case.id for case in few()]
+    some = replace(sadr, probes=tuple(probe for probe in sadr.probes if probe.case in ids[:4]))
+    assert plain.against(some)["here"].cases <= 4 < plain.against(sadr)["here"].cases
+    first = replace(plain, probes=tuple(probe for probe in plain.probes if probe.case in ids[4:]))
     with pytest.raises(EditError, match="different probes"):
-        plain_and_sadr[0].against(kedit.drift(*embedded(), few()[:2], patches()))
+        first.against(some)
+    calm = replace(plain, probes=tuple(replace(probe, over=probe.over & False) for probe in plain.probes))
+    with pytest.raises(EditError, match="no head attends"):
+        calm.against(sadr)
     with pytest.raises(EditError, match="No probe of kind paraphrase"):
-        plain_and_sadr[0].of("paraphrase")
+        plain.of("paraphrase")
 
 
 def test_cases_without_fitting_probes_and_options_that_clash_are_refused():

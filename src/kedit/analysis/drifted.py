@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kedit.analysis.intervals import Floats, correlation, pearson, spearman
 from kedit.analysis.moved import MEASURES, DriftProbe, Head
@@ -107,40 +106,33 @@ class DriftResult:
             }
         return found
 
-    def drift_where(self, masks: Sequence[npt.NDArray[np.bool_]], kind: Kind | str | None = None) -> list[float]:
-        """Each probe's mean KL over the heads of its mask [L, A]; NaN where the mask is empty."""
-        found = []
-        for probe, mask in zip(self.of(kind or self.main_kind), masks, strict=True):
-            found.append(float(probe.kl[mask].mean()) if mask.any() else float("nan"))
-        return found
-
     def against(self, other: DriftResult, kind: Kind | str | None = None) -> dict[str, Estimate]:
         """The drift of the heads that over-attend here, here and in ``other``, and the paired difference (other - here).
 
-        Both must have asked the same probes. Keys: ``"here"``, ``"other"``, ``"difference"``; in nats per head.
+        Probes that only one of the two has asked are left out. Keys: ``"here"``, ``"other"``, ``"difference"``; mean KL of a
+        head, in nats, with intervals by case.
 
         Raises:
-            EditError: the two did not ask the same probes, or no head over-attends.
+            EditError: the two have no probe in common, or no head over-attends.
         """
-        chosen = kind or self.main_kind
-        mine, theirs = self.of(chosen), other.of(chosen)
-        if [(p.case, p.prompt) for p in mine] != [(p.case, p.prompt) for p in theirs]:
+        theirs = {(probe.case, probe.prompt): probe for probe in other.of(kind or self.main_kind)}
+        pairs = [(one, theirs.get((one.case, one.prompt))) for one in self.of(kind or self.main_kind)]
+        cases = list(dict.fromkeys(mine.case for mine, twin in pairs if twin is not None))
+        if not cases:
             raise EditError("The two results are about different probes. Compare results of the same cases.")
-        masks = [probe.over for probe in mine]
-        cases = list(dict.fromkeys(probe.case for probe in mine))
-        tallies = []
-        for result in (self, other):
-            values: dict[str, list[float]] = {case: [] for case in cases}
-            for probe, value in zip(mine, result.drift_where(masks, chosen), strict=True):
-                if value == value:
-                    values[probe.case].append(value)
-            tallies.append(Tally.of([values[case] for case in cases]))
+        here: dict[str, list[float]] = {case: [] for case in cases}
+        there: dict[str, list[float]] = {case: [] for case in cases}
+        for mine, twin in pairs:
+            if twin is not None and mine.over.any():
+                here[mine.case].append(float(mine.kl[mine.over].mean()))
+                there[mine.case].append(float(twin.kl[mine.over].mean()))
+        tallies = [Tally.of([values[case] for case in cases]) for values in (here, there)]
         weights = case_weights(len(cases))
-        here, there = (estimate([tally], weights) for tally in tallies)
+        found = [estimate([tally], weights) for tally in tallies]
         change = difference([tallies[1]], [tallies[0]], weights)
-        if here is None or there is None or change is None:
-            raise EditError(f"Under {self.label} no head attends to the edited subject more than before.")
-        return {"here": here, "other": there, "difference": change}
+        if found[0] is None or found[1] is None or change is None:
+            raise EditError(f"Under {self.label} no head attends to the edited subject more than any did before.")
+        return {"here": found[0], "other": found[1], "difference": change}
 
     def summary(self) -> str:
         """The correlations and the heads that over-attend most, as text."""
