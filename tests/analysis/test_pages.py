@@ -205,6 +205,7 @@ def test_the_commands_trace_and_drift(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "2 facts traced" in text
     assert "Proposal: layers=" in text
+    assert "kedit's preset of ROME for this model: layers=(0,)" in text
     assert {path.name for path in figures.iterdir()} == {"tracing.png", "handover.png"}
     assert out.stat().st_size > 500
 

@@ -21,6 +21,8 @@ from kedit.errors import ConfigError, EditError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedModel
+
     from kedit.edit import Edit
     from kedit.evaluation.cases import EditCase
 
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     )
     sys.stdout.write(result.summary() + "\n")
     if args.suggest:
-        sys.stdout.write(f"\n{result.suggest()}\n")
+        sys.stdout.write(f"\n{result.suggest()}\n{_known(model)}\n")
     if args.out:
         sys.stdout.write(f"effects: {result.save(args.out)}\n")
     if args.figures:
@@ -75,6 +77,18 @@ def run(args: argparse.Namespace) -> int:
         for path in common.save_figures(args.figures, drawn):
             sys.stdout.write(f"picture: {path}\n")
     return 0
+
+
+def _known(model: PreTrainedModel) -> str:
+    """What kedit would edit without tracing."""
+    from kedit import presets
+    from kedit.arch import ModelArch
+
+    arch = ModelArch(model)
+    found = presets.find("rome", arch)
+    if found is not None:
+        return f"kedit's preset of ROME for this model: layers={found.values['layers']}."
+    return f"kedit has no preset of ROME for this model; its rule by depth would be layers={presets.layer_rule(arch)}."
 
 
 def _facts(args: argparse.Namespace) -> Sequence[Edit | EditCase]:
