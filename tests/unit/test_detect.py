@@ -147,6 +147,6 @@ def test_the_probe_runs_once_per_model(monkeypatch):
     from kedit.arch import detect as module
 
     model, calls = made(), []
-    monkeypatch.setattr(module, "_chain", lambda *args, was=module._chain: (calls.append(1), was(*args))[1])
+    monkeypatch.setattr(module, "chain", lambda *args, was=module.chain: (calls.append(1), was(*args))[1])
     assert ModelArch(model).spec is ModelArch(model).spec
     assert len(calls) == 1

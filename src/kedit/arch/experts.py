@@ -9,16 +9,14 @@ into the experts that serve the token, in the proportion that the router uses th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kedit.arch.placement import offloaded
+from kedit.arch.weight import Weight
 from kedit.errors import ArchitectureError, UnsupportedError
-
-if TYPE_CHECKING:
-    from kedit.arch.model import Weight
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,6 @@ class Experts:
 
     def weight(self, index: int) -> Weight:
         """One expert's matrix."""
-        from kedit.arch.model import Weight
-
         if index >= self.count:
             raise ArchitectureError(f"{self.path}.{self.leaf} has {self.count} experts, and no number {index}.")
         away = offloaded(self.module, self.leaf) if self.fused.is_meta else None
