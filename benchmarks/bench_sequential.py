@@ -2,8 +2,8 @@
 
 One after another: every fact of the world that may be edited is edited, then edited again to something else, each with an
 ``apply`` of its own; written down every tenth of the way: the process's memory, the time of an apply, and how many of the latest
-hundred edits the model says. At once: MEMIT writes 100 and then all of them as one batch (the world's facts, then the same facts in
-other words); written down: the process's peak memory. At the end of each everything is taken back.
+hundred edits the model says. At once: MEMIT writes 100 and then all of them as one batch (a fact of everybody, then the same facts
+in other words); written down: the process's peak memory. At the end of each everything is taken back.
 """
 
 from __future__ import annotations
@@ -75,14 +75,20 @@ def run(name: str, edits: list[kedit.Edit]) -> list[list[str]]:
 
 
 def wordings(count: int) -> list[kedit.Edit]:
-    """``count`` edits that do not contradict one another: every fact in its first wording, then in its second, ..."""
+    """``count`` edits that fit together: one new fact for everybody, in its first wording, then in its second, ...
+
+    Not several facts of a person: where a prompt begins with the name, all of them would be written at one key.
+    """
     world = embedded_world()
+    relations = [relation for relation in world.relations if relation.role == "edit"]
     found = []
-    for number in range(4):
-        for half in ("dev", "test"):
-            for case in world.edits(half, 300):
-                prompts = [case.prompt, *(probe.prompt for probe in case.paraphrases)]
-                found.append(kedit.Edit(prompts[number], case.subject, case.target_new))
+    for number in range(min(len(relation.templates) for relation in relations)):
+        for i, person in enumerate(world.people):
+            relation = relations[i % len(relations)]
+            now = relation.objects.index(world.object(person.name, relation.name))
+            target = relation.objects[(now + 1 + i) % len(relation.objects)]
+            if target != relation.objects[now]:
+                found.append(kedit.Edit(relation.templates[number], person.name, target))
     return found[:count]
 
 
