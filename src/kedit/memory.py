@@ -6,8 +6,10 @@ peak of a small step, split into what grows with running tokens, with stored tok
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,3 +152,33 @@ def free_memory(device: torch.device) -> int:
     except OSError:
         pass
     return 1 << 62  # not told: no limit of ours
+
+
+TRIM_EVERY = 16  # applies; a trim costs as much as a small apply, mostly in pages that are touched anew
+
+
+class HeapTrim:
+    """Gives freed memory back to the system now and then.
+
+    The small tensors that outlive an edit lie scattered in the heap between the large ones that do not, so glibc's heap keeps
+    growing over a long sequence of edits although hardly anything is in use (by 0.5 GiB in 300 edits of a small model).
+    Does nothing where the C library has no ``malloc_trim``.
+    """
+
+    _count = 0
+
+    @classmethod
+    def after_apply(cls) -> None:
+        """Call once per apply."""
+        cls._count += 1
+        if cls._count % TRIM_EVERY == 0 and (trim := cls._function()) is not None:
+            trim(0)
+
+    @staticmethod
+    @functools.cache
+    def _function() -> Callable[[int], int] | None:
+        try:
+            found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        except (OSError, AttributeError, TypeError):
+            return None
+        return found

@@ -136,7 +136,10 @@ def test_config_of_another_kind(model):
 
 
 def test_sadr_without_gamma_is_refused_before_anything_runs(model, monkeypatch):
-    monkeypatch.setattr(model, "forward", None)
+    def never(*args, **kwargs):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(model, "forward", never)
     with pytest.raises(ConfigError, match="γ"):
         make("rome", model).apply(FRENCH, regularizer="sadr")
 

@@ -1,6 +1,8 @@
 """The stated footprint of a wave is what it takes, and the budget follows it."""
 
+import gc
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +66,24 @@ def test_the_budget_shrinks_to_what_is_free_and_says_so(monkeypatch, caplog):
     made.propose(ALL * 4)
     assert made.engine.budget < 8_192
     assert "MiB that are free" in caplog.text
+
+
+def test_many_applies_leave_the_process_as_large_as_it_was():
+    """200 edits in a row keep their factors and nothing else; freed memory goes back to the system."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("Needs /proc to read the process's memory.")
+
+    def resident():
+        gc.collect()
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS")) / 1024
+
+    model = tiny_model("gpt2")
+    width = ModelArch(model).weight(1).matrix.shape[1]
+    made = kedit.AlphaEdit(model, tokenizer(), layers=1, moments={1: moments(width, 1)}, contexts=["{}"], steps=2)
+    sizes = []
+    for number in range(224):
+        made.apply(ALL[number % len(ALL)])
+        if number >= 32 and number % 16 == 15:
+            sizes.append(resident())
+    assert sizes[-1] - sizes[0] < 24, sizes

@@ -22,6 +22,7 @@ from kedit.editors.config import EditorConfig
 from kedit.engine import Engine
 from kedit.errors import ConfigError
 from kedit.ledger import Ledger, check_writable
+from kedit.memory import HeapTrim
 from kedit.moments import RIDGE, Moment, SecondMoments
 from kedit.optimise import StepLog, Values
 from kedit.patch import EditPatch, fingerprints
@@ -212,6 +213,7 @@ class Editor(ABC):
         except BaseException:
             patch.revert(self.model)
             raise
+        HeapTrim.after_apply()
         report = None if watch is None else watch.report
         lost = {name: Ledger.of(self.model).rounding(name) / max(delta.norm, 1e-30) for name, delta in summed.items()}
         return EditResult(patch, chosen, log, timer.seconds, self.model, report, routes, lost)
