@@ -1,9 +1,9 @@
 """A thousand edits of the embedded model, one after another and at once: ``python benchmarks/bench_sequential.py``.
 
-One after another: every fact of the world that may be edited is edited, then edited again to something else, each with an
-``apply`` of its own; written down every tenth of the way: the process's memory, the time of an apply, and how many of the latest
-hundred edits the model says. At once: MEMIT writes 100 and then all of them as one batch (a fact of everybody, then the same facts
-in other words); written down: the process's peak memory. At the end of each everything is taken back.
+The edits are one new fact for everybody in the world, then the same facts in other words. One after another, each with an ``apply``
+of its own; written down every tenth of the way: the process's memory, the time of an apply, and how many of the latest hundred
+edits the model says. At once: MEMIT writes 100 and then all of them as one batch; written down: the process's peak memory. At the
+end of each everything is taken back.
 """
 
 from __future__ import annotations
@@ -17,18 +17,8 @@ from pathlib import Path
 import torch
 
 import kedit
-from kedit.data.world import embedded_world, world_cases
+from kedit.data.world import embedded_world
 from kedit.evaluation.environment import environment
-
-
-def facts(count: int) -> list[kedit.Edit]:
-    """``count`` edits: each fact of both halves once, then once more with another target, and so on."""
-    world = embedded_world()
-    found: list[kedit.Edit] = []
-    while len(found) < count:
-        for half in ("dev", "test"):
-            found += [case.edit for case in world_cases(world, half, 300, seed=len(found))]
-    return found[:count]
 
 
 def resident() -> float:
@@ -119,8 +109,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sequential.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    edits = facts(args.edits)
-    batches = at_once(wordings(args.edits))
+    edits = wordings(args.edits)
+    batches = at_once(edits)
     rows = [row for name in args.editors.split(",") for row in run(name, edits)]
     machine = environment()
     lines = [
