@@ -14,7 +14,8 @@ from kedit.regularizers import KeyNorm
 
 pytestmark = [
     pytest.mark.timeout(0),
-    pytest.mark.filterwarnings("default::kedit.errors.KEditWarning"),  # in a long sequence one target may be known already
+    # In a long sequence one target may be known already.
+    pytest.mark.filterwarnings("default::kedit.errors.KEditWarning"),
 ]
 COLUMNS = ("score", *FIVE, "fluency")
 

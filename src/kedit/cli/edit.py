@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--journal", metavar="DIR", help="edit one by one and go on there after a crash")
     parser.add_argument("--batch-size", type=int, metavar="N", help="edits per step of the journal (default: 1)")
     parser.add_argument(
-        "--keys", metavar="FILE", help="AlphaEdit's keys of earlier edits: read where it exists, written again at the end"
+        "--keys",
+        metavar="FILE",
+        help="AlphaEdit's keys of earlier edits: read where it exists, written again at the end",
     )
     parser.add_argument("--save-model", metavar="DIR", help="also write the whole edited model there")
 
@@ -111,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
 def _load_keys(editor: Any, path: str) -> None:
     """Give AlphaEdit the keys of earlier edits, where there are some."""
     if not hasattr(editor, "history"):
-        raise ConfigError(f"--keys belongs to an editor that remembers keys (alphaedit), not to {editor.name}. Drop it.")
+        raise ConfigError(
+            f"--keys belongs to an editor that remembers keys (alphaedit), not to {editor.name}. Drop it."
+        )
     if Path(path).exists():
         editor.history.load(path)
 
