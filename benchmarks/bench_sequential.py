@@ -43,11 +43,11 @@ def said(model, tokenizer, edits: list[kedit.Edit]) -> float:
     return 100 * hits / len(edits)
 
 
-def run(name: str, edits: list[kedit.Edit]) -> list[list[str]]:
+def run(name: str, edits: list[kedit.Edit], steps: int | None) -> list[list[str]]:
     """Rows of the table of one editor."""
     model, tokenizer = kedit.load()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    editor = kedit.editor(name, model, tokenizer)
+    editor = kedit.editor(name, model, tokenizer, **({} if steps is None else {"steps": steps}))
     editor.prepare()
     every, rows, seconds = max(1, len(edits) // 10), [], []
     for number, edit in enumerate(edits, start=1):
@@ -106,18 +106,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edits", type=int, default=1_000)
     parser.add_argument("--editors", default="alphaedit,rome")
+    parser.add_argument("--batch", type=int, help="edits at once (default: as many as one after another)")
+    parser.add_argument("--steps", type=int, help="of each edit one after another (default: the preset's)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sequential.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     edits = wordings(args.edits)
-    batches = at_once(edits)
-    rows = [row for name in args.editors.split(",") for row in run(name, edits)]
+    batches = at_once(edits if args.batch is None else wordings(args.batch))
+    rows = [row for name in args.editors.split(",") for row in run(name, edits, args.steps)]
     machine = environment()
     lines = [
         f"# {len(edits):,} edits one after another",
         "",
-        f"The embedded model, one `apply` per edit, one thread; {machine['machine']}, torch {machine['torch']}. Memory is the",
-        "whole process's; afterwards every weight is back bit for bit.",
+        f"The embedded model, one `apply` per edit, one thread, steps: {args.steps or 'as preset'}; {machine['machine']}, torch",
+        f"{machine['torch']}. Memory is the whole process's; afterwards every weight is back bit for bit.",
         "",
         "| editor | edits so far | memory, MiB | ms per edit | of the latest 100, says the target, % |",
         "|---|---|---|---|---|",
