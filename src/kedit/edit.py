@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,11 @@ class Edit:
             EditError: a line that is not JSON or not an edit, with its number.
         """
         try:
-            # Not splitlines(): JSON strings may hold U+2028 and other line ends that end no JSON line.
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise EditError(f"Cannot read edits from {path}: {error}.") from error
         edits = []
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+        for number, line in json_lines(text):
             try:
                 edits.append(cls.from_dict(json.loads(line)))
             except (json.JSONDecodeError, EditError) as error:
@@ -91,6 +88,14 @@ class Edit:
         if not edits:
             raise EditError(f"{path} holds no edits. Write one JSON object per line.")
         return edits
+
+
+def json_lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of JSON lines that are not blank, numbered from 1."""
+    # Not splitlines(): JSON strings may hold U+2028 and other line ends that end no JSON line.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line
 
 
 def _check_encodable(field: str, value: str) -> None:

@@ -153,6 +153,18 @@ def test_each_form_is_recognised_and_read(tmp_path, form):
     assert case == one(tmp_path, form, format=form).cases[0]
 
 
+def test_other_line_ends_inside_a_text_end_no_record(tmp_path):
+    path = tmp_path / "cases.jsonl"
+    edit = {"prompt": "{} lives\u2028in\x85the", "subject": "Ada", "target_new": "North"}
+    record = json.dumps({"id": "a", "edit": edit}, ensure_ascii=False)
+    other = json.dumps({"id": "b", "edit": edit}, ensure_ascii=False)
+    path.write_text(f"\ufeff{record}\r\n{other}\n", encoding="utf-8")
+    loaded = load_cases(path)
+    assert [case.id for case in loaded.cases] == ["a", "b"]
+    assert not loaded.malformed
+    assert loaded.cases[0].edit.prompt == edit["prompt"]
+
+
 def test_every_form_has_a_record_here():
     assert set(FORMATS) == set(RECORDS)
 

@@ -170,6 +170,51 @@ def test_a_finished_run_is_read_back_without_the_model_running(tmp_path, monkeyp
     assert EvalReport.load(tmp_path).figures == whole.figures
 
 
+@pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
+def test_the_model_is_as_before_the_moment_an_error_is_caught(tmp_path, monkeypatch, mode):
+    model, tok, editor = make()
+    before = weights(model)
+
+    def full(self, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runner_module.Journal, "append", full)
+    with pytest.raises(OSError, match="No space") as held:  # whose traceback holds what was running
+        evaluate(model, tok, make_cases(3), editor, None, mode, out=tmp_path)
+    assert same(model, before)
+    assert not Ledger.of(model).touched
+    assert held.value.errno == 28
+
+
+def test_other_line_ends_inside_a_text_end_no_record(tmp_path):
+    model, tok, editor = make()
+    cases = [
+        EditCase.of(str(i), Edit(f"{{}} lives{end}in", "Ada", "Paris", "Rome")) for i, end in enumerate("\u2028\x85\r")
+    ]
+    first = evaluate(model, tok, cases, editor, out=tmp_path, exact=False)
+    again = evaluate(model, tok, cases, editor, out=tmp_path, exact=False)
+    assert [record.prompt for record in again.records] == [f"Ada lives{end}in → Paris" for end in "\u2028\x85\r"]
+    assert EvalReport.load(tmp_path).figures == first.figures
+
+
+def test_before_and_after_are_written_and_decoded_to_the_same_length():
+    model, tok, editor = make()
+    model.generation_config.eos_token_id = None
+    tok.eos_token = None
+    cases = [
+        EditCase.of(
+            str(i),
+            Edit("{} lives in", "Ada", "Paris" + " and Rome" * i, "Oslo"),
+            [Probe(kind=Kind.GENERATION, prompt="word " * words + "Ada")],
+        )
+        for i, words in enumerate((0, 22))
+    ]
+    unedited = [evaluate(model, tok, [case], None, generate=100).records[0] for case in cases]
+    report = evaluate(model, tok, cases, editor, generate=100)
+    for alone, record in zip(unedited, report.records, strict=True):
+        assert [probe.text for probe in record.before.probes] == [probe.text for probe in alone.before.probes]
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     model, tok, editor = make()
     evaluate(model, tok, make_cases(3), editor, out=tmp_path)

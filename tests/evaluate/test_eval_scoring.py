@@ -164,6 +164,21 @@ def test_decoding_stops_at_the_context_windows_end():
     assert len(tok(text)["input_ids"]) <= 4  # two new tokens, however they are written
 
 
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_continuation_is_as_long_as_it_would_be_alone(top_k):
+    model, tok = tiny_model("gpt2"), tokenizer("plain")
+    model.generation_config.eos_token_id = None
+    tok.eos_token = None
+    arch, words = ModelArch(model), tok("word " * 200)["input_ids"]
+    prompts = [tuple(tok("Ada lives in")["input_ids"]), *(tuple(words[:count]) for count in (90, 120, 128))]
+    for lengths in (40, [3, 50, 2, 4]):
+        together = continue_rows(arch, tok, prompts, lengths, top_k=top_k)
+        wanted = lengths if isinstance(lengths, list) else [lengths] * 4
+        alone = [continue_rows(arch, tok, [ids], n, top_k=top_k)[0] for ids, n in zip(prompts, wanted, strict=True)]
+        assert together == alone
+        assert together[3] == ("", False)  # its window is full
+
+
 def test_samples_do_not_depend_on_the_company():
     model, tok = tiny_model("llama"), tokenizer("plain")
     prompts = [tuple(tok(prompt)["input_ids"]) for prompt, _ in PAIRS]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kedit.edit import json_lines
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
 
@@ -72,7 +73,7 @@ def parse(records: Iterable[Any], parser: Parser, format: str, *, strict: bool =
 def read_records(path: Path) -> list[Any]:
     """The records of a JSON list or JSON-lines file; a line that is not JSON becomes a malformed record of its own."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EditError(f"Cannot read cases from {path}: {error}.") from error
     if path.suffix == ".jsonl":
@@ -90,12 +91,11 @@ def read_records(path: Path) -> list[Any]:
 
 
 def _lines(text: str) -> Iterator[Any]:
-    for line in text.splitlines():
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"not JSON: {error}"
+    for _, line in json_lines(text):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            yield f"not JSON: {error}"
 
 
 def _mapping(record: Any) -> Record:

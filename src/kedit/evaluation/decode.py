@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +45,7 @@ def continue_rows(
     arch: ModelArch,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[tuple[int, ...]],
-    length: int,
+    length: int | Sequence[int],
     *,
     top_k: int | None = None,
     seed: int = 0,
@@ -53,24 +53,43 @@ def continue_rows(
 ) -> list[tuple[str, bool]]:
     """Continue each prompt by at most ``length`` tokens: (text, whether it came to an end of its own).
 
+    A prompt goes on as far as it would alone, to the end of its own context window, whichever others are given with it.
+
     Args:
         arch: the model.
         tokenizer: its tokenizer.
         prompts: token rows.
-        length: new tokens at most.
+        length: new tokens at most, of all prompts or of each.
         top_k: sample among so many candidates; greedy without.
         seed: of the sampling; a prompt's draws depend on the seed and the prompt alone.
         tokens: padded tokens per forward pass at most.
     """
     found: list[tuple[str, bool]] = [("", False)] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    while order:
-        size = max(1, tokens // (len(prompts[order[0]]) + length))
-        batch, order = order[:size], order[size:]
-        rows = _Decoding(arch, tokenizer, [prompts[i] for i in batch], top_k, seed).run(length)
+    wanted = [length] * len(prompts) if isinstance(length, int) else list(length)
+    limit = context_limit(arch.model)
+    rooms = [n if limit is None else max(0, min(n, limit - len(ids))) for n, ids in zip(wanted, prompts, strict=True)]
+    for batch in _batches([len(ids) for ids in prompts], rooms, limit, tokens):
+        decoding = _Decoding(arch, tokenizer, [prompts[i] for i in batch], top_k, seed)
+        rows = decoding.run([rooms[i] for i in batch])
         for i, (ids, ended) in zip(batch, rows, strict=True):
             found[i] = (str(tokenizer.decode(ids, skip_special_tokens=True)), ended)
     return found
+
+
+def _batches(lengths: Sequence[int], rooms: Sequence[int], limit: int | None, tokens: int) -> Iterator[list[int]]:
+    """Prompts that are continued together, longest first; none is carried past ``limit`` by a longer one's padding."""
+    batch: list[int] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch:
+            width = lengths[batch[0]] + max(room, rooms[i])
+            if (len(batch) + 1) * width > tokens or (limit is not None and width > limit):
+                yield batch
+                batch, room = [], 0
+        batch.append(i)
+        room = max(room, rooms[i])
+    if batch:
+        yield batch
 
 
 class _Decoding:
@@ -92,23 +111,21 @@ class _Decoding:
         self.mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
         self.generators = [torch.Generator().manual_seed(_seed_of(seed, ids)) for ids in prompts] if top_k else []
         self.positions = "position_ids" in inspect.signature(arch.model.forward).parameters
-        self.limit = context_limit(arch.model)
 
-    def run(self, length: int) -> list[tuple[list[int], bool]]:
+    def run(self, rooms: Sequence[int]) -> list[tuple[list[int], bool]]:
         count = len(self.ids)
         written: list[list[int]] = [[] for _ in range(count)]
         ended = [False] * count
         fed, cache = self.ids, None
-        room = length if self.limit is None else min(length, self.limit - self.ids.shape[1])
-        for step in range(room):
+        for step in range(max(rooms)):
             logits, cache = self._forward(fed, cache)
             choice = self._choose(logits)
             for i, token in enumerate(choice):
-                if not ended[i]:
+                if not ended[i] and step < rooms[i]:
                     ended[i] = token in self.ends
                     if not ended[i]:
                         written[i].append(token)
-            if all(ended) or step == room - 1:
+            if all(end or step >= room - 1 for end, room in zip(ended, rooms, strict=True)):
                 break
             fed = torch.tensor(choice)[:, None]
             self.mask = torch.cat([self.mask, self.mask.new_ones(count, 1)], 1)

@@ -160,9 +160,9 @@ class Examiner:
                     found.append(((plan.case.id, number), plan.right[number], accepted))
         if not found:
             return {}
-        longest = max(len(row.labels) + _longer(self.tokenizer, accepted) for _, row, accepted in found)
+        lengths = [len(row.labels) + _longer(self.tokenizer, accepted) + SPARE for _, row, accepted in found]
         prompts = [row.ids[: row.target] for _, row, _ in found]
-        texts = continue_rows(self.arch, self.tokenizer, prompts, longest + SPARE)
+        texts = continue_rows(self.arch, self.tokenizer, prompts, lengths)
         return {
             key: (text, says(text, accepted, ended=ended))
             for (key, _, accepted), (text, ended) in zip(found, texts, strict=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kedit.edit import json_lines
 from kedit.errors import EditError
 from kedit.evaluation.scores import CaseRecord
 from kedit.patch import EditPatch
@@ -93,7 +94,7 @@ def _read(path: Path) -> list[CaseRecord]:
     if len(complete) < len(whole):
         path.write_bytes(complete)
     try:
-        return [CaseRecord.from_dict(json.loads(line)) for line in complete.decode().splitlines()]
+        return [CaseRecord.from_dict(json.loads(line)) for _, line in json_lines(complete.decode())]
     except (ValueError, KeyError, TypeError) as error:
         raise EditError(f"{path} is damaged ({error}). Remove it to evaluate anew.") from error
 

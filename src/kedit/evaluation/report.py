@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kedit.edit import json_lines
 from kedit.errors import EditError
 from kedit.evaluation.metrics import METRICS, Metric, chosen
 from kedit.evaluation.scores import CaseRecord
@@ -142,9 +143,9 @@ class EvalReport:
         """Read back what :meth:`save` wrote."""
         target = Path(folder)
         try:
-            lines = (target / "records.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (target / "records.jsonl").read_text(encoding="utf-8")
             summary = json.loads((target / "summary.json").read_text(encoding="utf-8"))
-            records = [CaseRecord.from_dict(json.loads(line)) for line in lines]
+            records = [CaseRecord.from_dict(json.loads(line)) for _, line in json_lines(lines)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EditError(f"{target} holds no finished evaluation ({error}). Run it to its end first.") from error
         return cls(records, summary["run"])

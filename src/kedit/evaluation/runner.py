@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -108,7 +108,8 @@ class Run:
                 if self.editor is not None:
                     _ = self.editor.contexts, self.editor.needs_moments and self.editor.moments
             work = self._single(examiner, done) if self._each_alone else self._joint(examiner, done, journal)
-            with Progress(len(self.cases), "evaluating", unit="case") as progress:
+            # Closed here and now: an error would keep the generator, and with it the edited model, as long as its traceback.
+            with closing(work), Progress(len(self.cases), "evaluating", unit="case") as progress:
                 running = _Running()
                 for record in done.values():
                     running.add(record)
@@ -128,7 +129,7 @@ class Run:
     def _each_alone(self) -> bool:
         return self.mode == "single" or self.editor is None
 
-    def _single(self, examiner: Examiner, done: Mapping[str, CaseRecord]) -> Iterator[CaseRecord]:
+    def _single(self, examiner: Examiner, done: Mapping[str, CaseRecord]) -> Generator[CaseRecord, None, None]:
         """Chunks are the same in every run, so that a resumed one rounds alike; only what is missing is asked again."""
         for cases in self._chunks():
             if all(case.id in done for case in cases):
@@ -211,7 +212,7 @@ class Run:
 
     def _joint(
         self, examiner: Examiner, done: Mapping[str, CaseRecord], journal: Journal | None
-    ) -> Iterator[CaseRecord]:
+    ) -> Generator[CaseRecord, None, None]:
         """All facts written, then everything asked."""
         start = time.perf_counter()
         before: dict[str, CaseScore] = {}
