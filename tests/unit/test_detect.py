@@ -108,6 +108,55 @@ def test_what_is_no_mlp_is_refused(config, reason):
         ModelArch(made(**config))
 
 
+MIXTURES = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "num_experts_per_tok": 2,
+}
+SHARED = {
+    "glm4_moe": ({"n_routed_experts": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 0}, "mlp.experts"),
+    "granitemoeshared": ({"num_local_experts": 4, "shared_intermediate_size": 16}, "block_sparse_moe.experts"),
+    "llama4_text": ({"num_local_experts": 4, "interleave_moe_layer_step": 1}, "feed_forward.experts"),
+}
+
+
+def mixture(kind, **own):
+    config = AutoConfig.for_model(kind, **SMALL, **MIXTURES, **own, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_an_expert_that_is_shared_is_not_taken_for_the_mlp(kind):
+    """The only linear layer that ends an MLP there is the shared expert's; the others are in fused tensors beside it."""
+    own, experts = SHARED[kind]
+    with pytest.raises(ArchitectureError, match=f"'{kind}'.*block 0 adds more than.*{experts}.*shared expert"):
+        ModelArch(mixture(kind, **own))
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "llama4_text"])
+def test_routers_that_are_linear_layers_and_return_several_tensors(kind):
+    with pytest.raises(ArchitectureError, match=f"'{kind}', and cannot edit what it finds"):
+        detect(mixture(kind, num_local_experts=4))
+
+
+def test_a_block_that_fails_on_its_own_is_refused_in_words(monkeypatch):
+    model = made()
+    real = type(model.stages[0]).forward
+
+    def once(self, x, seen):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls > 1:
+            raise KeyError("state")
+        return real(self, x, seen)
+
+    monkeypatch.setattr(type(model.stages[0]), "forward", once)
+    with pytest.raises(ArchitectureError, match="do not run one by one .*KeyError"):
+        ModelArch(model)
+
+
 def test_blocks_that_differ_are_refused():
     model = made()
     model.stages[2].thinker.close = torch.nn.Sequential(model.stages[2].thinker.close)

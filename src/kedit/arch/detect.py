@@ -9,8 +9,9 @@ again and again with a change put into one linear layer, to see whom it reaches:
 - the MLP's *down-projection* is the linear layer, with the width of the residual stream, that reaches no other linear layer
   of its block, and is not the former.
 
-What is found is verified before it is used: a change of the down-projection's output must reach the block's output at its
-own token and nowhere else. Where it arrives as a fixed multiple, that is the gain; where not, the block normalises it.
+What is found is verified before it is used: nothing but these two may reach the block's output (no expert beside them),
+and a change of the down-projection's output must reach it at its own token and nowhere else. Where it arrives as a fixed
+multiple, that is the gain; where not, the block normalises it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from kedit.arch.placement import device_of
-from kedit.arch.structure import PLACE, Block, Call, chain, probe, put, refused, width_of
+from kedit.arch.structure import PLACE, Block, Call, chain, others, probe, put, refused, width_of
 from kedit.arch.table import ArchSpec
+from kedit.errors import ArchitectureError
 
 _LINEAR = 1e-3  # how far from a multiple of the change the answer may be
 
@@ -64,6 +66,10 @@ def detect(model: Any) -> ArchSpec:
                 head=names[output],
             )
             return _verified(spec, calls, kind)
+    except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        if isinstance(error, ArchitectureError):
+            raise
+        raise refused(kind, f"its blocks do not run one by one ({type(error).__name__}: {error})") from error
     finally:
         for module in was:
             module.training = True
@@ -77,6 +83,7 @@ def _verified(spec: ArchSpec, calls: Sequence[Call], kind: str) -> ArchSpec:
     """
     gains: list[float | None] = []
     for number, call in enumerate(calls):
+        ends = []
         for path in (spec.down, spec.attention_out):
             try:
                 linear = width_of(call.block.get_submodule(path))
@@ -84,7 +91,14 @@ def _verified(spec: ArchSpec, calls: Sequence[Call], kind: str) -> ArchSpec:
                 linear = None
             if linear is None:
                 raise refused(kind, f"its blocks differ: block {number} has no linear layer {path!r}, as block 0 has")
-        gains.append(_gain(call, call.block.get_submodule(spec.down), number, kind))
+            ends.append(call.block.get_submodule(path))
+        if found := others(call, ends, spec.attention):
+            raise refused(
+                kind,
+                f"block {number} adds more than its attention and the down-projection {spec.down!r}: what {', '.join(found)} "
+                "gives reaches its output too, as in mixtures with a shared expert (which need an entry)",
+            )
+        gains.append(_gain(call, ends[0], number, kind))
     known = [gain for gain in gains if gain is not None]
     if len(known) < len(gains):
         return replace(spec, normalised=True)

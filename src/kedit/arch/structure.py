@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from kedit.errors import ArchitectureError
 
 TOKENS = 6
 PLACE = 2  # the token whose values are changed
+_FELT = 1e-5  # a relative change that is no rounding
 
 
 def refused(kind: str, reason: str) -> ArchitectureError:
@@ -165,12 +166,13 @@ class Block:
         """What every linear layer is given when one layer's output is changed, [T, I] each, and the order of calls."""
         given: dict[nn.Module, Tensor] = {}
 
+        def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found = next(value for value in (*args, *named.values()) if isinstance(value, Tensor))
+            given[module] = found.reshape(-1, found.shape[-1]).clone()
+
         def hooks(stack: ExitStack) -> None:
             for module in self.names:
-                handle = module.register_forward_pre_hook(
-                    lambda module, args: given.__setitem__(module, args[0].reshape(-1, args[0].shape[-1]).clone())
-                )
-                stack.callback(handle.remove)
+                stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
             if changed is not None:
                 put(stack, changed, probe(width_of(changed) or 0, self.call.output, 0))
 
@@ -185,7 +187,7 @@ class Block:
             if other is module or other not in given or given[other].shape != before.shape:
                 continue
             scale = before.abs().max().clamp(min=1e-30)
-            moved = (given[other] - before).abs().amax(-1) > 1e-5 * scale
+            moved = (given[other] - before).abs().amax(-1) > _FELT * scale
             if bool(moved.any()):
                 found[other] = moved.cpu()
         return found
@@ -199,11 +201,67 @@ def probe(width: int, like: Tensor, seed: int) -> Tensor:
 
 
 def put(stack: ExitStack, module: nn.Module, change: Tensor) -> None:
-    """Add a change to a linear layer's output at the token :data:`PLACE`."""
+    """Add a change to a linear layer's output at the token :data:`PLACE`.
 
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        changed = output.clone()
-        changed[..., PLACE, :] += change.to(changed.device)
-        return changed
+    Some routers are linear layers that return several tensors; the first is changed.
+    """
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        first = first_of(output)
+        changed = first.clone()
+        changed[..., PLACE, :] += change[: changed.shape[-1]].to(changed.device)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     stack.callback(module.register_forward_hook(hook).remove)
+
+
+def others(call: Call, ends: Sequence[nn.Module], attention: str) -> list[str]:
+    """What reaches the block's output besides its linear layers ``ends``, by name; what its attention does is left out.
+
+    The ends' outputs are held as they are, and what every other matrix of the block gives is changed. So an expert or a
+    second MLP beside the down-projection is seen, however it is written.
+    """
+    around, apart = [], []
+    for name, module in call.block.named_modules():
+        if module in ends or not _has_matrix(module) or f"{name}.".startswith(f"{attention}."):
+            continue
+        if any(end is part for end in ends for part in module.modules()):
+            around.append(name or "the block itself")  # its output holds theirs, so it cannot be told apart
+        else:
+            apart.append((name, module))
+    held: dict[nn.Module, Any] = {}
+
+    def keep(stack: ExitStack) -> None:
+        for end in ends:
+            stack.callback(end.register_forward_hook(lambda m, _a, out: held.__setitem__(m, out.clone())).remove)
+
+    base = call.again(keep)
+
+    def moved(changed: Sequence[tuple[str, nn.Module]]) -> bool:
+        def hooks(stack: ExitStack) -> None:
+            for _, module in changed:
+                stack.callback(module.register_forward_hook(lambda _m, _a, out: _shaken(out)).remove)
+            for end in ends:
+                stack.callback(end.register_forward_hook(lambda m, _a, _out: held[m].clone()).remove)
+
+        return float((call.again(hooks) - base).abs().max()) > _FELT * float(base.abs().max())
+
+    if apart and moved(apart):
+        around += [one[0] for one in apart if moved([one])] or [apart[0][0]]
+    return around
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module has a parameter of its own with two dimensions or more."""
+    return any(sum(size > 1 for size in own.shape) > 1 for own in module.parameters(recurse=False))
+
+
+def _shaken(output: Any) -> Any:
+    """An output changed beyond recognition; that which is no number stays."""
+    if isinstance(output, tuple):
+        return tuple(_shaken(part) for part in output)
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return output
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+    return output + noise * output.float().square().mean().sqrt().clamp(min=1e-3).to(output.dtype)
