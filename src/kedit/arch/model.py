@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -12,7 +11,8 @@ import torch
 from torch import nn
 
 from kedit.arch.experts import Experts
-from kedit.arch.placement import device_of, offloaded, unwrap
+from kedit.arch.lookup import bare, part, weight_of
+from kedit.arch.placement import device_of, unwrap
 from kedit.arch.table import ARCHITECTURES, ArchSpec
 from kedit.arch.weight import Weight
 from kedit.errors import ArchitectureError, ConfigError, UnsupportedError
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Kind = Literal["mlp", "block", "attention"]
-_NAME = re.compile(r"(?P<path>.*?)\.?(?P<leaf>[^.\[\]]*)(\[(?P<index>[0-9]+)\])?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ class ModelArch:
         if experts is not None:
             rows, columns = experts.fused.shape[1:]
             return (columns, rows) if experts.transposed else (rows, columns)
-        down: Any = _bare(self.down(layer))
+        down: Any = bare(self.down(layer))
         if hasattr(down, "in_features"):
             return int(down.out_features), int(down.in_features)
         rows, columns = self.weight(layer).matrix.shape
@@ -206,17 +205,7 @@ class ModelArch:
 
     def weight_of(self, name: str) -> Weight:
         """The matrix called ``name``, with the layout that its module's type implies."""
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise ArchitectureError(f"{type(self.model).__name__} has no parameter {name!r}.")
-        module = _bare(self._part(match["path"]))
-        parameter = getattr(module, match["leaf"], None)
-        if not isinstance(parameter, nn.Parameter):
-            raise ArchitectureError(f"{type(self.model).__name__} has no parameter {name!r}.")
-        if match["index"] is None:
-            away = offloaded(module, match["leaf"]) if parameter.is_meta else None
-            return Weight(name, parameter, _stored_transposed(module, name), away=away)
-        return Experts(module, match["path"], match["leaf"]).weight(int(match["index"]))
+        return weight_of(self.model, name)
 
     def check_layer(self, layer: int) -> int:
         """Return ``layer``, or raise :class:`ConfigError` where the model has no such block."""
@@ -230,20 +219,7 @@ class ModelArch:
         return layer
 
     def _part(self, path: str, layer: int | None = None) -> nn.Module:
-        root: nn.Module = self.model if layer is None else self.block(layer)
-        try:
-            return root.get_submodule(path)
-        except AttributeError as error:
-            raise ArchitectureError(
-                f"{type(self.model).__name__} has no module {path!r}, where a {self.model_type} keeps it. "
-                "Pass the causal language model itself, not a part or a wrapper of it."
-            ) from error
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    """The layer inside a PEFT adapter, which adds to what it gives."""
-    inner = getattr(module, "base_layer", None)
-    return inner if isinstance(inner, nn.Module) else module
+        return part(self.model, path, None if layer is None else self.block(layer))
 
 
 _DETECTED: WeakKeyDictionary[Any, ArchSpec] = WeakKeyDictionary()
@@ -258,16 +234,3 @@ def _found_by_structure(model: Any) -> ArchSpec:
             "Its blocks are %s, its down-projections %s: found by structure, and verified.", spec.blocks, spec.down
         )
     return _DETECTED[model]
-
-
-def _stored_transposed(module: nn.Module, name: str) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, Conv1D):
-        return True
-    if isinstance(module, nn.Linear):
-        return False
-    raise ArchitectureError(
-        f"{name} belongs to a {type(module).__name__}; kedit writes nn.Linear and Conv1D weights. "
-        "A quantized or wrapped layer cannot be edited in place."
-    )
