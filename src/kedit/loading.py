@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,26 +31,52 @@ def load(
             say where to find files hold for the tokenizer too.
 
     Raises:
-        ArchitectureError: nothing can be loaded from there as a causal language model, or its tokenizer is missing.
+        ArchitectureError: nothing can be loaded from there as a causal language model, its weights do not fill it, or its
+            tokenizer is missing.
     """
     if name is None:
         from kedit import testbed
 
         return testbed.load(dtype=dtype)
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
-    where = {key: value for key, value in options.items() if key in _WHERE}
+    refused = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype or "auto", **options)
-        tokenizer = _tokenizer(str(name), where)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        model = _model(str(name), {"dtype": dtype or "auto", **options})
+        tokenizer = _tokenizer(str(name), {key: value for key, value in options.items() if key in _WHERE})
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the files
+    except (*refused, SafetensorError, StrictDataclassError) as error:
+        said = str(error) or type(error).__name__
         raise ArchitectureError(
-            f"Cannot load a causal language model and tokenizer from {str(name)!r}: {error} "
+            f"Cannot load a causal language model and tokenizer from {str(name)!r}: {said} "
             "Give a folder written by save_pretrained, or a name on the hub."
         ) from error
     model.eval()
     return model, tokenizer
+
+
+def _model(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """The model, every weight of it from the files: what they do not fill, transformers would leave random."""
+    from transformers import AutoModelForCausalLM
+
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are refused here, by name
+    model, info = AutoModelForCausalLM.from_pretrained(name, **{**options, **told})
+    if info["missing_keys"]:
+        raise ValueError(f"its files hold no weights for {_some(info['missing_keys'])}.")
+    if info["mismatched_keys"]:
+        shapes = [f"{key} ({tuple(had)} instead of {tuple(wanted)})" for key, had, wanted in info["mismatched_keys"]]
+        raise ValueError(f"its files hold weights of other shapes than config.json says: {_some(shapes)}.")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _some(names: Collection[str], count: int = 3) -> str:
+    """The first few of some names, and how many there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(sorted(names)[:count]) + more
 
 
 def _tokenizer(name: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:

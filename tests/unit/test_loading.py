@@ -1,5 +1,6 @@
 """kedit.load: any folder written by save_pretrained, and a sentence where it cannot be loaded."""
 
+import json
 import shutil
 
 import pytest
@@ -68,6 +69,35 @@ def test_damaged_folders(folder, damage):
         case "type":
             (path / "config.json").write_text('{"model_type": "no_such_type"}')
     with pytest.raises(ArchitectureError, match=r"Cannot load .*model"):
+        kedit.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("n_layer", 7, r"hold no weights for transformer\.h\.5\.\S+, .* more"),
+        ("n_inner", 96, r"transformer\.h\.0\.mlp\.c_fc\.weight \(\(48, 112\) instead of \(48, 96\)\)"),
+        ("vocab_size", 399, "transformer.wte.weight"),
+        ("n_layer", "five", "n_layer"),
+        ("n_head", 0, "Cannot load"),
+        ("activation_function", "nosuch", "nosuch"),
+    ],
+)
+def test_config_that_the_weights_do_not_fit(folder, field, value, words):
+    path = folder()
+    config = json.loads((path / "config.json").read_text())
+    assert field in config
+    (path / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ArchitectureError, match=words) as error:
+        kedit.load(path)
+    assert "Cannot load" in str(error.value)
+    assert "save_pretrained" in str(error.value)
+
+
+def test_config_that_is_no_object(folder):
+    path = folder()
+    (path / "config.json").write_text("[]")
+    with pytest.raises(ArchitectureError, match="Cannot load"):
         kedit.load(path)
 
 
