@@ -258,7 +258,7 @@ def _write_json(path: Path, record: dict[str, Any]) -> None:
 @contextmanager
 def _held(where: Path) -> Iterator[None]:
     """Keep a journal for this process, and remove what a killed one was writing."""
-    from kedit.patch.rewrite import lock_folder, unlock
+    from kedit.patch.folders import lock_folder, unlock
 
     try:
         where.mkdir(parents=True, exist_ok=True)

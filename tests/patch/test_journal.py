@@ -307,7 +307,7 @@ def test_files_that_are_no_key_history_are_refused(tmp_path, tensors, form, matc
 
 
 def test_two_runs_on_one_journal_are_refused(journal):
-    from kedit.patch.rewrite import lock_folder, unlock
+    from kedit.patch.folders import lock_folder, unlock
 
     lock = lock_folder(journal)
     refuses(journal, "in use by another process")

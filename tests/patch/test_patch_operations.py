@@ -69,7 +69,7 @@ def test_recompression_keeps_its_word_and_says_its_error(tolerance):
 
 def test_recompression_falls_back_to_dense_where_that_is_smaller():
     delta = random_delta((10, 12), 9)
-    found, error = recompress(delta, 0.0)
+    found, error = recompress("w", delta, 0.0)
     assert isinstance(found, DenseDelta)
     assert error == 0.0
     assert torch.allclose(found.matrix, delta.dense)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedit.cli import common
-from kedit.errors import ConfigError
+from kedit.errors import ConfigError, ContextLengthError
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
@@ -110,11 +110,17 @@ def _load(paths: Sequence[str]) -> list[EditPatch]:
 
 
 def _show(args: argparse.Namespace) -> None:
+    from kedit.patch.format import plain
     from kedit.patch.show import weights
 
     (patch,) = _load([args.patch])
     if args.json:
-        text = json.dumps({"provenance": patch.provenance, "weights": weights(patch)}, indent=2, ensure_ascii=False)
+        content = plain({"provenance": patch.provenance, "weights": weights(patch)}, args.patch)
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        # what a terminal would act upon, as JSON writes it: only inside of texts is there any
+        text = "\n".join(
+            "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line) for line in text.split("\n")
+        )
     else:
         text = patch.show()
     sys.stdout.write(text + "\n")
@@ -137,9 +143,19 @@ def _attach(args: argparse.Namespace) -> None:
 
 def _continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     """What a model writes after a prompt, always the likeliest token."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    from kedit.batch import context_limit
+
+    inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(model.device)
+    length, limit = inputs["input_ids"].shape[1], context_limit(model)
+    if not length:
+        raise ConfigError(f"--prompt {prompt!r} has no tokens, so there is nothing to continue. Give a text.")
+    if limit is not None and length + tokens > limit:
+        raise ContextLengthError(
+            f"The prompt has {length} tokens and {tokens} are to be written; the model's context window holds {limit}. Shorten "
+            "the prompt, or give --tokens."
+        )
     ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
 
 
 def _apply(args: argparse.Namespace) -> None:
@@ -155,11 +171,15 @@ def _revert(args: argparse.Namespace) -> None:
 
 
 def _say(report: DiskReport) -> None:
+    from kedit.patch.show import printable
+
     lines = [f"checkpoint: {report.folder}"]
     lines.append(f"  {len(report.rewritten)} shard(s) rewritten, {len(report.kept)} taken over as they were")
     if report.left_out:
         lines.append(f"  left behind, as they hold the weights in other forms: {', '.join(report.left_out)}")
-    sys.stdout.write("\n".join(lines) + "\n")
+    if report.passed_over:
+        lines.append(f"  passed over, as links to folders or to nothing: {', '.join(report.passed_over)}")
+    sys.stdout.write("\n".join(map(printable, lines)) + "\n")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -187,5 +207,5 @@ def _export(args: argparse.Namespace) -> None:
     from kedit.testbed import ASSETS
 
     (patch,) = _load([args.patch])
-    folder = patch.to_peft(args.out, skeleton(args.model or ASSETS).model)
+    folder = patch.to_peft(args.out, skeleton(args.model or ASSETS))
     sys.stdout.write(f"adapter: {folder}\n")

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kedit.arch import ModelArch
+from kedit.arch import weight_of
 from kedit.errors import ArchitectureError, PatchError, PatchMismatchError
 from kedit.patch.files import Header, parse_json, read_header, reading
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from kedit.arch import Weight
 
 INDEX = "model.safetensors.index.json"
@@ -49,6 +51,11 @@ class Checkpoint:
                 raise PatchError(f"{str(folder)!r} is no folder. Give one that save_pretrained wrote.")
             index, single = where / INDEX, where / SINGLE
             raw = index.read_bytes() if index.is_file() else None
+            if raw is not None and single.is_file():
+                raise PatchError(
+                    f"{folder} holds both {SINGLE} and {INDEX}: two sets of weights, of which one may be out of date. "
+                    "Remove the one that is not the model (transformers loads the single file)."
+                )
             if raw is None and not single.is_file():
                 raise PatchError(
                     f"{folder} holds neither {INDEX} nor {SINGLE}. kedit edits safetensors checkpoints; convert others "
@@ -104,6 +111,11 @@ class Checkpoint:
             )
         return found[0]
 
+    def like(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of a tensor as stored."""
+        info = self.shards[self.files[name]].tensors[name]
+        return info.dtype, info.shape
+
 
 def _weight_map(index: Path, content: Any) -> dict[str, str]:
     table = content.get("weight_map") if isinstance(content, dict) else None
@@ -121,38 +133,47 @@ def _weight_map(index: Path, content: Any) -> dict[str, str]:
     return table
 
 
-def skeleton(folder: str | Path) -> ModelArch:
-    """The model that a checkpoint's configuration describes, without weights: it says how each weight is stored.
+def skeleton(folder: str | Path) -> PreTrainedModel:
+    """The model that a checkpoint's configuration describes, without numbers: it says how each weight is stored.
+
+    Any type that transformers builds will do: kedit need not know its parts. Code that comes with a checkpoint is never run.
 
     Raises:
-        ArchitectureError: the configuration is missing, malformed, unknown to transformers or to kedit.
+        ArchitectureError: the configuration is missing, malformed, or unknown to transformers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = Path(folder)
-    if not (where / "config.json").is_file():
+    with reading(folder):
+        raw = (where / "config.json").read_bytes() if (where / "config.json").is_file() else None
+    if raw is None:
         raise ArchitectureError(f"{folder} holds no config.json, which says what model the weights belong to.")
     try:
-        config = AutoConfig.from_pretrained(str(where), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a malformed configuration sets off in there
+        if b'"auto_map"' in raw:
+            raise ArchitectureError(
+                f"The model in {folder} needs program code that comes with it (auto_map in config.json), and kedit runs no "
+                "such code. If you trust it, load the model yourself, apply the patch to it, and use save_pretrained."
+            ) from error
         raise ArchitectureError(
             f"The configuration in {folder} describes no model that can be built: {error}"
         ) from error
-    return ModelArch(model)
+    return model
 
 
-def weight_in(checkpoint: Checkpoint, arch: ModelArch, parameter: str) -> tuple[str, Weight]:
+def weight_in(checkpoint: Checkpoint, model: PreTrainedModel, parameter: str) -> tuple[str, Weight]:
     """A parameter's name in the checkpoint, and how it is stored; raises unless the shapes agree."""
     try:
-        weight = arch.weight_of(parameter)
+        weight = weight_of(model, parameter)
     except ArchitectureError as error:
         raise PatchMismatchError(
             f"The patch changes {parameter}, which this model does not have as a plain weight. {error}"
         ) from error
     key = checkpoint.key_of(parameter)
-    stored = checkpoint.shards[checkpoint.files[key]].tensors[key].shape
+    _, stored = checkpoint.like(key)
     if stored != tuple(weight.parameter.shape):
         raise PatchMismatchError(
             f"{key} in {checkpoint.folder} has shape {list(stored)}; its config.json describes "

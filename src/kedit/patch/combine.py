@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kedit.delta import Delta, DenseDelta, LowRankDelta, check_finite, factored_svd
-from kedit.errors import ConfigError, PatchError, PatchMismatchError
+from kedit.errors import ConfigError, NonFiniteError, PatchError, PatchMismatchError
 
 if TYPE_CHECKING:
     from kedit.patch.core import EditPatch
@@ -43,10 +44,10 @@ def merge(patches: Iterable[EditPatch], *, tolerance: float | None = None) -> Ed
     errors: dict[str, float] = {}
     for name in dict.fromkeys(name for patch in parts for name in patch.deltas):
         owners = [patch for patch in parts if name in patch.deltas]
-        fingerprints[name] = owners[0].fingerprints[name]
+        fingerprints[name] = owners[0].fingerprints.get(name, "")
         delta = side_by_side(name, [patch.deltas[name] for patch in owners])
         if tolerance is not None:
-            delta, errors[name] = recompress(delta, tolerance)
+            delta, errors[name] = recompress(name, delta, tolerance)
         deltas[name] = check_finite(name, delta)
     provenance: dict[str, Any] = {"editor": "merge", "model": parts[0].provenance.get("model", {})}
     provenance["edits"] = [edit for patch in parts for edit in patch.provenance.get("edits", [])]
@@ -76,9 +77,15 @@ def side_by_side(name: str, deltas: list[Delta]) -> Delta:
     return DenseDelta(total.float())
 
 
-def recompress(delta: Delta, tolerance: float) -> tuple[Delta, float]:
-    """The update in the smallest rank within a relative Frobenius error, and the error; dense where that is smaller."""
+def recompress(name: str, delta: Delta, tolerance: float) -> tuple[Delta, float]:
+    """The update in the smallest rank within a relative Frobenius error, and the error; dense where that is smaller.
+
+    Raises:
+        NonFiniteError: the squares of its numbers are beyond float64, so it has no norm; or its factors beyond float32.
+    """
     rows, columns = delta.shape
+    if not math.isfinite(delta.norm):
+        raise NonFiniteError(f"The update of {name} has numbers whose squares float64 cannot hold, so it has no norm.")
     if isinstance(delta, LowRankDelta):
         u, singular, v = factored_svd(delta)
     else:
@@ -86,8 +93,8 @@ def recompress(delta: Delta, tolerance: float) -> tuple[Delta, float]:
         v = vh.T
     rank, error = choose_rank(singular, tolerance)
     if rank * (rows + columns) >= rows * columns:
-        return DenseDelta(delta.dense.float()), 0.0
-    return from_svd(u[:, :rank], singular[:rank], v[:, :rank]), error
+        return check_finite(name, DenseDelta(delta.dense.float())), 0.0
+    return check_finite(name, from_svd(u[:, :rank], singular[:rank], v[:, :rank])), error
 
 
 def choose_rank(singular: torch.Tensor, tolerance: float) -> tuple[int, float]:
@@ -112,12 +119,11 @@ def check_tolerance(tolerance: float | None) -> None:
 
 
 def _check_models(patches: list[EditPatch]) -> None:
-    kinds = {
-        (model.get("type"), model.get("num_layers"), model.get("hidden"))
-        for model in (patch.provenance.get("model") for patch in patches)
-        if model
-    }
-    if len(kinds) > 1:
-        raise PatchMismatchError(
-            f"The patches are for different models: {sorted(map(str, kinds))}. Merge only patches of one model."
-        )
+    models = [patch.provenance.get("model") or {} for patch in patches]
+    for key in ("type", "num_layers", "hidden"):
+        known = {str(model[key]) for model in models if model.get(key) is not None}
+        if len(known) > 1:
+            raise PatchMismatchError(
+                f"The patches are for different models: their {key} is {', '.join(map(repr, sorted(known)))}. Merge only "
+                "patches of one model."
+            )

@@ -14,6 +14,7 @@ from kedit.fingerprint import has_fingerprint, tensor_fingerprint
 from kedit.ledger import Ledger
 from kedit.patch.format import FORMAT_VERSION as FORMAT_VERSION
 from kedit.patch.format import read_patch, write_patch
+from kedit.patch.show import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +106,7 @@ class EditPatch:
 
     def mismatch(self, name: str) -> PatchMismatchError:
         """The error that says that ``name`` is another weight."""
-        base = self.provenance.get("model", {}).get("name") or "another model"
+        base = printable(str(self.provenance.get("model", {}).get("name") or "another model"))
         return PatchMismatchError(
             f"{name} is not the weight that this patch was made for (a {base}, with the patches it carried then). "
             "Load that model, apply earlier patches first, or force it (force=True, --force) if you know better."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kedit.arch import ModelArch
-from kedit.delta import Delta, LowRankDelta
+from kedit.arch import unwrap, weight_of
+from kedit.delta import Delta, LowRankDelta, check_finite, is_finite
 from kedit.errors import ArchitectureError, ConfigError, NonFiniteError, PatchError, PatchMismatchError
 from kedit.fingerprint import tensor_fingerprint
 from kedit.patch.checkpoint import Checkpoint, skeleton
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _SMALL = 1024  # up to this many rows or columns, the whole SVD is taken
 _FIRST_GUESS = 16
 _OVERSAMPLING = 8
+MOST_NOISE = 0.25
+"""How large rounding may be beside a difference: above it, what a patch would leave out is no longer only rounding."""
 
 
 def diff(
@@ -38,7 +42,8 @@ def diff(
 
     A weight's rank is the smallest with ‖ΔW − L Rᵀ‖ ≤ tolerance · ‖ΔW‖ (Frobenius), or with an error within what
     rounding to the stored dtype alone makes: the rounding of a bfloat16 checkpoint is noise of full rank, which is no
-    part of an edit.
+    part of an edit. Where that noise is more than a quarter of the difference, no edit can be told from it, and the
+    weight is refused. The error of every weight is in ``provenance["config"]["errors"]``.
 
     Args:
         base: a model, or a checkpoint folder (which is read one tensor at a time).
@@ -48,32 +53,35 @@ def diff(
 
     Raises:
         PatchMismatchError: the models have different parameters.
-        PatchError: they are equal, or a difference is not low-rank; the weight is named.
+        PatchError: they are equal, or a difference is not low-rank, or too small to be told from rounding; the weight
+            is named.
+        NonFiniteError: a weight holds NaN, or a difference has no norm in float64.
     """
     from kedit.patch.core import EditPatch
 
     check_tolerance(tolerance)
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
         raise ConfigError(f"max_rank must be a whole number of at least 1, not {max_rank!r}.")
-    arch, pairs = _pairs(base, edited)
+    model, pairs = _pairs(base, edited)
     deltas: dict[str, Delta] = {}
     prints: dict[str, str] = {}
     errors: dict[str, float] = {}
     for pair in pairs:
-        transposed = _layout(arch, pair.name)
+        transposed = _layout(model, pair.name)
         deltas[pair.name], errors[pair.name] = _low_rank(pair, tolerance, max_rank, transposed=transposed)
         prints[pair.name] = tensor_fingerprint(pair.before)
     if not deltas:
         raise PatchError("The two models have the same weights, so there is no patch between them.")
     source = base if isinstance(base, str | Path) else getattr(base.config, "_name_or_path", "")
+    config = model.config.get_text_config()
     provenance: dict[str, Any] = {
         "editor": "diff",
         "config": {"tolerance": tolerance, "max_rank": max_rank, "errors": errors},
         "model": {
-            "name": Path(str(source)).name if Path(str(source)).exists() else str(source),
-            "type": arch.model_type,
-            "num_layers": arch.num_layers,
-            "hidden": arch.hidden,
+            "name": Path(str(source)).name if os.path.exists(str(source)) else str(source),
+            "type": model.config.model_type,
+            "num_layers": getattr(config, "num_hidden_layers", None),
+            "hidden": getattr(config, "hidden_size", None),
         },
     }
     return EditPatch(deltas, prints, provenance)
@@ -88,16 +96,18 @@ class _Pair:
     after: Tensor
 
 
-def _pairs(base: Any, edited: Any) -> tuple[ModelArch, Iterator[_Pair]]:
+def _pairs(base: Any, edited: Any) -> tuple[PreTrainedModel, Iterator[_Pair]]:
+    """The base model, empty where it is a folder, and what differs."""
     on_disk = [isinstance(item, str | Path) for item in (base, edited)]
     if all(on_disk):
-        arch = skeleton(base)
-        return arch, _disk_pairs(arch, Checkpoint.open(base), Checkpoint.open(edited))
+        one, other, model = Checkpoint.open(base), Checkpoint.open(edited), skeleton(base)
+        return model, _disk_pairs(model, one, other)
     if any(on_disk):
         raise ConfigError(
             "diff compares two models or two folders, not one of each. Load the folder with kedit.load()."
         )
-    return ModelArch(base), _memory_pairs(base, edited)
+    model = unwrap(base)
+    return model, _memory_pairs(model, unwrap(edited))
 
 
 def _memory_pairs(base: PreTrainedModel, edited: PreTrainedModel) -> Iterator[_Pair]:
@@ -110,22 +120,25 @@ def _memory_pairs(base: PreTrainedModel, edited: PreTrainedModel) -> Iterator[_P
             yield _Pair(name, old, new.to(old.device))
 
 
-def _disk_pairs(arch: ModelArch, base: Checkpoint, edited: Checkpoint) -> Iterator[_Pair]:
+def _disk_pairs(model: PreTrainedModel, base: Checkpoint, edited: Checkpoint) -> Iterator[_Pair]:
     _check_same_names(set(base.files), set(edited.files), str(base.folder), str(edited.folder))
     for key in base.files:
         old, new = base.shards[base.files[key]].tensors[key], edited.shards[edited.files[key]].tensors[key]
         _check_alike(key, (old.shape, old.dtype), (new.shape, new.dtype))
-        if not base.same_bytes(key, edited):
-            yield _Pair(_parameter(arch, key), base.read(key), edited.read(key))
+        if base.same_bytes(key, edited):
+            continue
+        pair = _Pair(_parameter(model, key), base.read(key), edited.read(key))
+        if not torch.equal(pair.before, pair.after):  # 0.0 and -0.0 differ in their bytes alone
+            yield pair
 
 
-def _parameter(arch: ModelArch, key: str) -> str:
+def _parameter(model: PreTrainedModel, key: str) -> str:
     """The model's name for a stored tensor."""
-    names = [name for name, _ in arch.model.named_parameters() if name == key]
-    names = names or [name for name, _ in arch.model.named_parameters() if name.endswith(f".{key}")]
+    names = [name for name, _ in model.named_parameters() if name == key]
+    names = names or [name for name, _ in model.named_parameters() if name.endswith(f".{key}")]
     if len(names) != 1:
         raise PatchMismatchError(
-            f"{key} differs, and is no parameter of the {arch.model_type} that config.json describes."
+            f"{key} differs, and is no parameter of the {model.config.model_type} that config.json describes."
         )
     return names[0]
 
@@ -146,25 +159,25 @@ def _check_alike(name: str, before: tuple[Any, str], after: tuple[Any, str]) -> 
         )
 
 
-def _layout(arch: ModelArch, name: str) -> bool:
+def _layout(model: PreTrainedModel, name: str) -> bool:
     try:
-        return arch.weight_of(name).transposed
+        return weight_of(model, name).transposed
     except ArchitectureError as error:
         raise PatchError(f"{name} differs, and a patch cannot hold that: {error}") from error
 
 
 def _low_rank(pair: _Pair, tolerance: float, max_rank: int | None, *, transposed: bool) -> tuple[Delta, float]:
     """ΔW in as many columns as it needs, and the relative error."""
-    if pair.before.ndim != 2:
-        raise PatchError(f"{pair.name} differs, and has shape {list(pair.before.shape)}; a patch holds matrices.")
-    before, after = (pair.before.T, pair.after.T) if transposed else (pair.before, pair.after)
-    change = after.double() - before.double()
-    if not torch.isfinite(change).all():
-        raise NonFiniteError(f"{pair.name} holds NaN or infinite numbers, so there is no difference to speak of.")
+    after, change, norm = _difference(pair, transposed=transposed)
     rows, columns = change.shape
     most = max_rank or max(1, (rows * columns - 1) // (rows + columns))
-    norm = float(change.norm())
-    allowed = max(tolerance, _rounding(after) / norm)
+    noise = _rounding(after) / norm
+    if noise > max(tolerance, MOST_NOISE):
+        raise PatchError(
+            f"The difference of {pair.name} is too small to be told from rounding to {after.dtype}: rounding alone is {noise:.2g} "
+            f"of it, and a patch is trusted up to {MOST_NOISE}. Give the models in float32, or ship the whole checkpoint."
+        )
+    allowed = max(tolerance, noise)
     rank, (u, singular, v), error = _svd(change, allowed, most)
     if rank > most:
         raise PatchError(
@@ -172,7 +185,23 @@ def _low_rank(pair: _Pair, tolerance: float, max_rank: int | None, *, transposed
             "It comes from training rather than from an edit; ship the whole checkpoint, or raise the tolerance."
         )
     delta: LowRankDelta = from_svd(u[:, :rank], singular[:rank], v[:, :rank])
-    return delta, error
+    return check_finite(pair.name, delta), error
+
+
+def _difference(pair: _Pair, *, transposed: bool) -> tuple[Tensor, Tensor, float]:
+    """The weight after the edit, the difference [O, I] in float64, and its norm."""
+    if pair.before.ndim != 2:
+        raise PatchError(f"{pair.name} differs, and has shape {list(pair.before.shape)}; a patch holds matrices.")
+    before, after = (pair.before.T, pair.after.T) if transposed else (pair.before, pair.after)
+    change = after.double() - before.double()
+    if not is_finite(change):
+        raise NonFiniteError(f"{pair.name} holds NaN or infinite numbers, so there is no difference to speak of.")
+    norm = float(change.norm())
+    if not 0 < norm < math.inf:
+        raise NonFiniteError(
+            f"The difference of {pair.name} has numbers whose squares float64 cannot hold. A patch of such numbers is of no use."
+        )
+    return after, change, norm
 
 
 def _rounding(after: Tensor) -> float:

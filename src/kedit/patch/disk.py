@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,10 +15,12 @@ from kedit.errors import PatchError, PatchMismatchError, UnsupportedError
 from kedit.fingerprint import has_fingerprint
 from kedit.ledger import cast_checked
 from kedit.patch.checkpoint import Checkpoint, skeleton, weight_in
-from kedit.patch.rewrite import RECORD, DiskReport, Stage, quiet, write_folder
+from kedit.patch.record import appended, ways_of_running, without
+from kedit.patch.rewrite import DiskReport, Stage, quiet, write_folder
 
 if TYPE_CHECKING:
-    from kedit.arch import ModelArch
+    from transformers import PreTrainedModel
+
     from kedit.patch.core import EditPatch
 
 
@@ -54,12 +54,10 @@ def apply_to_checkpoint(
     if not patches:
         raise PatchError("There is no patch to apply. Name at least one.")
     source = Checkpoint.open(base)
-    arch = cache(partial(skeleton, base))  # built when it is first asked for: while shards are copied already
-    changes = {
-        source.key_of(name): partial(_edited, source, arch, name, patches, force=force) for name in _names(patches)
-    }
-    applied = [{"provenance": patch.provenance, "fingerprints": patch.fingerprints} for patch in patches]
-    record = {"kedit_version": version("kedit"), "patches": [*_earlier(source.folder), *applied]}
+    model = cache(partial(skeleton, base))  # built when it is first asked for: while shards are copied already
+    keys = _keys(source, patches)
+    changes = {keys[name]: partial(_edited, source, model, name, patches, force=force) for name in keys}
+    record = appended(source.folder, patches)
     return write_folder(source, changes, Path(out), link=link, record=record, stage=on_stage or quiet)
 
 
@@ -75,71 +73,120 @@ def revert_checkpoint(
 ) -> DiskReport:
     """Write the checkpoint in ``edited`` with the weights that ``patches`` changed as they are in ``base``.
 
+    Patches may have been applied in one run or in several: a 16-bit weight is rounded once in each.
+
     Args:
         edited: a checkpoint that carries ``patches``, and no others on the same weights.
-        base: the checkpoint that they were applied to.
+        base: the checkpoint that they were applied to, in the same dtype.
         patches: all of them, in the order of application.
         out: the new folder; must not exist, or be empty.
         force: do not check that base plus patches is what ``edited`` holds.
         link: as for :func:`apply_to_checkpoint`.
         on_stage: is called with a word on each thing that was done.
+
+    Raises:
+        PatchError: a damaged checkpoint, a taken target, or no space.
+        PatchMismatchError: ``edited`` is not ``base`` with the patches, or stores a weight in another dtype or shape.
     """
     if not patches:
         raise PatchError("There is no patch to take away. Name at least one.")
     source, origin = Checkpoint.open(edited), Checkpoint.open(base)
-    arch = cache(partial(skeleton, edited))
+    model = cache(partial(skeleton, edited))
+    keys = _keys(source, patches)
+    runs = ways_of_running(source.folder, patches)
 
     def original(name: str) -> Tensor:
-        there, here = weight_in(source, arch(), name)[0], weight_in(origin, arch(), name)[0]
-        if not force and not torch.equal(source.read(there), _edited(origin, arch, name, patches, force=False)):
+        there, here = weight_in(source, model(), name)[0], weight_in(origin, model(), name)[0]
+        if source.like(there) != origin.like(here):  # else its bytes would not fit their place
             raise PatchMismatchError(
-                f"{there} in {edited} is not what {base} with the given patches holds, so it carries other changes too. "
-                "Name all of its patches in their order, or force it (--force) to give it the base's weights anyway."
+                f"{there} is {source.like(there)[0]} in {edited} and {origin.like(here)[0]} in {base}. Give the folder "
+                "that the patches were applied to, in the dtype that it had."
             )
+        if not force:
+            found = source.read(there)
+            _check_carried(found, (partial(_edited, origin, model, name, patches, runs=way) for way in runs), there)
         return origin.read(here)
 
-    changes = {source.key_of(name): partial(original, name) for name in _names(patches)}
-    return write_folder(source, changes, Path(out), link=link, record=None, stage=on_stage or quiet)
+    changes = {keys[name]: partial(original, name) for name in keys}
+    record = without(source, origin, set(changes))
+    return write_folder(source, changes, Path(out), link=link, record=record, stage=on_stage or quiet)
 
 
-def _names(patches: Sequence[EditPatch]) -> list[str]:
-    names = list(dict.fromkeys(name for patch in patches for name in patch.deltas))
-    for name in names:
+def _check_carried(found: Tensor, ways: Iterable[Callable[[], Tensor]], name: str) -> None:
+    """Raise unless a weight is what the patches give in one of the ways in which they may have been applied."""
+    refusal: PatchMismatchError | None = None
+    for way in ways:
+        try:
+            if torch.equal(found, way()):
+                return
+        except PatchMismatchError as error:  # a patch was made for what another way gives
+            refusal = refusal or error
+    if refusal is not None:
+        raise refusal
+    raise PatchMismatchError(
+        f"{name} in the edited folder is not what the base with the given patches holds: it carries other changes too, or was "
+        "rounded to its dtype between other patches than kedit.json says. Name all of its patches in their order, or force "
+        "it (--force) to give it the base's weights anyway."
+    )
+
+
+def _keys(source: Checkpoint, patches: Sequence[EditPatch]) -> dict[str, str]:
+    """The stored tensor of every parameter that the patches change.
+
+    Raises:
+        PatchMismatchError: a parameter is not there, or two names stand for one tensor.
+        UnsupportedError: a parameter is a part of a tensor.
+    """
+    keys: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for name in dict.fromkeys(name for patch in patches for name in patch.deltas):
         if name.endswith("]"):
             raise UnsupportedError(
                 f"{name} is one expert of a fused tensor, which checkpoints store in another form. Load the model, apply the "
                 "patch to it, and save it with save_pretrained."
             )
-    return names
+        keys[name] = key = source.key_of(name)
+        if owners.setdefault(key, name) != name:
+            raise PatchMismatchError(
+                f"{owners[key]} and {name} are both stored as {key} in {source.folder}, so one update would be lost. "
+                "The patches name one weight in two ways; apply them one after another."
+            )
+    return keys
 
 
 def _edited(
-    source: Checkpoint, arch: Callable[[], ModelArch], name: str, patches: Sequence[EditPatch], *, force: bool
+    source: Checkpoint,
+    model: Callable[[], PreTrainedModel],
+    name: str,
+    patches: Sequence[EditPatch],
+    *,
+    force: bool = False,
+    runs: Sequence[int] | None = None,
 ) -> Tensor:
-    """``cast(W₀ + Σ deltas)`` of one weight, checking before each patch that it was made for what is there."""
-    key, weight = weight_in(source, arch(), name)
+    """``cast(W₀ + Σ deltas)`` of one weight, checking before each patch that it was made for what is there.
+
+    Args:
+        source: where W₀ is.
+        model: says how it is stored.
+        name: the parameter.
+        patches: in order.
+        force: leave the checks out.
+        runs: by patch, the run that applies it; between two runs the sum is rounded to the stored dtype. Missing: one run.
+    """
+    key, weight = weight_in(source, model(), name)
     stored = source.read(key)
     dtype, total = stored.dtype, stored.to(sum_dtype(stored.dtype), copy=True)
-    for patch in patches:
+    last: int | None = None
+    for patch, run in zip(patches, runs or [0] * len(patches), strict=True):
         if name not in patch.deltas:
             continue
         patch.check_shape(name, patch.deltas[name], tuple(weight.matrix.shape))
         if not force and not has_fingerprint(stored, patch.fingerprints.get(name)):
             raise patch.mismatch(f"{key} in {source.folder}")
+        if last not in (None, run):
+            total = stored.to(total.dtype, copy=True)
+        last = run
         del stored
         add_delta(total, patch.deltas[name], transposed=weight.transposed)
         stored = cast_checked(name, total, dtype)
     return stored
-
-
-def _earlier(folder: Path) -> list[Any]:
-    """What the record in a checkpoint says of the patches that it carries already."""
-    try:
-        known = json.loads((folder / RECORD).read_text(encoding="utf-8"))["patches"]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
-        raise PatchError(
-            f"{folder / RECORD} is not a record that kedit wrote ({error}). Remove or repair it."
-        ) from error
-    return known if isinstance(known, list) else [known]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -129,13 +129,13 @@ def read_header(path: str | Path) -> Header:
 
 
 def parse_json(raw: bytes | str, what: str) -> Any:
-    """Strict JSON: UTF-8, no NaN, no key twice.
+    """Strict JSON: UTF-8, no NaN, no number too large for a float, no key twice.
 
     Raises:
         PatchError: it is not, with ``what`` it is.
     """
     try:
-        return json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_number)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and too long numbers are ValueErrors
         raise PatchError(f"Found no valid JSON in {what}: {error}. It is damaged.") from error
 
@@ -145,6 +145,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands twice")
     return found
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is too large for a number")
+    return number
 
 
 def _no_constant(name: str) -> Any:
@@ -159,7 +166,7 @@ def _info(path: str | Path, name: str, entry: Any, base: int) -> TensorInfo:
         raise _damaged(path, f"the dtype {dtype!r} of {name!r} is unknown")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(path, f"the shape or the place of {name!r} is impossible")
-    if prod(shape) * _SIZES[dtype] != offsets[1] - offsets[0]:
+    if math.prod(shape) * _SIZES[dtype] != offsets[1] - offsets[0]:
         raise _damaged(path, f"{name!r} of shape {shape} does not fill its {offsets[1] - offsets[0]} bytes")
     return TensorInfo(name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 

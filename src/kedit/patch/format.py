@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ FORMAT = "kedit-patch"
 FORMAT_VERSION = 1
 _SUFFIXES = {"left", "right", "dense"}
 _SIGNED = ("format", "format_version", "kedit_version", "fingerprints", "provenance")
+DEEPEST = 200
+"""How deep lists and objects may be nested in a provenance; Python's own limit lies near 1000, and depends on the caller."""
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _PROVENANCE = {
     "editor": str,
@@ -40,12 +42,19 @@ _Parts = tuple[dict[str, Delta], dict[str, str], dict[str, Any]]
 def write_patch(
     path: str | Path, deltas: Mapping[str, Delta], fingerprints: Mapping[str, str], provenance: Mapping[str, Any]
 ) -> Path:
-    """Write a patch file, whole or not at all: factors in float32 (float64 where they are), sorted by name."""
+    """Write a patch file, whole or not at all: factors in float32 (float64 where they are), sorted by name.
+
+    Raises:
+        PatchError: the file cannot be written, or :func:`read_patch` would refuse it.
+    """
     if not deltas:
         raise PatchError("A patch without updates is not worth a file. Nothing is written.")
     tensors = {}
+    prints = _check_fingerprints(path, {name: fingerprints.get(name) for name in deltas}, deltas)
     for name, delta in deltas.items():
         _check_name(path, name)
+        if not all(tensor.numel() for tensor in delta.tensors().values()):
+            raise PatchError(f"{path}: the update of {name} has no columns, so it changes nothing. Leave it out.")
         for suffix, tensor in check_finite(name, delta).tensors().items():
             wide = torch.promote_types(tensor.dtype, torch.float32)
             tensors[f"{name}.{suffix}"] = tensor.detach().to("cpu", wide).contiguous()
@@ -53,8 +62,8 @@ def write_patch(
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "kedit_version": version("kedit"),
-        "fingerprints": json.dumps({name: fingerprints[name] for name in deltas}, sort_keys=True),
-        "provenance": json.dumps(check_provenance(path, _plain(provenance)), sort_keys=True),
+        "fingerprints": json.dumps(prints, sort_keys=True),
+        "provenance": json.dumps(check_provenance(path, plain(provenance, path)), sort_keys=True),
     }
     metadata["checksum"] = checksum(tensors, metadata)
     return write_safetensors(Path(path), tensors, metadata)
@@ -78,12 +87,9 @@ def read_patch(path: str | Path) -> _Parts:
     tensors = {key: header.read(key) for key in header.tensors}
     if header.metadata.get("checksum") != checksum(tensors, header.metadata):
         raise PatchError(f"{path} has changed since it was written: its checksum is another one. Get it again.")
-    fingerprints = _json_object(path, header.metadata, "fingerprints")
-    provenance = check_provenance(path, _json_object(path, header.metadata, "provenance"))
+    provenance = check_provenance(path, plain(_json_object(path, header.metadata, "provenance"), path))
     deltas = _deltas(path, tensors)
-    known = all(isinstance(value, str) and _FINGERPRINT.fullmatch(value) for value in fingerprints.values())
-    if set(fingerprints) != set(deltas) or not known:
-        raise PatchError(f"{path}: the fingerprints do not name the weights that the patch changes. It is damaged.")
+    fingerprints = _check_fingerprints(path, _json_object(path, header.metadata, "fingerprints"), deltas)
     return deltas, fingerprints, provenance
 
 
@@ -117,6 +123,17 @@ def _check_format(path: str | Path, metadata: Mapping[str, str]) -> None:
 def _check_name(path: str | Path, name: str) -> None:
     if not NAME.fullmatch(name) or len(name) > 500:
         raise PatchError(f"{path}: {name[:80]!r} cannot be the name of a parameter. The patch is damaged or malicious.")
+
+
+def _check_fingerprints(path: str | Path, found: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """The fingerprints, one for each of the weights that a patch changes and of no others."""
+    known = all(isinstance(value, str) and _FINGERPRINT.fullmatch(value) for value in found.values())
+    if set(found) != set(names) or not known:
+        raise PatchError(
+            f"{path}: the fingerprints (sha256:...) are not those of the weights that the patch changes. It is damaged, or "
+            "was not made by kedit; kedit.patch.fingerprints gives those of a model."
+        )
+    return dict(found)
 
 
 def _json_object(path: str | Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
@@ -167,12 +184,18 @@ def _deltas(path: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Delta]
     return deltas
 
 
-def _plain(value: Any) -> Any:
-    """A value as strict JSON: unknown objects as their text, NaN and infinity as theirs."""
+def plain(value: Any, what: str | Path, depth: int = 0) -> Any:
+    """A value as strict JSON: unknown objects as their text, NaN and infinity as theirs.
+
+    Raises:
+        PatchError: lists or objects are nested deeper than :data:`DEEPEST`, so that readers could not follow.
+    """
+    if depth > DEEPEST:
+        raise PatchError(f"{what}: its provenance is nested more than {DEEPEST} deep, which no edit is. It is damaged.")
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item, what, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item, what, depth + 1) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else repr(value)
     return value if isinstance(value, str | int | bool | None) else repr(value)

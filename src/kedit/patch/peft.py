@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kedit.arch import ModelArch
-from kedit.delta import Delta, LowRankDelta
+from kedit.arch import unwrap, weight_of
+from kedit.delta import Delta, DenseDelta, LowRankDelta, check_finite
 from kedit.errors import PatchError, UnsupportedError
 from kedit.patch.combine import recompress
 from kedit.patch.files import open_to_others, sync_folder, write_safetensors
+from kedit.patch.folders import check_new
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,23 +41,22 @@ def to_peft(patch: EditPatch, folder: str | Path, model: PreTrainedModel) -> Pat
     Raises:
         PatchError: the folder is not empty or cannot be written.
         PatchMismatchError: a layer's shape is another one.
+        NonFiniteError: a number of the update is too large for float32.
     """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise PatchError(f"{target} exists already. Name a new folder, or remove it first.")
-    arch = ModelArch(model)
+    target, model = Path(folder), unwrap(model)
+    check_new(target)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     conv = set()
     for name, delta in patch.deltas.items():
-        weight = arch.weight_of(name)
+        weight = weight_of(model, name)
         if weight.index is not None:
             raise UnsupportedError(
                 f"{name} is one expert of a fused tensor, which a LoRA adapter of linear layers does not reach. Ship the patch."
             )
         patch.check_shape(name, delta, tuple(weight.matrix.shape))
         layer = name.removesuffix(".weight")
-        low = _low_rank(delta)
+        low = _low_rank(name, delta)
         ranks[layer] = low.rank
         conv.add(weight.transposed)
         prefix = f"base_model.model.{layer}"
@@ -71,17 +71,19 @@ def to_peft(patch: EditPatch, folder: str | Path, model: PreTrainedModel) -> Pat
     return target
 
 
-def _low_rank(delta: Delta) -> LowRankDelta:
-    if isinstance(delta, LowRankDelta):
-        return LowRankDelta(delta.left.detach().cpu().float(), delta.right.detach().cpu().float())
-    factored, _ = recompress(delta, EXACT)
+def _low_rank(name: str, delta: Delta) -> LowRankDelta:
+    """The update in two float32 factors."""
+    factored = recompress(name, delta, EXACT)[0] if isinstance(delta, DenseDelta) else delta
     if isinstance(factored, LowRankDelta):
-        return factored
-    rows, columns = delta.shape  # full rank: one factor is the update, the other the identity
-    matrix = delta.matrix.detach().cpu().float()
-    if rows <= columns:
-        return LowRankDelta(torch.eye(rows), matrix.T.contiguous())
-    return LowRankDelta(matrix, torch.eye(columns))
+        low = LowRankDelta(factored.left.detach().cpu().float(), factored.right.detach().cpu().float())
+    else:  # full rank: one factor is the update, the other the identity
+        (rows, columns), matrix = delta.shape, factored.matrix.detach().cpu().float()
+        wide = rows <= columns
+        low = LowRankDelta(torch.eye(rows), matrix.T.contiguous()) if wide else LowRankDelta(matrix, torch.eye(columns))
+    if low.rank == 0:
+        raise PatchError(f"The update of {name} has no columns, so there is nothing to export. Leave it out.")
+    check_finite(name, low)
+    return low
 
 
 def _config(ranks: dict[str, int], *, fan_in_fan_out: bool, model: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,9 @@ from torch import Tensor
 from kedit.errors import PatchError
 from kedit.patch.checkpoint import INDEX, Checkpoint
 from kedit.patch.copying import Copies
-from kedit.patch.files import open_to_others, sync_folder, to_bytes
+from kedit.patch.files import sync_folder, to_bytes
+from kedit.patch.folders import check_new, is_within, partial_folder
+from kedit.progress import Progress
 
 Stage = Callable[[str], None]
 RECORD = "kedit.json"
@@ -48,12 +49,14 @@ class DiskReport:
         rewritten: shards with other weights.
         kept: shards taken over as they were.
         left_out: files that hold the unedited weights in other forms, and did not travel along.
+        passed_over: links to folders, links that lead nowhere, and what is no file: these did not travel along either.
     """
 
     folder: Path
     rewritten: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
 
 
 def write_folder(
@@ -82,17 +85,20 @@ def write_folder(
     kept = [shard for shard in source.shards if shard not in edited]
     report = DiskReport(out, sorted(edited), sorted(kept))
     stage("checked")
-    with _refusals(out), _partial(out) as folder:
+    with _refusals(out), partial_folder(out) as folder:
         stage("begun")
         copied, linked = ([*edited], kept) if link else ([*edited, *kept], [])
-        with Copies(source.folder, folder, copied, linked) as copies:
+        progress = Progress(len(changes) + len(source.shards), "writing", "part")
+        with progress, Copies(source.folder, folder, copied, linked) as copies:
             for key, change in changes.items():  # while shards are copied
                 _rewrite(source, key, change(), folder, copies)
+                progress.advance()
                 stage(f"rewritten {key}")
             for shard in source.shards:
                 copies.wait(shard)
+                progress.advance()
                 stage(f"taken {shard}")
-        report.left_out.extend(_take_the_rest(source, folder))
+        _take_the_rest(source, folder, report)
         if record is not None:
             (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         stage("described")
@@ -107,22 +113,25 @@ def write_folder(
 def _rewrite(source: Checkpoint, key: str, tensor: Tensor, folder: Path, copies: Copies) -> None:
     """Replace one tensor's bytes in the copy of its shard, once that is there."""
     shard = source.files[key]
-    left = to_bytes(tensor)
+    place, left = source.shards[shard].tensors[key], to_bytes(tensor)
+    if len(left) != place.stop - place.start:  # more would overwrite the neighbour, fewer leave a mixture
+        raise PatchError(
+            f"{key} takes {place.stop - place.start} bytes in {shard}, and its new value has {len(left)}. Nothing is "
+            "written; the new value must have the stored dtype and shape."
+        )
     copies.wait(shard)
     with open(folder / shard, "r+b", buffering=0) as file:
-        file.seek(source.shards[shard].tensors[key].start)
+        file.seek(place.start)
         while left:
             left = left[file.write(left[: 1 << 26]) :]
 
 
 def _check_target(base: Path, out: Path) -> None:
-    inside = base.resolve()
-    if out.resolve() == inside or inside in out.resolve().parents:
+    if is_within(out, base):
         raise PatchError(
             f"{out} is the checkpoint's own folder or lies in it; the base is never changed. Name another one."
         )
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise PatchError(f"{out} exists already. Name a new folder, or remove it first.")
+    check_new(out)
 
 
 @contextmanager
@@ -135,71 +144,28 @@ def _refusals(out: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _partial(out: Path) -> Iterator[Path]:
-    """A folder beside ``out``, removed unless it was moved there; what killed runs left behind is removed first."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for old in out.parent.glob(f".{_glob_safe(out.name)}.*.partial"):
-        if _abandoned(old):
-            shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    lock = lock_folder(folder)
-    try:
-        open_to_others(folder)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            unlock(lock)
-
-
-def _glob_safe(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Hold a folder for this process; the system lets go when the process ends, however it ends. None: it is held."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        import fcntl
-
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        os.close(number)
-        return None
-    return number
-
-
-def _abandoned(folder: Path) -> bool:
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    lock = lock_folder(folder)
-    if lock is not None:
-        unlock(lock)
-    return lock is not None
-
-
-def unlock(lock: int) -> None:
-    """Let go of what :func:`lock_folder` holds."""
-    os.close(lock)
-
-
-def _take_the_rest(source: Checkpoint, new: Path) -> list[str]:
-    """Copy configuration, tokenizer and the like; leave out unedited weights in other forms."""
-    left_out = []
+def _take_the_rest(source: Checkpoint, new: Path, report: DiskReport) -> None:
+    """Copy configuration, tokenizer and the like; leave out unedited weights in other forms; note what stays behind."""
     for root, folders, files in os.walk(source.folder):
+        here = Path(root)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        # os.walk names links to folders and does not follow them: they may lead anywhere, also in a circle.
+        report.passed_over.extend(_place(source, here / name) for name in folders if (here / name).is_symlink())
         for name in sorted(files):
-            old = Path(root) / name
-            place = old.relative_to(source.folder)
-            if str(place) in source.shards or str(place) == RECORD or not old.is_file():
+            place = _place(source, here / name)
+            if place in source.shards or place == RECORD:
                 continue
-            if str(place) != INDEX and name.lower().endswith(_WEIGHTS):
-                left_out.append(str(place))
-                continue
-            (new / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(old, new / place)
-    return left_out
+            if not (here / name).is_file():
+                report.passed_over.append(place)
+            elif place != INDEX and name.lower().endswith(_WEIGHTS):
+                report.left_out.append(place)
+            else:
+                (new / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(here / name, new / place)
+
+
+def _place(source: Checkpoint, path: Path) -> str:
+    return str(path.relative_to(source.folder))
 
 
 def _sync(folder: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
+
+from kedit.delta import Delta
 
 if TYPE_CHECKING:
     from kedit.patch.core import EditPatch
@@ -23,21 +26,23 @@ def show(patch: EditPatch) -> str:
     if known.get("merged"):
         lines.append(f"merged from {len(known['merged'])} patch(es)")
     lines.append("weights:")
-    for item in weights(patch):
-        kind = f"rank {item['rank']}" if item["kind"] == "low-rank" else "dense"
-        lines.append(
-            f"  {item['name']} {item['shape'][0]}x{item['shape'][1]}: {kind}, norm {item['norm']:.4g}, "
-            f"largest singular value {item['spectral_norm']:.4g}, made for {item['fingerprint'][:19]}"
-        )
+    lines += [_weight(item) for item in weights(patch)]
     scores = known.get("scores", {})
     if scores:
         lines.append("scores:")
         lines += [f"  {key}: {_figure(value)}" for key, value in scores.items()]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
+
+
+def printable(text: str) -> str:
+    """A text with everything that is no visible character written as its escape: a patch's author chooses no colours."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def weights(patch: EditPatch) -> list[dict[str, Any]]:
-    """Per weight: name, shape, kind, rank, Frobenius and spectral norm, fingerprint."""
+    """Per weight: name, shape, kind, rank, Frobenius and spectral norm, fingerprint, and the error of what made it."""
+    config = patch.provenance.get("config", {})
+    errors = config.get("errors") if isinstance(config.get("errors"), dict) else {}
     return [
         {
             "name": name,
@@ -45,11 +50,28 @@ def weights(patch: EditPatch) -> list[dict[str, Any]]:
             "kind": "dense" if "dense" in delta.tensors() else "low-rank",
             "rank": delta.rank,
             "norm": delta.norm,
-            "spectral_norm": delta.spectral_norm,
+            "spectral_norm": _spectral_norm(delta),
             "fingerprint": patch.fingerprints.get(name, ""),
+            **({"error": errors[name]} if isinstance(errors.get(name), float) else {}),
         }
         for name, delta in patch.deltas.items()
     ]
+
+
+def _spectral_norm(delta: Delta) -> float:
+    try:
+        return delta.spectral_norm
+    except RuntimeError:  # LinAlgError: numbers whose products are infinite
+        return math.nan
+
+
+def _weight(item: dict[str, Any]) -> str:
+    kind = f"rank {item['rank']}" if item["kind"] == "low-rank" else "dense"
+    error = f", relative error {item['error']:.2g}" if "error" in item else ""
+    return (
+        f"  {item['name']} {item['shape'][0]}x{item['shape'][1]}: {kind}{error}, norm {item['norm']:.4g}, "
+        f"largest singular value {item['spectral_norm']:.4g}, made for {item['fingerprint'][:19]}"
+    )
 
 
 def _who(known: dict[str, Any]) -> str:

@@ -1,0 +1,138 @@
+"""Taking patches away on disk: from what several runs made, with the record kept, and never across dtypes."""
+
+import json
+import os
+
+import pytest
+import torch
+from patch_common import bytes_of, patch_for, save_checkpoint
+from transformers import AutoModelForCausalLM
+
+from kedit.errors import PatchError, PatchMismatchError
+from kedit.patch import EditPatch
+from kedit.patch.checkpoint import Checkpoint
+from kedit.patch.disk import apply_to_checkpoint, revert_checkpoint
+from kedit.patch.rewrite import RECORD, quiet, write_folder
+
+
+def loaded(folder):
+    """The model in a folder, in the dtype it is stored in."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def recorded(folder):
+    """Editor and number of weights of every patch on record; None where there is no record."""
+    if not (folder / RECORD).exists():
+        return None
+    known = json.loads((folder / RECORD).read_text())["patches"]
+    return [(item["provenance"]["editor"], len(item["fingerprints"])) for item in known]
+
+
+def named(subject, ranks, editor, seed=0):
+    return patch_for(subject, ranks, seed=seed, provenance={"editor": editor})
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_base_in_another_dtype_is_refused_even_when_forced(tmp_path, dtype, force):
+    subject = save_checkpoint(tmp_path / "base")
+    patch = patch_for(subject, {1: 2})
+    apply_to_checkpoint(tmp_path / "base", [patch], tmp_path / "edited")
+    subject.to(dtype).save_pretrained(tmp_path / "other", max_shard_size="30KB")
+    with pytest.raises(PatchMismatchError, match=r"BF16 in .*edited and F(32|16) in .*other"):
+        revert_checkpoint(tmp_path / "edited", tmp_path / "other", [patch], tmp_path / "back", force=force)
+    assert sorted(os.listdir(tmp_path)) == ["base", "edited", "other"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_bytes_that_do_not_fit_their_place_are_never_written(tmp_path, dtype):
+    save_checkpoint(tmp_path / "base", dtype=torch.float32)
+    source = Checkpoint.open(tmp_path / "base")
+    key = "model.layers.1.mlp.down_proj.weight"
+    wrong = {key: lambda: source.read(key).to(dtype)}
+    with pytest.raises(PatchError, match=r"takes 15360 bytes.*its new value has (7680|30720)"):
+        write_folder(source, wrong, tmp_path / "out", link=False, record=None, stage=quiet)
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def in_runs(folder, runs):
+    """Apply patches run after run, each made for what is there then; return the patches and the last folder."""
+    patches, last = [], folder / "base"
+    for number, count in enumerate(runs):
+        subject, new = loaded(last), []
+        for _ in range(count):
+            new.append(patch_for(subject, {1: 2}, seed=10 * len([*patches, *new])))
+            new[-1].apply(subject)
+        apply_to_checkpoint(last, new, folder / f"run{number}")
+        patches, last = [*patches, *new], folder / f"run{number}"
+    return patches, last
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("runs", [(1, 1), (2, 1), (1, 2, 1)], ids=str)
+def test_patches_of_several_runs_on_a_16_bit_checkpoint_are_taken_away(tmp_path, runs, recorded):
+    before = bytes_of(save_checkpoint(tmp_path / "base"))
+    patches, last = in_runs(tmp_path, runs)
+    apply_to_checkpoint(tmp_path / "base", patches, tmp_path / "once", force=True)
+    assert bytes_of(loaded(tmp_path / "once")) != bytes_of(loaded(last))  # rounded once, and once per run
+    if not recorded:
+        (last / RECORD).unlink()
+    if recorded or runs == (1, 1):
+        revert_checkpoint(last, tmp_path / "base", patches, tmp_path / "back")
+        assert bytes_of(loaded(tmp_path / "back")) == before
+    else:  # nothing says which patches were rounded together
+        with pytest.raises(PatchMismatchError):
+            revert_checkpoint(last, tmp_path / "base", patches, tmp_path / "back")
+
+
+def test_other_changes_are_told_from_rounding(tmp_path):
+    save_checkpoint(tmp_path / "base")
+    patches, last = in_runs(tmp_path, (1, 1, 1))
+    with pytest.raises(PatchMismatchError, match="carries other changes too"):
+        revert_checkpoint(last, tmp_path / "base", patches[:2], tmp_path / "back")
+    with pytest.raises(PatchMismatchError, match="not the weight that this patch was made for"):
+        revert_checkpoint(last, tmp_path / "run0", patches, tmp_path / "back")
+
+
+def test_the_record_of_patches_that_stay_stays(tmp_path):
+    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32)
+    one, two = named(subject, {1: 2}, "one"), named(subject, {2: 1, 3: 1}, "two", 5)
+    apply_to_checkpoint(tmp_path / "base", [one, two], tmp_path / "both")
+    revert_checkpoint(tmp_path / "both", tmp_path / "base", [one], tmp_path / "second")
+    assert recorded(tmp_path / "second") == [("two", 2)]
+    apply_to_checkpoint(tmp_path / "base", [two], tmp_path / "expected")
+    assert bytes_of(loaded(tmp_path / "second")) == bytes_of(loaded(tmp_path / "expected"))
+    revert_checkpoint(tmp_path / "second", tmp_path / "base", [two], tmp_path / "none")
+    assert recorded(tmp_path / "none") is None
+    (name, other) = two.deltas  # by force, one of its two weights alone
+    part = EditPatch({name: two.deltas[name]}, {name: two.fingerprints[name]})
+    revert_checkpoint(tmp_path / "second", tmp_path / "base", [part], tmp_path / "part")
+    (item,) = json.loads((tmp_path / "part" / RECORD).read_text())["patches"]
+    assert set(item["fingerprints"]) == {other}
+
+
+def test_the_record_of_the_base_stays_too(tmp_path):
+    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32)
+    one = named(subject, {1: 2, 2: 1}, "one")
+    apply_to_checkpoint(tmp_path / "base", [one], tmp_path / "first")
+    two = named(loaded(tmp_path / "first"), {1: 1}, "two", 7)
+    apply_to_checkpoint(tmp_path / "first", [two], tmp_path / "second")
+    assert recorded(tmp_path / "second") == [("one", 2), ("two", 1)]
+    revert_checkpoint(tmp_path / "second", tmp_path / "first", [two], tmp_path / "back")
+    assert (tmp_path / "back" / RECORD).read_bytes() == (tmp_path / "first" / RECORD).read_bytes()
+    revert_checkpoint(tmp_path / "second", tmp_path / "base", [one, two], tmp_path / "all")
+    assert recorded(tmp_path / "all") is None
+
+
+@pytest.mark.parametrize("content", ["[", "[]", "{}", '{"patches": {}}', '{"patches": [1]}', '{"patches": [{}]}'])
+def test_records_that_are_none_are_refused(tmp_path, content):
+    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32)
+    (tmp_path / "base" / RECORD).write_text(content)
+    with pytest.raises(PatchError, match=RECORD):
+        apply_to_checkpoint(tmp_path / "base", [patch_for(subject, {1: 1})], tmp_path / "out")
+    (tmp_path / "base" / RECORD).write_text(
+        '{"patches": [' + '{"fingerprints": {}, "a": ' + "[" * 500 + "]" * 500 + "}]}"
+    )
+    with pytest.raises(PatchError, match="nested"):
+        apply_to_checkpoint(tmp_path / "base", [patch_for(subject, {1: 1})], tmp_path / "out")
+    assert os.listdir(tmp_path) == ["base"]
