@@ -110,7 +110,7 @@ def measure(shape: str, count: int, device: torch.device, steps: int) -> dict[st
         "model_gib": sum(p.nbytes for p in model.parameters()) / 2**30,
         "rate_share": flops / result.seconds.get("optimise", float("nan")) / matrix_rate(device),
         "floor": flops / matrix_rate(device),
-        "budget": editor.engine.budget,
+        "budget": editor.engine.used,
     }
 
 

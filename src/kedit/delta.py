@@ -182,13 +182,22 @@ def _add_columns(library: Any, total: Any, rows: Any, columns: Any, size: int) -
             library.add(block, product, out=block)
 
 
+def append(deltas: list[Delta], delta: Delta) -> None:
+    """Put an update of a weight behind earlier ones; where both are dense, their sum takes the last one's place."""
+    last = deltas[-1] if deltas else None
+    if isinstance(last, DenseDelta) and isinstance(delta, DenseDelta):
+        deltas[-1] = DenseDelta(last.matrix + delta.matrix)
+    else:
+        deltas.append(delta)
+
+
 def concatenate(deltas: list[Delta]) -> Delta:
     """The sum of several updates of one weight: factors side by side, dense as soon as that is smaller."""
-    if len(deltas) == 1:
-        return deltas[0]
     low = [delta for delta in deltas if isinstance(delta, LowRankDelta)]
     rows, columns = deltas[0].shape
     if len(low) == len(deltas) and sum(d.rank for d in low) * (rows + columns) < rows * columns:
+        if len(low) == 1:
+            return low[0]
         return LowRankDelta(torch.cat([d.left for d in low], 1), torch.cat([d.right for d in low], 1))
     total = deltas[0].dense.clone()
     for delta in deltas[1:]:

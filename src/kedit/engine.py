@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -12,7 +13,7 @@ import torch
 
 from kedit.arch import ModelArch, Site
 from kedit.errors import KEditError
-from kedit.memory import SHARE, Footprint, UnitCosts, free_memory
+from kedit.memory import SHARE, Footprint, HeapTrim, UnitCosts, free_memory
 from kedit.optimise import Objective, Values, optimise
 from kedit.partial import PartialRunner, first_block
 from kedit.processes import here
@@ -40,13 +41,16 @@ class Engine:
         arch: the model.
         mode: ``"partial"`` runs only what depends on δ, ``"plain"`` everything; ``"auto"`` is partial where a check
             on the model's first wave finds both to agree, and says so where they do not.
-        budget: tokens per wave, padding included; recorded in the patch, as results are bit-equal for one budget only.
-        halved: how often a lack of memory halved the budget.
+        budget: tokens per wave, padding included. Running out of memory lowers it for good.
+        used: the budget of the latest edits, lower where little memory was free; recorded in the patch, as results are
+            bit-equal for one budget only.
+        halved: how often a lack of memory halved a budget.
     """
 
     arch: ModelArch
     mode: Mode = "auto"
     budget: int = TOKENS_PER_WAVE
+    used: int = TOKENS_PER_WAVE
     halved: int = 0
     _verdicts: dict[tuple[Site, ...], bool] = field(default_factory=dict)
     _costs: dict[tuple[object, ...], UnitCosts] = field(default_factory=dict)
@@ -90,29 +94,38 @@ class Engine:
         needs: Needs,
     ) -> list[tuple[list[int], Values]]:
         """The edits ``order``, wave by wave."""
-        self._fit(sites, requests, order, needs)
-        pending = self._waves(requests, order)
+        self.used = self.budget
+        pending: list[list[int]] | None = None  # not packed yet
+        rest = list(order)
         done: list[tuple[list[int], Values]] = []
         with Progress(len(order), "optimising") as progress:
-            while pending:
-                numbers = pending.pop(0)
-                wave = _wave(requests, numbers)
+            while rest:
+                numbers = rest[:1]
                 try:
-                    runner = self.runner(sites, wave, needs)
+                    if pending is None:
+                        self._fit(sites, requests, rest, needs)
+                        pending = self._waves(requests, rest)
+                    numbers = pending[0]
+                    runner = self.runner(sites, _wave(requests, numbers), needs)
                     values = optimise(runner, objective, regularizers, numbers=numbers, progress=progress)
                 except torch.OutOfMemoryError as error:
                     if len(numbers) == 1:
+                        tokens = sum(len(prompt.tokens) for prompt in requests[numbers[0]].prompts(0))
                         raise KEditError(
-                            f"Edit {numbers[0]} alone ({sum(len(p.tokens) for p in wave.prompts)} tokens) does not fit into "
-                            "the device's memory. Use fewer or shorter contexts, or a dtype of 16 bits."
+                            f"Edit {numbers[0]} alone ({tokens} tokens) does not fit into the device's memory. Use fewer or "
+                            "shorter contexts, or a dtype of 16 bits."
                         ) from error
                 else:
                     done.append((numbers, values))
+                    rest = [number for wave in pending[1:] for number in wave]
+                    pending = pending[1:]
+                    if pending:
+                        HeapTrim.now()
                     continue
                 self._halve("Out of memory")
+                self.budget = self.used
                 torch.cuda.empty_cache()
-                rest = [number for wave_numbers in (numbers, *pending) for number in wave_numbers]
-                pending = self._waves(requests, rest)
+                pending = None
         return done
 
     def _fit(self, sites: Sequence[Site], requests: Sequence[Request], order: Sequence[int], needs: Needs) -> None:
@@ -120,7 +133,7 @@ class Engine:
         free = free_memory(self.arch.device(sites[0].layer))
         while True:
             waves = self._waves(requests, order)
-            largest = max(waves, key=lambda numbers: len(numbers) * max(requests[number].span for number in numbers))
+            largest = _largest(requests, waves)
             footprint = self.footprint(sites, _wave(requests, largest), needs)
             if footprint.total <= SHARE * free or len(largest) == 1:
                 break
@@ -128,19 +141,26 @@ class Engine:
         level = logging.INFO if footprint.total > 1 << 28 else logging.DEBUG
         logger.log(level, "%d edits in %d wave(s); the largest holds %s.", len(requests), len(waves), footprint)
 
+    def largest_footprint(self, sites: Sequence[Site], requests: Sequence[Request], needs: Needs) -> Footprint:
+        """What the largest of the waves of ``requests`` will hold in memory."""
+        order = sorted(range(len(requests)), key=lambda number: (requests[number].span, number))
+        self.used = self.budget
+        return self.footprint(sites, _wave(requests, _largest(requests, self._waves(requests, order))), needs)
+
     def footprint(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Footprint:
         """What ``wave`` will hold in memory at its peak, beside the model."""
-        kind = type(self.runner(sites, wave, needs))
-        key = (tuple(sites), kind, needs)
+        runner = self.runner(sites, wave, needs)
+        # What a token costs depends on how many it attends to, so lengths that differ by more are measured anew.
+        length = round(math.log(runner.width + runner.prefix, 1.2))
+        key = (tuple(sites), type(runner), needs, length)
         if key not in self._costs:
-            self._costs[key] = UnitCosts.measure(self.arch, sites, wave, needs, kind)
-        runner = kind(self.arch, sites, wave, needs)
+            self._costs[key] = UnitCosts.measure(self.arch, sites, wave, needs, type(runner))
         return self._costs[key].footprint(wave, runner.width, runner.prefix)
 
     def _halve(self, reason: str) -> None:
-        self.budget //= 2
+        self.used //= 2
         self.halved += 1
-        logger.warning("%s: waves now hold %d tokens.", reason, self.budget)
+        logger.warning("%s: waves now hold %d tokens.", reason, self.used)
 
     def runner(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
         """What executes ``wave``, by the mode and, for ``"auto"``, by the check of the model."""
@@ -165,7 +185,7 @@ class Engine:
             width = rows = 0
             for number in alike:
                 span, count = requests[number].span, len(requests[number].prompts(0))
-                if rows and max(width, span) * (rows + count) <= self.budget:
+                if rows and max(width, span) * (rows + count) <= self.used:
                     waves[-1].append(number)
                     width, rows = max(width, span), rows + count
                 else:
@@ -221,6 +241,10 @@ def _alike(requests: Sequence[Request], order: Sequence[int], fixed: int) -> lis
         found.append([number for group in groups[start:end] for number in group])
         end = start
     return found[::-1]
+
+
+def _largest(requests: Sequence[Request], waves: Sequence[list[int]]) -> list[int]:
+    return max(waves, key=lambda numbers: len(numbers) * max(requests[number].span for number in numbers))
 
 
 def _wave(requests: Sequence[Request], numbers: Sequence[int]) -> Wave:

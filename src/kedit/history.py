@@ -39,11 +39,22 @@ class KeyHistory:
 
     def keys(self, layer: int, width: int) -> Tensor:
         """All remembered keys of a layer, [n, width]; n is 0 at first."""
-        ledger = Ledger.of(self._model)
-        parts = [found[layer] for patch, found in self._by_patch.items() if layer in found and ledger.carries(patch)]
-        if layer in self._loaded:
-            parts.insert(0, self._loaded[layer])
+        parts = self.parts(layer)
         return torch.cat(parts) if parts else torch.empty((0, width))
+
+    def parts(self, layer: int) -> list[Tensor]:
+        """The same in order, those of each patch apart [E, I]; the same objects from call to call."""
+        ledger = Ledger.of(self._model)
+        loaded = [self._loaded[layer]] if layer in self._loaded else []
+        return loaded + [
+            keys[layer] for patch, keys in self._by_patch.items() if layer in keys and ledger.carries(patch)
+        ]
+
+    @property
+    def count(self) -> int:
+        """How many keys are remembered, of the layer with the most."""
+        layers = {layer for found in self._by_patch.values() for layer in found} | set(self._loaded)
+        return max((sum(map(len, self.parts(layer))) for layer in layers), default=0)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,9 @@ from kedit.arch import ModelArch, Site
 from kedit.regularizers.base import Needs
 from kedit.runner import Runner, Wave
 
-# Copies of the logits alive when the backward pass begins: as the head gives them and as log-probabilities in float32,
-# and the gradients of both.
-LOGIT_COPIES = 4
+# Copies of the logits alive in the backward pass: as the head gives them, as log-probabilities in float32, and their
+# gradients by way of the target and of the KL term, with the sum of the two.
+LOGIT_COPIES = 5
 SHARE = 0.6  # of the free memory that waves may take
 
 
@@ -57,13 +57,14 @@ class Footprint:
 class LivePeak(TorchDispatchMode):
     """Counts the bytes of the storages that live at once, at most, of all that torch operations make inside.
 
-    A model's own weights and buffers do not count.
+    A model's own weights and buffers do not count, nor what is ``there`` already.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, there: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self.now: int = 0
+        self.peak: int = 0
+        self._known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *there)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and see what it made."""
@@ -117,9 +118,10 @@ class UnitCosts:
         with runner.installed(), LivePeak(arch.model) as seen:
             reading = runner.run(delta)
             log_probs = log_softmax(reading.logits.to(arch.work_dtype), -1)
-            log_probs.gather(1, runner.reads.last[:, None]).sum().backward()
+            token, subject = log_probs.gather(1, runner.reads.last[:, None]), log_probs[runner.reads.subject]
+            (token.sum() + subject.sum()).backward()
             entering, prefix = runner.stored_bytes
-        del log_probs
+        del log_probs, token, subject
         tokens = len(alone.prompts) * runner.width
         read = LOGIT_COPIES * arch.work_dtype.itemsize * reading.logits.shape[-1]
         return cls(
@@ -141,9 +143,10 @@ class UnitCosts:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU, what the system says is available."""
+    """Bytes that are free on a device, what torch holds in reserve included; on the CPU, what the system says is available."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reserve
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
@@ -171,7 +174,13 @@ class HeapTrim:
     def after_apply(cls) -> None:
         """Call once per apply."""
         cls._count += 1
-        if cls._count % TRIM_EVERY == 0 and (trim := cls._function()) is not None:
+        if cls._count % TRIM_EVERY == 0:
+            cls.now()
+
+    @classmethod
+    def now(cls) -> None:
+        """Give back what is free."""
+        if (trim := cls._function()) is not None:
             trim(0)
 
     @staticmethod

@@ -96,7 +96,7 @@ class SecondMoments(Mapping[int, Moment]):
 
     def each_expert(self, layer: int, keys: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Apply ``function`` (number, keys [n, I]) to every expert's part of keys [n, N · I]; unused parts stay 0."""
-        width = self._moments[layer].matrix.shape[-1]
+        width = self.matrices(layer).shape[-1]
         parts = list(keys.to(torch.float64).split(width, dim=1))
         for expert, part in enumerate(parts):
             if len(parts) == 1 or bool(part.any()):
@@ -105,6 +105,10 @@ class SecondMoments(Mapping[int, Moment]):
 
     def matrices(self, layer: int) -> Tensor:
         """The layer's C, one per expert, [N, I, I]; N is 1 where there is no mixture."""
+        if layer not in self._moments:
+            raise ConfigError(
+                f"There is no second moment for layer {layer}. Does the editor say needs_moments = False?"
+            )
         matrix = self._moments[layer].matrix
         return matrix if matrix.ndim == 3 else matrix[None]
 

@@ -184,11 +184,10 @@ class _State:
         """NLL of the target, mean over tokens and contexts, [E]; log-probabilities of the KL prompt [E, V]."""
         reads = self.runner.reads
         log_probs = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-        target = log_probs[reads.target]
-        token_nll = -target.gather(1, reads.label[:, None]).squeeze(1)
+        token_nll = -log_probs[reads.target, reads.label]
         nll = log_probs.new_zeros(len(self.active)).index_add(0, reads.edit, token_nll * reads.weight.to(token_nll))
         if count_misses:
-            missed = target.detach().argmax(1) != reads.label
+            missed = log_probs.detach().argmax(1)[reads.target] != reads.label
             self._missed = torch.zeros_like(reads.subject).index_add(0, reads.edit, missed.long())
             if self._before is None:
                 bare = torch.zeros_like(reads.subject).index_add(0, reads.edit, (missed & reads.bare).long())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kedit.delta import LowRankDelta
+from kedit.delta import LowRankDelta, is_finite
 from kedit.errors import SingularMomentError
 
 
@@ -21,7 +22,7 @@ def cholesky(moment: Tensor, layer: int | None = None) -> Tensor:
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     diagonal = factor.diagonal()
-    ok = bool(info == 0) and bool(torch.isfinite(factor).all())
+    ok = bool(info == 0) and is_finite(factor.mT)  # column by column, as it is stored: else the check makes a copy
     # Rounding lets some singular matrices through with a pivot of pure noise.
     floor = torch.finfo(torch.float64).eps * len(matrix) * matrix.diagonal().abs().amax()
     if not ok or bool((diagonal.square() <= floor).any()):
@@ -43,7 +44,14 @@ def whiten(factor: Tensor, keys: Tensor) -> Tensor:
     Returns:
         [n, I] float64.
     """
-    return torch.cholesky_solve(keys.to(factor).T, factor).T
+    return solved(factor, keys.to(factor).T).T
+
+
+def solved(factor: Tensor, right_side: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹ B for a lower factor L [n, n] and B [n, m]; unlike ``torch.cholesky_solve``, without a copy of L."""
+    half = torch.linalg.solve_triangular(factor, right_side, upper=False)
+    found: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return found
 
 
 def rank_one(whitened: Tensor, key: Tensor, residual: Tensor) -> LowRankDelta:
@@ -93,7 +101,7 @@ def ridge(keys: Tensor, residuals: Tensor, moment: Tensor, weight: float, factor
     if len(keys) < keys.shape[1] or weight == 0:
         return ridge_whitened(keys, whiten(factor(), keys), residuals, weight)
     system = weight * moment.to(keys) + keys.T @ keys
-    right = torch.cholesky_solve(keys.T, cholesky(system)).T
+    right = solved(cholesky(system), keys.T).T
     return LowRankDelta(residuals.T, right.T)
 
 
@@ -121,7 +129,7 @@ def _solve_spd(gram: Tensor, right_side: Tensor, weight: float) -> Tensor:
             "Two edits of this batch have the same key (up to the others), so they cannot both be written exactly. "
             "Remove the repeated subject, or give the ridge a weight above 0."
         )
-    return torch.cholesky_solve(right_side, factor)
+    return solved(factor, right_side)
 
 
 def null_space(moment: Tensor, threshold: float, *, relative: bool = True) -> Tensor:
@@ -147,40 +155,51 @@ def projected(used: Tensor, keys: Tensor) -> Tensor:
     return keys - (keys @ used) @ used.T
 
 
-def null_space_update(used: Tensor, keys: Tensor, residuals: Tensor, past: Tensor, weight: float) -> LowRankDelta:
+@dataclass(frozen=True)
+class Past:
+    """Keys of earlier edits as the null-space update needs them: themselves while few, their sum as soon as that is smaller.
+
+    Attributes:
+        keys: Z transposed, [n, I] float64, projected; ``None`` where there are none, or as many as dimensions.
+        gram: Zᵀ Z, [I, I] float64, from then on.
+    """
+
+    keys: Tensor | None = None
+    gram: Tensor | None = None
+
+    def plus(self, keys: Tensor) -> Past:
+        """The same with more projected keys [n, I]."""
+        if self.gram is not None:
+            return Past(gram=self.gram + keys.T @ keys)
+        every = keys if self.keys is None else torch.cat([self.keys, keys])
+        return Past(every) if len(every) < every.shape[1] else Past(gram=every.T @ every)
+
+
+def null_space_update(keys: Tensor, residuals: Tensor, weight: float, past: Past | None = None) -> LowRankDelta:
     """AlphaEdit (arXiv:2410.02355, eq. 14): (P (K Kᵀ + Kₚ Kₚᵀ) + λ 1) X = P K Rᵀ, Δ = Xᵀ.
 
     X lies in the range of P, so with Z = P [K, Kₚ] it is Z (ZᵀZ + λ 1)⁻¹ restricted to the columns of K: a system in the
     number of keys. Where there are more keys than dimensions the system in the dimensions is solved instead.
 
     Args:
-        used: directions that must not be written, [I, d] float64.
-        keys: K transposed, [E, I].
+        keys: P K transposed (:func:`projected`), [E, I] float64.
         residuals: R transposed, [E, O].
-        past: keys of earlier edits, Kₚ transposed, [n, I].
         weight: λ, above 0.
+        past: keys of earlier edits, projected.
 
     Returns:
         left R as [O, E] and right [I, E], float64; right has no part in the used directions.
     """
-    return null_space_solution(projected(used, torch.cat([keys.to(used), past.to(used)])), residuals, weight)
-
-
-def null_space_solution(both: Tensor, residuals: Tensor, weight: float) -> LowRankDelta:
-    """:func:`null_space_update` from the projected keys Z alone.
-
-    Args:
-        both: Z transposed: those to write first, then those of earlier edits, [E + n, I] float64.
-        residuals: R transposed, [E, O].
-        weight: λ, above 0.
-    """
-    count = len(residuals)
-    if len(both) < both.shape[1]:
-        gram = both @ both.T
-        identity = torch.eye(len(both), dtype=gram.dtype, device=gram.device)[:, :count]
-        right = both.T @ _solve_spd(gram, identity, weight)
+    past = past or Past()
+    before = keys[:0] if past.keys is None else past.keys
+    both = torch.cat([keys, before])
+    if past.gram is None and len(both) < both.shape[1]:
+        identity = torch.eye(len(both), dtype=both.dtype, device=both.device)[:, : len(keys)]
+        right = both.T @ _solve_spd(both @ both.T, identity, weight)
     else:
         system = both.T @ both
+        if past.gram is not None:
+            system += past.gram
         system.diagonal().add_(weight)
-        right = torch.cholesky_solve(both[:count].T, torch.linalg.cholesky(system))
-    return LowRankDelta(residuals.to(both).T, right)
+        right = solved(torch.linalg.cholesky(system), keys.T)
+    return LowRankDelta(residuals.to(keys).T, right)

@@ -266,6 +266,19 @@ def test_interrupted_while_the_update_is_solved(model, edits, monkeypatch):
         editor.apply(edits)
 
 
+@pytest.mark.parametrize("where", ["kedit.ledger.Ledger.rounding", "kedit.memory.HeapTrim.after_apply"])
+def test_interrupted_after_the_weights_are_written(model, where, monkeypatch):
+    """Whoever gets no result keeps the old weights."""
+    editor = make("rome", model)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        editor.apply(FRENCH)
+
+
 def test_interrupted_while_a_method_of_several_layers_is_spread(model, monkeypatch):
     """The lower layers are already overwritten when the upper one fails."""
     layers = (1, 2, 3)

@@ -137,7 +137,7 @@ def test_lack_of_memory_halves_the_budget_and_goes_on(monkeypatch, caplog):
     result = made.apply(ALL)
     assert made.engine.halved >= 1
     assert "Out of memory" in caplog.text
-    assert result.patch.provenance["budget"] == made.engine.budget < 8_192
+    assert result.patch.provenance["budget"] == made.engine.used == made.engine.budget < 8_192
     assert calls[0] == len(ALL)
     for weight, delta in expected.patch.deltas.items():
         assert relative(result.patch.deltas[weight].dense, delta.dense) < 1e-6
@@ -218,6 +218,32 @@ def test_alphaedit_protects_the_keys_of_past_edits_and_forgets_those_it_reverts(
     other = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6)
     other.history.load(tmp_path / "history.safetensors")
     assert torch.equal(other.history.keys(1, width), remembered)
+
+
+def test_alphaedit_computes_with_what_it_kept_of_past_keys_as_from_scratch():
+    made = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6)
+    results = [made.apply(edit) for edit in ALL]
+    results[1].revert()
+    after_a_revert = made.apply(ALL[1])
+    kept = {name: delta.dense for name, delta in after_a_revert.patch.deltas.items()}
+    after_a_revert.revert()
+    made._past.clear()
+    again = made.apply(ALL[1])
+    for name, delta in again.patch.deltas.items():
+        assert float(delta.norm) > 1e-3
+        assert relative(kept[name], delta.dense) < 1e-9
+
+
+def test_alphaedit_follows_its_second_moments():
+    made = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6)
+    other = {layer: moment.matrix.flip(0, 1) for layer, moment in made.moments.items()}
+    made.propose(ALL[0])
+    made.moments = other
+    fresh = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6)
+    fresh.moments = other
+    [found], [expected] = made.propose(ALL[0]), fresh.propose(ALL[0])
+    for name, delta in expected.deltas.items():
+        assert relative(found.deltas[name].dense, delta.dense) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["rome", "alphaedit"])

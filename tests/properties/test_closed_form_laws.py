@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kedit.errors import SingularMomentError
-from kedit.solve import cholesky, null_space, null_space_update, projected, rank_one, ridge, whiten
+from kedit.solve import Past, cholesky, null_space, null_space_update, projected, rank_one, ridge, whiten
 
 WIDTH, OUT = 12, 7
 
@@ -81,7 +81,11 @@ def test_alphaedit_is_the_published_system(seed, edits, past, weight):
     projection = torch.eye(WIDTH, dtype=torch.float64) - used @ used.T
     system = projection @ (keys.T @ keys + earlier.T @ earlier) + weight * torch.eye(WIDTH, dtype=torch.float64)
     expected = torch.linalg.solve(system, projection @ keys.T @ residuals).T
-    found = null_space_update(used, keys, residuals, earlier, weight).dense
+    gone = Past()
+    for part in earlier.split(7):
+        gone = gone.plus(projected(used, part))
+    assert (gone.gram is None) == (past < WIDTH)
+    found = null_space_update(projected(used, keys), residuals, weight, gone).dense
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
 
 
@@ -91,7 +95,7 @@ def test_alphaedit_leaves_the_preserved_subspace_alone(seed, edits):
     keys, residuals, moment = problem(seed, edits)
     used = null_space(moment, 0.5)
     assert 0 < used.shape[1] < WIDTH
-    update = null_space_update(used, keys, residuals, torch.empty(0, WIDTH), 1.0).dense
+    update = null_space_update(projected(used, keys), residuals, 1.0).dense
     assert float(update.norm()) > 0
     assert float((update @ used).abs().max()) < 1e-12
 

@@ -47,6 +47,7 @@ ORDER = [
     "history",
     "pipeline",
     "routing",
+    "demand",
     "result",
     "editors.config",
     "editors.base",

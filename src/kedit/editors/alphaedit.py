@@ -11,13 +11,14 @@ from torch import Tensor
 
 from kedit import locate
 from kedit.delta import Delta
+from kedit.demand import DOUBLE
 from kedit.editors.base import Settings
 from kedit.editors.config import EditorConfig
 from kedit.editors.memit import MEMIT, mixed_keys
 from kedit.history import KeyHistory
 from kedit.pipeline import Insertion
 from kedit.request import Request
-from kedit.solve import null_space, null_space_solution, projected
+from kedit.solve import Past, null_space, null_space_update, projected
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
@@ -60,27 +61,59 @@ class AlphaEdit(MEMIT):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.history = KeyHistory(self.model)
+        self._of: object = None  # the moments that the following two belong to
         self._used: dict[tuple[int, float, bool, int], Tensor] = {}
+        self._past: dict[tuple[int, float, bool], tuple[list[Tensor], Past]] = {}
 
     def used_directions(self, layer: int, config: Any, expert: int = 0) -> Tensor:
         """The directions of ordinary keys, which are not written: [I, d] float64; computed once per layer and expert."""
+        self._forget_other_moments()
         key = (layer, config.threshold, config.relative, expert)
         if key not in self._used:
             matrix = self.moments.matrices(layer)[expert]
             self._used[key] = null_space(matrix, config.threshold, relative=config.relative)
         return self._used[key]
 
+    def _forget_other_moments(self) -> None:
+        if self._of is not self.moments:
+            self._of = self.moments
+            self._used.clear()
+            self._past.clear()
+
+    def solving_bytes(self, shape: tuple[int, int], edits: int, contexts: int) -> tuple[int, int]:
+        """Used directions (at most I) and earlier keys are kept; eigenvectors, keys and their system are held meanwhile."""
+        square, past = DOUBLE * shape[1] ** 2, self.history.count
+        keys = edits + past if past < shape[1] else edits
+        system = 3 * square if edits + past >= shape[1] else 3 * DOUBLE * keys**2
+        return square + DOUBLE * min(past, shape[1]) * shape[1], max(square, 4 * DOUBLE * keys * shape[1] + system)
+
     def solve(self, insertion: Insertion, config: Any) -> Delta:
         """The projected solution of one layer."""
-        keys = mixed_keys(insertion.keys)
-        layer = insertion.layer
-        past = self.history.keys(layer, keys.shape[1]).to(keys)
+        self._forget_other_moments()
+        keys = self._projected(insertion.layer, mixed_keys(insertion.keys), config)
+        past = self._earlier(insertion.layer, keys, config)
+        return null_space_update(keys, insertion.residual, config.l2, past)
+
+    def _projected(self, layer: int, keys: Tensor, config: Any) -> Tensor:
+        """P k for each key [n, I] (of a mixture, expert by expert), float64."""
 
         def project(expert: int, part: Tensor) -> Tensor:
             return projected(self.used_directions(layer, config, expert).to(part.device), part)
 
-        both = insertion.moments.each_expert(layer, torch.cat([keys, past]), project)
-        return null_space_solution(both, insertion.residual, config.l2)
+        return self.moments.each_expert(layer, keys, project)
+
+    def _earlier(self, layer: int, like: Tensor, config: Any) -> Past:
+        """The keys of earlier edits; only those are projected that are new since the last time."""
+        parts = self.history.parts(layer)
+        key = (layer, config.threshold, config.relative)
+        known, past = self._past.get(key, ([], Past()))
+        if len(known) > len(parts) or any(old is not new for old, new in zip(known, parts, strict=False)):
+            known, past = [], Past()  # something was taken back
+        fresh = parts[len(known) :]
+        if fresh:
+            past = past.plus(self._projected(layer, torch.cat(fresh).to(like), config))
+        self._past[key] = parts, past
+        return past
 
     def kept(self, patch: EditPatch, requests: Sequence[Request], settings: Settings) -> None:
         """Remember the keys of what was written, as the edited model makes them."""

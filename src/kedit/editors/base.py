@@ -16,13 +16,14 @@ from torch import Tensor
 from kedit import presets, routing
 from kedit.arch import ModelArch, Site
 from kedit.contexts import check_contexts, generate_contexts
-from kedit.delta import Delta, concatenate
+from kedit.delta import Delta, append, concatenate
+from kedit.demand import DOUBLE, Demand, demand
 from kedit.edit import Edit, as_edits
 from kedit.editors.config import EditorConfig
 from kedit.engine import Engine
 from kedit.errors import ConfigError
 from kedit.ledger import Ledger, check_writable
-from kedit.memory import HeapTrim
+from kedit.memory import Footprint, HeapTrim
 from kedit.moments import RIDGE, Moment, SecondMoments
 from kedit.optimise import StepLog, Values
 from kedit.patch import EditPatch, fingerprints
@@ -188,35 +189,38 @@ class Editor(ABC):
         written: dict[str, list[Delta]] = {}
         log: list[list[StepLog]] = []
         groups = [requests] if self.joint else [[request] for request in requests]
+        ledger = Ledger.of(self.model)
         with ExitStack() as stack:
-            keep = stack.enter_context(Ledger.of(self.model).scratch())
+            keep = stack.enter_context(ledger.scratch())
             progress = stack.enter_context(Progress(len(groups), self.name))
             for number, group in enumerate(groups):
                 deltas, steps = self.write(group, settings, timer)
                 deltas = here().from_leader(deltas)  # so that rounding keeps no two processes apart
                 log += steps
                 for name, delta in deltas.items():
-                    written.setdefault(name, []).append(delta)
+                    append(written.setdefault(name, []), delta)
                 if number < len(groups) - 1:
                     keep([self.arch.weight_of(name) for name in deltas])
                     overwrite(self.arch, deltas)
                 progress.advance()
         summed = {name: concatenate(parts) for name, parts in written.items()}
         patch = EditPatch(summed, fingerprints(self.arch, summed), self._provenance(chosen, settings))
-        patch.apply(self.model)
         try:
+            patch.apply(self.model)
             routes = routing.check(self.arch, requests, routed, summed)
             if watch is not None:
                 with timer.stage("guard"):
                     patch.provenance["scores"] = watch.check(patch.deltas).scores
             self.kept(patch, requests, settings)
+            lost = {name: ledger.rounding(name) / max(delta.norm, 1e-30) for name, delta in summed.items()}
+            report = None if watch is None else watch.report
+            result = EditResult(patch, chosen, log, timer.seconds, self.model, report, routes, lost)
+            HeapTrim.after_apply()
         except BaseException:
-            patch.revert(self.model)
+            if ledger.carries(patch):
+                patch.revert(self.model)
             raise
-        HeapTrim.after_apply()
-        report = None if watch is None else watch.report
-        lost = {name: Ledger.of(self.model).rounding(name) / max(delta.norm, 1e-30) for name, delta in summed.items()}
-        return EditResult(patch, chosen, log, timer.seconds, self.model, report, routes, lost)
+        return result
 
     def reapply(self, patch: EditPatch, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> None:
         """Put a patch that this editor made of ``edits`` back onto the model, as :meth:`apply` left it.
@@ -256,7 +260,29 @@ class Editor(ABC):
             for edit, deltas in zip(chosen, found, strict=True)
         ]
 
+    @with_gradient
+    def demand(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> Demand:
+        """How much memory :meth:`apply` would take; nothing is written. Contexts and second moments are made where missing."""
+        settings = self._settings(regularizer)
+        requests = self._encode(as_edits(edits), settings)
+        self._prepare(Timer())
+        wave = self.largest_wave(requests, settings)
+        return demand(self, requests, settings.config.layers, wave, trains=not settings.sites)
+
     # What a child may replace
+
+    def solving_bytes(self, shape: tuple[int, int], edits: int, contexts: int) -> tuple[int, int]:
+        """Bytes that the closed form of one weight [O, I] keeps for later edits, and those it holds meanwhile besides."""
+        square, keys = DOUBLE * shape[1] ** 2, DOUBLE * edits * shape[1]
+        if edits < shape[1]:  # the moment in float64 on the way to its factor; or systems in the number of edits
+            return square, max(square, 4 * keys + 3 * DOUBLE * edits**2)
+        return 0, 4 * square + 3 * keys
+
+    def largest_wave(self, requests: Sequence[Request], settings: Settings) -> Footprint:
+        """What the optimisation holds at its peak."""
+        together = [requests] if self.joint else [[request] for request in requests]
+        found = (self.engine.largest_footprint(settings.sites, group, settings.needs) for group in together)
+        return max(found, key=lambda footprint: footprint.total)
 
     def write(
         self, requests: Sequence[Request], settings: Settings, timer: Timer
@@ -265,7 +291,7 @@ class Editor(ABC):
         with timer.stage("optimise"):
             values = self._values(requests, settings)
         with timer.stage("solve"):
-            return spread(self.arch, self, requests, values, settings.config, self.moments), values.log
+            return self._spread(requests, values, settings), values.log
 
     def propose_deltas(self, requests: Sequence[Request], settings: Settings) -> list[dict[str, Delta]]:
         """The updates that write each request alone."""
@@ -274,7 +300,7 @@ class Editor(ABC):
             found = []
             for number, request in enumerate(requests):
                 one = values.only(number)
-                found.append(spread(self.arch, self, [request], one, settings.config, self.moments))
+                found.append(self._spread([request], one, settings))
                 progress.advance()
         return found
 
@@ -300,6 +326,10 @@ class Editor(ABC):
 
     def _encode(self, edits: Sequence[Edit], settings: Settings) -> list[Request]:
         return encode_edits(self.arch, self.tokenizer, edits, self.contexts, settings.needs)
+
+    def _spread(self, requests: Sequence[Request], values: Values, settings: Settings) -> dict[str, Delta]:
+        moments = self.moments if self.needs_moments else SecondMoments({})
+        return spread(self.arch, self, requests, values, settings.config, moments)
 
     def _values(self, requests: Sequence[Request], settings: Settings) -> Values:
         values = self.engine.optimise(
@@ -359,7 +389,7 @@ class Editor(ABC):
             "regularizers": [describe(item) for item in settings.regularizers],
             "edits": [edit.to_dict() for edit in edits],
             "contexts": list(self.contexts),
-            "budget": self.engine.budget,
+            "budget": self.engine.used,
             "moments": {} if self._moments is None else {str(i): m.figures() for i, m in self._moments.items()},
             "model": {
                 "name": Path(source).name if Path(source).exists() else source,

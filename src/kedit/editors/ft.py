@@ -18,6 +18,7 @@ from kedit.editors.base import Editor, Settings
 from kedit.editors.config import EditorConfig
 from kedit.errors import ConfigError, NonFiniteError, UnsupportedError
 from kedit.ledger import Ledger
+from kedit.memory import Footprint, LivePeak
 from kedit.optimise import StepLog
 from kedit.pipeline import Insertion, Timer
 from kedit.regularizers import Choice
@@ -40,7 +41,7 @@ class FT(Editor):
         """FT's hyper-parameters; ``clamp`` is ε, absolute, and ``kl_factor`` does not apply.
 
         Attributes:
-            objective: ``"masked"``: each target token is predicted from the tokens before it; ``"prompt_last"``: the
+            objective_form: ``"masked"``: each target token is predicted from the tokens before it; ``"prompt_last"``: the
                 published form, all target tokens from the prompt's last position, wrong beyond one token.
         """
 
@@ -73,6 +74,18 @@ class FT(Editor):
         """Not used: FT has no closed form."""
         raise NotImplementedError
 
+    def largest_wave(self, requests: Sequence[Request], settings: Settings) -> Footprint:
+        """One step of the longest edit, as it runs, beside what training holds of the weights.
+
+        That is the original twice, the change, its gradient twice and Adam's two averages.
+        """
+        longest = max(requests, key=lambda request: max(len(row.ids) for row in request.rewrite))
+        trained = self._trained(settings)
+        with inference_state(self.model, trained), LivePeak(self.model) as seen:
+            torch.autograd.grad(self._loss(longest, settings.config.objective_form), trained)
+        held = 7 * sum(tensor.numel() for tensor in trained) * self.arch.work_dtype.itemsize
+        return Footprint(stored=held, activations=seen.peak, logits=0)
+
     def write(
         self, requests: Sequence[Request], settings: Settings, timer: Timer
     ) -> tuple[dict[str, Delta], list[list[StepLog]]]:
@@ -94,6 +107,11 @@ class FT(Editor):
             )
         return settings
 
+    def _trained(self, settings: Settings) -> list[torch.nn.Parameter]:
+        """The parameters behind the edited weights; experts share theirs."""
+        weights = [self.arch.weight_of(name) for name in settings.names]
+        return list({id(weight.parameter): weight.parameter for weight in weights}.values())
+
     def _tune(self, request: Request, settings: Settings) -> tuple[dict[str, Delta], list[list[StepLog]]]:
         config = settings.config
         weights = [self.arch.weight_of(name) for name in settings.names]
@@ -102,7 +120,7 @@ class FT(Editor):
                 f"FT trains {weights[0].name}, which is offloaded: no gradient reaches it. Keep its block on a device "
                 "(device_map), or use an editor that solves for its update."
             )
-        trained = list({id(weight.parameter): weight.parameter for weight in weights}.values())  # experts share theirs
+        trained = self._trained(settings)
         original = [tensor.detach().to(self.arch.work_dtype, copy=True) for tensor in trained]
         changes = [torch.zeros_like(tensor, requires_grad=True) for tensor in original]
         adam = torch.optim.Adam(changes, lr=config.lr, weight_decay=config.weight_decay)
