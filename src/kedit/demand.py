@@ -145,7 +145,8 @@ def _reading(editor: Solver, requests: Sequence[Request], layer: int) -> int:
     together = requests if editor.joint else [max(requests, key=lambda request: request.rewrite[-1].lookup)]
     rows = [row for request in together for row in request.rewrite]
     probe = max(rows, key=lambda row: row.lookup)
-    with LivePeak(editor.arch.model) as seen:
+    seen = LivePeak(editor.arch.model)
+    with seen:
         locate.keys(editor.arch, [probe], layer)
     tokens = min(locate.TOKENS_PER_PASS, len(rows) * (probe.lookup + 1))
     return seen.peak * tokens // (probe.lookup + 1)
