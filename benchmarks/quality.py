@@ -6,14 +6,11 @@ Hyper-parameters are chosen on one half of the cases and used on the other. Ever
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import kedit
 from kedit import presets
@@ -24,7 +21,7 @@ from kedit.editors import editor as make_editor
 from kedit.editors.base import Editor
 from kedit.errors import ConfigError
 from kedit.evaluation.environment import describe_model, environment
-from kedit.evaluation.journal import digest
+from kedit.evaluation.identity import describe_editor, describe_weights, digest, versions
 from kedit.evaluation.statistics import Estimate
 from kedit.pipeline import describe
 from kedit.regularizers import resolve
@@ -85,7 +82,7 @@ class Bench:
             corpus=config.getoption("moments_corpus"),
         )
         made.results.mkdir(parents=True, exist_ok=True)
-        made.weights = _hash(model)
+        made.weights = describe_weights(model)
         return made
 
     def editor(self, name: str) -> Editor:
@@ -131,8 +128,9 @@ class Bench:
         regularizers = resolve(regularizer)
         identity = digest(
             [
+                versions(),
                 self.weights,
-                None if editor is None else [editor.name, editor.config.to_dict()],
+                describe_editor(editor),
                 [describe(item) for item in regularizers],
                 [case.to_dict() for case in cases],
                 mode,
@@ -214,14 +212,6 @@ def _candidates(name: str, editor: Editor) -> list[dict[str, Any]]:
     if name == "ft":  # fine-tuning hangs on how far each weight may go
         return [{"layers": span, "clamp": bound, "lr": bound} for span in spans for bound in (0.005, 0.02, 0.05)]
     return [{"layers": span} for span in spans if span != editor.config.layers]
-
-
-def _hash(model: Any) -> str:
-    total = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        total.update(key.encode())
-        total.update(tensor.detach().double().sum(dtype=torch.float64).cpu().numpy().tobytes())
-    return total.hexdigest()[:16]
 
 
 def value(report: Any, name: str) -> float:

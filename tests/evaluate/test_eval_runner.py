@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import kedit.evaluation.identity as identity
 import kedit.evaluation.runner as runner_module
 from kedit.edit import Edit
 from kedit.editors import editor as make_editor
@@ -225,6 +226,92 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         evaluate(other.model, tok, make_cases(3), other, out=tmp_path)
 
 
+def stale(tmp_path, editor, change, **options):
+    """What evaluate says of a finished run after a change of something that it depends on."""
+    model, tok = editor.model, editor.tokenizer
+    measured = None if options.get("unedited") else editor
+    evaluate(model, tok, make_cases(2), measured, out=tmp_path, exact=False)
+    change()
+    with pytest.raises(EditError, match="another run") as caught:
+        evaluate(model, tok, make_cases(2), measured, out=tmp_path, exact=False)
+    return re.search(r"its (.*) differ", str(caught.value)).group(1)
+
+
+def test_a_run_with_other_second_moments_or_contexts_is_another_run(tmp_path):
+    _, _, editor = make()
+    assert stale(tmp_path / "1", editor, lambda: setattr(editor, "moments", {1: torch.eye(112)})) == "moments"
+    assert stale(tmp_path / "2", editor, lambda: setattr(editor, "_contexts", ("{}",))) == "contexts"
+
+
+@pytest.mark.parametrize("unedited", [False, True])
+def test_a_run_on_other_weights_is_another_run_wherever_they_differ(tmp_path, unedited):
+    model, _, editor = make()
+
+    def nudge():
+        with torch.no_grad():
+            model.transformer.ln_f.bias[3] += 1e-3
+
+    assert stale(tmp_path, editor, nudge, unedited=unedited) == "model"
+
+
+def test_a_run_of_another_version_is_another_run(tmp_path, monkeypatch):
+    _, _, editor = make()
+    assert stale(tmp_path, editor, lambda: monkeypatch.setattr(identity, "version", lambda name: "0.0")) == "versions"
+
+
+def test_a_run_after_other_edits_whose_keys_alphaedit_remembers_is_another_run(tmp_path):
+    model, _, editor = make("alphaedit", layers=(1, 2), threshold=0.6, l2=1e-2)
+    result = editor.apply(Edit("{} sings", "Zoe", "loudly"))
+    editor.history.save(tmp_path / "keys.safetensors")
+    result.revert()
+    assert stale(tmp_path / "run", editor, lambda: editor.history.load(tmp_path / "keys.safetensors")) == "history"
+
+
+@pytest.mark.parametrize("name", ["rome", "alphaedit"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_sequence_that_was_interrupted_while_editing_goes_on_where_it_stopped(
+    tmp_path, monkeypatch, name, batch_size
+):
+    settings = {"layers": (1, 2), "threshold": 0.6, "l2": 1e-2} if name == "alphaedit" else {}
+    model, tok, editor = make(name, **settings)
+    cases, before = make_cases(), weights(model)
+    options = {"mode": "sequential", "batch_size": batch_size, "exact": False}
+    apply, applied = editor.apply, []
+
+    def counts(edits, regularizer):
+        applied.append(len(edits))
+        if len(applied) == 3:
+            raise KeyboardInterrupt
+        if len(applied) == 2:  # a step that fails is remembered too
+            raise NonFiniteError("The loss is not finite.")
+        return apply(edits, regularizer)
+
+    monkeypatch.setattr(editor, "apply", counts)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tok, cases, editor, out=tmp_path / "parts", **options)
+    assert same(model, before)
+    steps = tmp_path / "parts/patches/steps.jsonl"
+    assert [json.loads(line)["failure"] for line in steps.read_text().split("\n")[:-1]] == [
+        None,
+        "The loss is not finite.",
+    ]
+    with steps.open("a") as file:
+        file.write('{"step": 2, "fail')  # a line that was being written
+    again = evaluate(model, tok, cases, editor, out=tmp_path / "parts", **options)
+    assert sum(applied[3:]) == 5 - 2 * batch_size  # nothing twice
+    assert set(again.failures) == {case.id for case in cases[batch_size : 2 * batch_size]}
+    assert same(model, before)
+
+    applied.clear()  # the same unbroken
+    monkeypatch.setattr(
+        editor,
+        "apply",
+        lambda edits, regularizer: counts(edits, regularizer) if len(applied) < 2 else apply(edits, regularizer),
+    )
+    unbroken = evaluate(model, tok, cases, editor, out=tmp_path / "unbroken", **options)
+    assert facts(again) == facts(unbroken)
+
+
 def test_chunks_do_not_change_the_figures_beyond_rounding():
     model, tok, editor = make()
     one, many = (evaluate(model, tok, make_cases(), editor, chunk=chunk) for chunk in (1, 5))
@@ -305,8 +392,18 @@ def test_a_joint_run_leaves_out_probes_of_edited_facts():
     ("options", "error", "message"),
     [
         ({"mode": "parallel"}, ConfigError, "mode is"),
-        ({"chunk": 0}, ConfigError, "chunk"),
-        ({"generation": 3}, ConfigError, "does not know .*generation"),
+        ({"chunk": 0}, ConfigError, "chunk must be a whole number of at least 1, not 0"),
+        ({"chunk": "8"}, ConfigError, "chunk must be .* not '8'"),
+        ({"batch_size": True}, ConfigError, "batch_size must be"),
+        ({"generation": 3}, ConfigError, "does not know generation"),
+        ({"generate": -3}, ConfigError, "generate must be a whole number of at least 0, not -3"),
+        ({"generate": "3"}, ConfigError, "generate must be"),
+        ({"generate": 3, "top_k": 0}, ConfigError, "top_k must be a whole number of at least 1"),
+        ({"seed": None}, ConfigError, "seed must be a whole number, not None"),
+        ({"exact": "no"}, ConfigError, "exact is True or False"),
+        ({"texts": (3,)}, ConfigError, "each a string; found a int: 3"),
+        ({"texts": 3}, ConfigError, "a text or a list of texts"),
+        ({"texts": "Ada lives in Paris.", "text_tokens": 0}, ConfigError, "text_tokens must be .* at least 2"),
         ({"editor": None, "regularizer": "sadr"}, ConfigError, "nothing to regularize"),
         ({"editor": "rime"}, UnknownNameError, "rome"),
         ({"metrics": ["rss"]}, UnknownNameError, "rs"),
@@ -320,6 +417,64 @@ def test_wrong_options_are_refused_before_anything_runs(options, error, message)
     other, _, _ = make()
     with pytest.raises(ConfigError, match="another model"):
         evaluate(other, tok, make_cases(2), editor)
+
+
+@pytest.mark.parametrize("cases", [None, 3, make_cases(1)[0], ["case"]])
+def test_what_is_no_list_of_cases_is_refused(cases):
+    model, tok, editor = make()
+    with pytest.raises(EditError, match=r"Expected .*EditCase"):
+        evaluate(model, tok, cases, editor)
+
+
+def test_a_folder_that_cannot_hold_a_run_is_refused_in_a_sentence(tmp_path):
+    model, tok, editor = make()
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/x/y", "nul\0", 3):
+        with pytest.raises(EditError, match=r"cannot be made: .*Give another one"):
+            evaluate(model, tok, make_cases(1), editor, out=place)
+    for name, content in (("json", "not json"), ("list", "[]"), ("bytes", "\udcff")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(EditError, match=r"run\.json is damaged"):
+            evaluate(model, tok, make_cases(1), editor, out=tmp_path / name)
+    report = evaluate(model, tok, make_cases(1), editor, exact=False)
+    with pytest.raises(EditError, match="cannot be made"):
+        report.save(tmp_path / "file")
+    (tmp_path / "taken" / "summary.json").mkdir(parents=True)
+    with pytest.raises(EditError, match="Cannot write"):
+        report.save(tmp_path / "taken")
+    for damage in ("[]", "{}", '{"run": 3}'):
+        report.save(tmp_path / "report")
+        (tmp_path / "report/summary.json").write_text(damage)
+        with pytest.raises(EditError, match="no finished evaluation"):
+            EvalReport.load(tmp_path / "report")
+
+
+def test_records_or_steps_that_are_damaged_are_named(tmp_path):
+    model, tok, editor = make()
+    evaluate(model, tok, make_cases(2), editor, None, "sequential", out=tmp_path, exact=False)
+    for path, damage in (
+        (tmp_path / "patches/steps.jsonl", '{"step": 1, "failure": null, "seconds": 1}\n'),
+        (tmp_path / "patches/steps.jsonl", '{"step": 0}\n'),
+        (tmp_path / "records.jsonl", "[]\n"),
+    ):
+        (tmp_path / "records.jsonl").write_text("")
+        path.write_text(damage)
+        with pytest.raises(EditError, match=rf"{path.name} is damaged .*Remove it"):
+            evaluate(model, tok, make_cases(2), editor, None, "sequential", out=tmp_path, exact=False)
+    assert not Ledger.of(model).touched
+
+
+def test_a_full_disk_is_reported_in_a_sentence(tmp_path, monkeypatch):
+    model, tok, editor = make()
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kedit.evaluation.journal.os.fsync", full)
+    with pytest.raises(EditError, match="No space left"):
+        evaluate(model, tok, make_cases(1), editor, out=tmp_path)
+    assert not Ledger.of(model).touched
 
 
 def test_a_probe_that_does_not_fit_names_its_case():

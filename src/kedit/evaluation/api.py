@@ -32,7 +32,7 @@ def evaluate(
     *,
     out: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
-    metrics: Sequence[str] | None = None,
+    metrics: str | Sequence[str] | None = None,
     chunk: int = CHUNK,
     batch_size: int = 1,
     **extent: Any,
@@ -49,16 +49,18 @@ def evaluate(
             after the other, ``batch_size`` cases at a time, all asked at the end.
         out: folder for records and report; a run that was interrupted there goes on where it stopped.
         config: the editor's hyper-parameters, where it is given by name.
-        metrics: names of the figures to report; all that have values if not given.
+        metrics: name or names of the figures to report; all that have values if not given.
         chunk: cases whose values are optimised together in single mode.
         batch_size: cases per step of a sequence.
         extent: what is measured beside the likelihoods: the fields of :class:`~kedit.evaluation.examine.Extent`
             (``exact``, ``generate``, ``attention``, ``texts``, ...).
 
     Raises:
-        EditError: a case is malformed or does not fit the model; ``out`` holds another run.
+        EditError: a case is malformed or does not fit the model; ``out`` holds another run or cannot be written.
+        ConfigError: an option is of the wrong type or out of range.
         UnknownNameError: there is no such editor, regularizer or metric.
     """
+    metrics = (metrics,) if isinstance(metrics, str) else metrics
     for name in metrics or ():
         METRICS[name]
     chosen = check_cases(cases)
@@ -92,11 +94,12 @@ def _extent(fields: Mapping[str, Any]) -> Extent:
     given = dict(fields)
     if isinstance(given.get("texts"), str):
         given["texts"] = (given["texts"],)
-    given["texts"] = tuple(given.get("texts") or ())
-    try:
-        return Extent(**given)
-    except TypeError as error:
-        known = ", ".join(Extent.__dataclass_fields__)
-        raise ConfigError(
-            f"evaluate() does not know {', '.join(sorted(set(given) - set(Extent.__dataclass_fields__)))}. It measures {known}."
-        ) from error
+    texts = given.get("texts") or ()
+    if not isinstance(texts, Iterable):
+        raise ConfigError(f"texts is a text or a list of texts, not a {type(texts).__name__}.")
+    given["texts"] = tuple(texts)
+    known = Extent.__dataclass_fields__
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError(f"evaluate() does not know {', '.join(unknown)}. It measures {', '.join(known)}.")
+    return Extent(**given)

@@ -174,6 +174,11 @@ def fact_of(case: EditCase) -> tuple[str, str] | None:
 
 def check_cases(cases: Iterable[EditCase]) -> list[EditCase]:
     """The cases as a list; raises ``EditError`` where there are none, or two have one name."""
+    if not isinstance(cases, Iterable):
+        raise EditError(
+            f"Expected a list of kedit.EditCase objects, found {type(cases).__name__}. Cases of a file are "
+            "load_cases(file).cases."
+        )
     found = list(cases)
     if not found:
         raise EditError("There is nothing to evaluate: the list of cases is empty.")

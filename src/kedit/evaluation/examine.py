@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kedit.arch import ModelArch
 from kedit.batch import Row, Text, context_limit, encode
-from kedit.errors import EditError
+from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase, Kind, Probe
 from kedit.evaluation.decode import continue_rows, says
 from kedit.evaluation.gaze import Gaze, gazes
@@ -38,6 +38,9 @@ class Extent:
         texts: plain text for perplexity and KL drift; none without.
         text_tokens: how much of it is read.
         seed: of the sampling.
+
+    Raises:
+        ConfigError: a field is of the wrong type, or out of range.
     """
 
     exact: bool = True
@@ -47,6 +50,24 @@ class Extent:
     texts: tuple[str, ...] = ()
     text_tokens: int = 512
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in ("exact", "attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is True or False, not {getattr(self, name)!r}.")
+        for name, least in (("generate", 0), ("top_k", 1), ("text_tokens", 2), ("seed", None)):
+            check_whole(name, getattr(self, name), least)
+        for text in self.texts:
+            if not isinstance(text, str):
+                raise ConfigError(f"texts are plain text, each a string; found a {type(text).__name__}: {text!r}.")
+
+
+def check_whole(name: str, value: object, least: int | None = None) -> None:
+    """Raise ``ConfigError`` unless ``value`` is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ConfigError(f"{name} must be a whole number{bound}, not {value!r}.")
 
 
 @dataclass(frozen=True)

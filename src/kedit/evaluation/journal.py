@@ -2,52 +2,60 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from kedit.edit import json_lines
-from kedit.errors import EditError
+from kedit.errors import EditError, PatchError
 from kedit.evaluation.scores import CaseRecord
 from kedit.patch import EditPatch
+from kedit.patch.files import write_whole
 from kedit.processes import here
 
-RUN, RECORDS, PATCHES = "run.json", "records.jsonl", "patches"
+RUN, RECORDS, PATCHES, STEPS = "run.json", "records.jsonl", "patches", "steps.jsonl"
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step of a joint edit.
+
+    Attributes:
+        patch: what it wrote; ``None`` where it failed.
+        failure: why it failed.
+        seconds: that it took.
+    """
+
+    patch: EditPatch | None
+    failure: str | None
+    seconds: float
 
 
 class Journal:
     """The folder of one run.
 
-    ``run.json`` says what the run is; ``records.jsonl`` holds a line per finished case; ``patches/`` the joint edit
-    of a batch or sequential run. Several processes share the folder: each writes its finished cases to a file of its own.
+    ``run.json`` says what the run is; ``records.jsonl`` holds a line per finished case; ``patches/`` the steps of the joint
+    edit of a batch or sequential run, a line each in ``steps.jsonl`` once its patch is there. Several processes share the
+    folder: each writes its finished cases to a file of its own.
 
     Raises:
-        EditError: the folder holds another run.
+        EditError: the folder holds another run, is damaged, or cannot be written.
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = make_folder(folder)
         group = here()
         self.path = self.folder / (RECORDS if group.leads else f"records-{group.rank}.jsonl")
         self.records = group.attempt(lambda: self._open(dict(identity)) if group.leads else {})[0]
 
-    def _open(self, identity: dict[str, Any]) -> dict[str, CaseRecord]:
-        """Claim the folder for a run; what it has finished, by case."""
-        self._claim(identity)
-        files = [self.folder / RECORDS, *sorted(self.folder.glob("records-*.jsonl"))]
-        return {record.id: record for path in files if path.exists() for record in _read(path)}
-
     def append(self, record: CaseRecord) -> None:
         """Add a finished case; it is on disk when this returns."""
-        line = json.dumps(record.to_dict(), ensure_ascii=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.path, record.to_dict())
         self.records[record.id] = record
 
     def tidy(self) -> None:
@@ -55,31 +63,46 @@ class Journal:
         for path in self.folder.glob("records-*.jsonl"):
             path.unlink()
 
-    def save_patches(self, patches: Iterable[EditPatch], failures: Mapping[str, str], seconds: float) -> None:
-        """Keep a finished joint edit."""
-        count = 0
-        for count, patch in enumerate(patches, start=1):
-            patch.save(self.folder / PATCHES / f"{count:05d}.safetensors")
-        done = {"patches": count, "failures": dict(failures), "seconds": seconds}
-        _write(self.folder / PATCHES / "done.json", done)
+    def add_step(self, number: int, step: Step) -> None:
+        """Keep step ``number`` (from 0) of a joint edit; it is on disk when this returns."""
+        if step.patch is not None:
+            step.patch.save(self._patch(number))
+        _append(self.folder / PATCHES / STEPS, {"step": number, "failure": step.failure, "seconds": step.seconds})
 
-    def load_patches(self) -> tuple[list[EditPatch], dict[str, str], float] | None:
-        """The joint edit of the interrupted run, where it was finished: patches, failures, seconds."""
-        path = self.folder / PATCHES / "done.json"
-        if not path.exists():
-            return None
-        done = json.loads(path.read_text(encoding="utf-8"))
-        files = [self.folder / PATCHES / f"{i:05d}.safetensors" for i in range(1, done["patches"] + 1)]
-        return [EditPatch.load(file) for file in files], done["failures"], done["seconds"]
+    def steps(self) -> list[Step]:
+        """The finished steps of the interrupted run's joint edit, in order."""
+        path = self.folder / PATCHES / STEPS
+
+        def load(number: int, record: Mapping[str, Any]) -> Step:
+            if record["step"] != number:
+                raise ValueError(f"step {record['step']} stands where step {number} belongs")
+            failure = record["failure"]
+            patch = EditPatch.load(self._patch(number)) if failure is None else None
+            return Step(patch, failure, float(record["seconds"]))
+
+        return _read(path, load) if path.exists() else []
+
+    def _patch(self, number: int) -> Path:
+        return self.folder / PATCHES / f"{number:06d}.safetensors"
+
+    def _open(self, identity: dict[str, Any]) -> dict[str, CaseRecord]:
+        """Claim the folder for a run; what it has finished, by case."""
+        self._claim(identity)
+        files = [self.folder / RECORDS, *sorted(self.folder.glob("records-*.jsonl"))]
+        found = [record for path in files if path.exists() for record in _read(path, _case)]
+        return {record.id: record for record in found}
 
     def _claim(self, identity: dict[str, Any]) -> None:
         path = self.folder / RUN
         if not path.exists():
             if (self.folder / RECORDS).exists():
                 raise EditError(f"{self.folder} holds {RECORDS} but no {RUN}. Give another folder, or remove the file.")
-            _write(path, identity)
+            write_text(path, json.dumps(identity, indent=2))
             return
-        known = json.loads(path.read_text(encoding="utf-8"))
+        with _reading(path):
+            known = json.loads(path.read_bytes())
+            if not isinstance(known, dict):
+                raise ValueError(f"it is a {type(known).__name__}, no object")
         differs = sorted(key for key in {*known, *identity} if known.get(key) != identity.get(key))
         if differs:
             raise EditError(
@@ -87,25 +110,62 @@ class Journal:
             )
 
 
-def _read(path: Path) -> list[CaseRecord]:
-    """The finished cases; a last line that was cut off by an interruption is removed from the file."""
-    whole = path.read_bytes()
-    complete = whole[: whole.rfind(b"\n") + 1]
-    if len(complete) < len(whole):
-        path.write_bytes(complete)
+def make_folder(folder: str | Path) -> Path:
+    """The folder of a run, made where it does not exist; raises ``EditError`` where it cannot be."""
     try:
-        return [CaseRecord.from_dict(json.loads(line)) for _, line in json_lines(complete.decode())]
-    except (ValueError, KeyError, TypeError) as error:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, TypeError, ValueError) as error:  # ValueError: a null character
+        raise EditError(f"The folder {str(folder)!r} cannot be made: {error}. Give another one.") from error
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all; raises ``EditError`` where it cannot be written."""
+
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode())
+
+    try:
+        write_whole(path, write)
+    except PatchError as error:
+        raise EditError(str(error)) from error
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line of JSON; it is on disk when this returns."""
+    make_folder(path.parent)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, ValueError) as error:  # ValueError: half of a surrogate pair
+        raise EditError(
+            f"Cannot write to {path}: {error}. What is finished stays; make room, and start the run again."
+        ) from error
+
+
+def _read(path: Path, load: Callable[[int, Any], Found]) -> list[Found]:
+    """The finished lines; a last one that was cut off by an interruption is removed from the file."""
+    with _reading(path):
+        whole = path.read_bytes()
+        complete = whole[: whole.rfind(b"\n") + 1]
+        if len(complete) < len(whole):
+            path.write_bytes(complete)
+        lines = json_lines(complete.decode())
+        return [load(number, json.loads(line)) for number, (_, line) in enumerate(lines)]
+
+
+def _case(number: int, record: Mapping[str, Any]) -> CaseRecord:
+    return CaseRecord.from_dict(record)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except EditError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EditError(f"{path} is damaged ({error}). Remove it to evaluate anew.") from error
-
-
-def digest(value: Any) -> str:
-    """A short hash of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)

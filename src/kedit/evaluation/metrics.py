@@ -225,6 +225,25 @@ _add(
 )  # fmt: skip
 
 
+class Running:
+    """Figures of the finished cases, for a progress bar."""
+
+    def __init__(self, names: Sequence[str] = ("es", "ps", "ns", "rs", "dns")) -> None:
+        self.sums = dict.fromkeys(names, 0.0)
+        self.counts = dict.fromkeys(names, 0)
+
+    def add(self, record: CaseRecord) -> None:
+        """Count a finished case."""
+        for name in self.sums:
+            values = METRICS[name].values(record.after, record.before)
+            self.sums[name] += sum(values)
+            self.counts[name] += len(values)
+
+    def figures(self) -> dict[str, str]:
+        """By label: the mean so far, of the metrics that have values."""
+        return {METRICS[n].label: f"{total / self.counts[n]:.1f}" for n, total in self.sums.items() if self.counts[n]}
+
+
 def chosen(names: Sequence[str] | None = None) -> list[Metric]:
     """Metrics by name, in that order; all of them, in the order of this file, without names."""
     known = [name for name in METRICS.names() if name not in _ORDER]

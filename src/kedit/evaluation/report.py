@@ -11,6 +11,7 @@ from typing import Any
 
 from kedit.edit import json_lines
 from kedit.errors import EditError
+from kedit.evaluation.journal import make_folder, write_text
 from kedit.evaluation.metrics import METRICS, Metric, chosen
 from kedit.evaluation.scores import CaseRecord
 from kedit.evaluation.statistics import Estimate, Floats, case_weights, difference
@@ -128,14 +129,17 @@ class EvalReport:
         return page(self)
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``records.jsonl``, ``summary.json``, ``summary.md`` and ``report.html``; returns the folder."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
+        """Write ``records.jsonl``, ``summary.json``, ``summary.md`` and ``report.html``; returns the folder.
+
+        Raises:
+            EditError: the folder cannot be made or written.
+        """
+        target = make_folder(folder)
         lines = [json.dumps(record.to_dict(), ensure_ascii=False) for record in self.records]
-        _write(target / "records.jsonl", "\n".join(lines) + "\n")
-        _write(target / "summary.json", json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n")
-        _write(target / "summary.md", self.to_markdown())
-        _write(target / "report.html", self.to_html())
+        write_text(target / "records.jsonl", "\n".join(lines) + "\n")
+        write_text(target / "summary.json", json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n")
+        write_text(target / "summary.md", self.to_markdown())
+        write_text(target / "report.html", self.to_html())
         return target
 
     @classmethod
@@ -146,9 +150,10 @@ class EvalReport:
             lines = (target / "records.jsonl").read_text(encoding="utf-8")
             summary = json.loads((target / "summary.json").read_text(encoding="utf-8"))
             records = [CaseRecord.from_dict(json.loads(line)) for _, line in json_lines(lines)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            meta = dict(summary["run"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EditError(f"{target} holds no finished evaluation ({error}). Run it to its end first.") from error
-        return cls(records, summary["run"])
+        return cls(records, meta)
 
     @property
     def title(self) -> str:
@@ -182,9 +187,3 @@ def show(value: Estimate | None, metric: Metric | None = None) -> str:
     if value.low is None or value.high is None:
         return f"{value.value:.{digits}f}"
     return f"{value.value:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -8,17 +8,17 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
-from kedit.edit import Edit
 from kedit.editors.base import Editor
-from kedit.errors import ConfigError, EditError, KEditError
+from kedit.errors import ConfigError, KEditError
 from kedit.evaluation.cases import EditCase, drop_edited
 from kedit.evaluation.environment import describe_model, environment
-from kedit.evaluation.examine import Examiner, Extent
-from kedit.evaluation.journal import Journal, digest
-from kedit.evaluation.metrics import METRICS
+from kedit.evaluation.examine import Examiner, Extent, check_whole
+from kedit.evaluation.identity import describe_editor, describe_weights, digest, versions
+from kedit.evaluation.joint import HOPELESS, JointEdit
+from kedit.evaluation.journal import Journal
+from kedit.evaluation.metrics import Running
 from kedit.evaluation.scores import CaseRecord, CaseScore
 from kedit.fingerprint import tensor_fingerprint
-from kedit.ledger import Ledger
 from kedit.patch import EditPatch
 from kedit.pipeline import describe
 from kedit.processes import alone, here
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["single", "batch", "sequential"]
 CHUNK = 32  # cases whose values are optimised together in single mode
-RUNNING = ("es", "ps", "ns", "rs", "dns")  # shown while it runs
 
 
 class Run:
@@ -50,8 +49,8 @@ class Run:
     ) -> None:
         if mode not in ("single", "batch", "sequential"):
             raise ConfigError(f"mode is 'single', 'batch' or 'sequential', not {mode!r}.")
-        if chunk < 1 or batch_size < 1:
-            raise ConfigError(f"chunk and batch_size must be at least 1, not {chunk} and {batch_size}.")
+        check_whole("chunk", chunk, 1)
+        check_whole("batch_size", batch_size, 1)
         self.model, self.editor, self.mode, self.extent = model, editor, mode, extent
         self.regularizers = resolve(regularizer)
         if editor is None and self.regularizers:
@@ -64,18 +63,18 @@ class Run:
         self.tokenizer = tokenizer
         self.base = self._fingerprints()
         self.settings: dict[str, Any] = {}
-        self.failures: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run."""
+        """What makes two runs the same run; the editor's contexts and second moments are made where missing."""
         texts = digest(list(self.extent.texts))
+        with self._timed("prepare"):
+            editor = describe_editor(self.editor)
         return {
+            "versions": versions(),
             "cases": digest([case.to_dict() for case in self.cases]),
-            "model": digest([describe_model(self.model), self.base]),
-            "editor": None if self.editor is None else self.editor.name,
-            "config": None if self.editor is None else self.editor.config.to_dict(),
-            "contexts": None if self.editor is None else digest(list(self.editor.contexts)),
+            "model": describe_weights(self.model),
+            **editor,
             "regularizers": [describe(item) for item in self.regularizers],
             "mode": self.mode,
             "extent": {**asdict(self.extent), "texts": texts},
@@ -110,7 +109,7 @@ class Run:
             work = self._single(examiner, done) if self._each_alone else self._joint(examiner, done, journal)
             # Closed here and now: an error would keep the generator, and with it the edited model, as long as its traceback.
             with closing(work), Progress(len(self.cases), "evaluating", unit="case") as progress:
-                running = _Running()
+                running = Running()
                 for record in done.values():
                     running.add(record)
                 progress.advance(len(done))
@@ -178,8 +177,8 @@ class Run:
             found = self.editor.propose([case.edit for case in alone], self.regularizers)
             self._note(found[0])
             return {case.id: patch for case, patch in zip(alone, found, strict=True)}
-        except ConfigError:
-            raise  # it would fail for every case
+        except HOPELESS:
+            raise
         except KEditError:
             pass
         patches: dict[str, EditPatch | str] = {}
@@ -206,6 +205,8 @@ class Run:
                         result = self.editor.apply(case.edits, self.regularizers)
                     stack.callback(result.revert)
                     self._note(result.patch)
+            except HOPELESS:
+                raise
             except KEditError as error:
                 failure = str(error)
             yield failure
@@ -214,13 +215,18 @@ class Run:
         self, examiner: Examiner, done: Mapping[str, CaseRecord], journal: Journal | None
     ) -> Generator[CaseRecord, None, None]:
         """All facts written, then everything asked."""
+        assert self.editor is not None
         start = time.perf_counter()
         before: dict[str, CaseScore] = {}
         for cases in self._chunks():
             before |= {case.id: score for case, score in zip(cases, examiner.before(cases), strict=True)}
         shared = {"before": (time.perf_counter() - start) / len(self.cases)}
-        with ExitStack() as stack:
-            shared["edit"] = self._write_all(stack, journal) / len(self.cases)
+        size = len(self.cases) if self.mode == "batch" else self.batch_size
+        steps = [self.cases[first : first + size] for first in range(0, len(self.cases), size)]
+        edit = JointEdit(self.editor, self.regularizers, steps, journal)
+        with edit.in_place():
+            self._note(edit.patches[0])
+            shared["edit"] = edit.seconds / len(self.cases)
             for cases in self._chunks():
                 if all(case.id in done for case in cases):
                     continue
@@ -235,57 +241,8 @@ class Run:
                             before=before[case.id],
                             after=score,
                             seconds=seconds,
-                            failure=self.failures.get(case.id),
+                            failure=edit.failures.get(case.id),
                         )
-
-    def _write_all(self, stack: ExitStack, journal: Journal | None) -> float:
-        """Make the joint edit, or take it from the interrupted run; seconds that it took."""
-        clean = not Ledger.of(self.model).touched
-        patches: list[EditPatch] = []
-        stack.callback(self._take_back, patches, clean)
-        known = here().from_leader(None if journal is None else journal.load_patches())
-        if known is not None:
-            found, self.failures, seconds = known
-            for patch in found:
-                patches.append(patch)
-                patch.apply(self.model, force=patch is not found[0])
-            self._note(patches[0])
-            return seconds
-        start = time.perf_counter()
-        for patch in self._write_groups():
-            patches.append(patch)
-        if not patches:
-            raise EditError(f"No edit succeeded. The first: {next(iter(self.failures.values()), 'none was tried')}")
-        self._note(patches[0])
-        seconds = time.perf_counter() - start
-        if journal is not None and here().leads:
-            journal.save_patches(patches, self.failures, seconds)
-        return seconds
-
-    def _write_groups(self) -> Iterator[EditPatch]:
-        assert self.editor is not None
-        size = len(self.cases) if self.mode == "batch" else self.batch_size
-        with Progress(len(self.cases), "editing") as progress:
-            for start in range(0, len(self.cases), size):
-                group = self.cases[start : start + size]
-                edits: list[Edit] = [edit for case in group for edit in case.edits]
-                try:
-                    yield self.editor.apply(edits, self.regularizers).patch
-                except KEditError as error:
-                    if self.mode == "batch":
-                        raise
-                    self.failures |= {case.id: str(error) for case in group}
-                progress.advance(len(group))
-
-    def _take_back(self, patches: Sequence[EditPatch], clean: bool) -> None:
-        """Revert; all at once where the model carried nothing before, since each single revert sums up all others."""
-        ledger = Ledger.of(self.model)
-        if clean:
-            ledger.revert_all()
-            return
-        for patch in reversed(patches):
-            if ledger.carries(patch):
-                patch.revert(self.model)
 
     def _chunks(self) -> Iterator[list[EditCase]]:
         """The chunks of cases that this process asks."""
@@ -307,23 +264,6 @@ class Run:
         start = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-class _Running:
-    """Figures of the finished cases, for the progress bar."""
-
-    def __init__(self) -> None:
-        self.sums = dict.fromkeys(RUNNING, 0.0)
-        self.counts = dict.fromkeys(RUNNING, 0)
-
-    def add(self, record: CaseRecord) -> None:
-        for name in RUNNING:
-            values = METRICS[name].values(record.after, record.before)
-            self.sums[name] += sum(values)
-            self.counts[name] += len(values)
-
-    def figures(self) -> dict[str, str]:
-        return {METRICS[n].label: f"{self.sums[n] / self.counts[n]:.1f}" for n in RUNNING if self.counts[n]}
 
 
 def _title(case: EditCase) -> str:

@@ -1,0 +1,108 @@
+"""All facts of a run in the model together: written step by step, each step kept on disk as it is made, and taken back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from kedit.edit import Edit
+from kedit.editors.base import Editor
+from kedit.errors import ConfigError, DependencyError, EditError, KEditError, ProcessError
+from kedit.evaluation.cases import EditCase
+from kedit.evaluation.journal import Journal, Step
+from kedit.ledger import Ledger
+from kedit.patch import EditPatch
+from kedit.processes import here
+from kedit.progress import Progress
+from kedit.regularizers import Regularizer
+
+HOPELESS = (ConfigError, DependencyError, ProcessError)  # would fail for every case, or says nothing about this one
+
+
+class JointEdit:
+    """The edit of a batch (one step) or sequential run.
+
+    Attributes:
+        patches: of the steps that succeeded, in order.
+        failures: why the others did not, by case.
+        seconds: that editing took, in the interrupted runs before this one too.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        regularizers: Sequence[Regularizer],
+        steps: Sequence[Sequence[EditCase]],
+        journal: Journal | None,
+    ) -> None:
+        self.editor, self.regularizers, self.steps, self.journal = editor, list(regularizers), steps, journal
+        self.patches: list[EditPatch] = []
+        self.failures: dict[str, str] = {}
+        self.seconds = 0.0
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The edited model inside; unedited again outside, whatever happens.
+
+        Raises:
+            EditError: no step succeeded; or as ``Editor.apply`` for a batch.
+        """
+        clean = not Ledger.of(self.editor.model).touched
+        try:
+            self._write()
+            if not self.patches:
+                raise EditError(f"No edit succeeded. The first: {next(iter(self.failures.values()), 'none was tried')}")
+            yield
+        finally:
+            self._take_back(clean)
+
+    def _write(self) -> None:
+        group, journal = here(), self.journal
+        known = group.attempt(lambda: journal.steps() if journal is not None and group.leads else [])[0]
+        with Progress(sum(map(len, self.steps)), "editing") as progress:
+            for number, cases in enumerate(self.steps):
+                edits = [edit for case in cases for edit in case.edits]
+                if number < len(known):
+                    step = known[number]
+                    self._again(step, edits)
+                else:
+                    step = self._new(number, edits)
+                if step.failure is not None:
+                    self.failures |= {case.id: step.failure for case in cases}
+                self.seconds += step.seconds
+                progress.advance(len(cases))
+
+    def _again(self, step: Step, edits: list[Edit]) -> None:
+        """Put a step of the interrupted run back."""
+        if step.patch is not None:
+            self.patches.append(step.patch)
+            self.editor.reapply(step.patch, edits, self.regularizers)
+
+    def _new(self, number: int, edits: list[Edit]) -> Step:
+        start = time.perf_counter()
+        patch, failure = None, None
+        try:
+            patch = self.editor.apply(edits, self.regularizers).patch
+            self.patches.append(patch)
+        except HOPELESS:
+            raise
+        except KEditError as error:
+            if len(self.steps) == 1:
+                raise
+            failure = str(error)
+        step = Step(patch, failure, time.perf_counter() - start)
+        group, journal = here(), self.journal
+        if journal is not None:
+            group.attempt(lambda: journal.add_step(number, step) if group.leads else None)
+        return step
+
+    def _take_back(self, clean: bool) -> None:
+        """Revert; all at once where the model carried nothing before, since each single revert sums up all others."""
+        ledger = Ledger.of(self.editor.model)
+        if clean:
+            ledger.revert_all()
+            return
+        for patch in reversed(self.patches):
+            if ledger.carries(patch):
+                patch.revert(self.editor.model)
