@@ -63,14 +63,15 @@ def _model(name: str, options: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are refused here, by name
-    model, info = AutoModelForCausalLM.from_pretrained(name, **{**options, **told})
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**options, **told})
+    model: PreTrainedModel
+    model, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"its files hold no weights for {_some(info['missing_keys'])}.")
     if info["mismatched_keys"]:
         shapes = [f"{key} ({tuple(had)} instead of {tuple(wanted)})" for key, had, wanted in info["mismatched_keys"]]
         raise ValueError(f"its files hold weights of other shapes than config.json says: {_some(shapes)}.")
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _some(names: Collection[str], count: int = 3) -> str:

@@ -103,6 +103,14 @@ def test_the_same_command_gives_the_same_patch(place):
         (["--set", "lr=fast"], "lr must be a finite number"),
         (["--set", "steps"], "--set needs KEY=VALUE, found 'steps'"),
         (["--set", "=3"], "--set needs KEY=VALUE"),
+        (["--set", "name=3"], "no hyper-parameter 'name'"),
+        (["--set", "model=3"], "no hyper-parameter 'model'"),
+        (["--set", "moments=3"], "no hyper-parameter 'moments'"),
+        (["--set", "contexts=3"], "no hyper-parameter 'contexts'"),
+        (["--set", "config=3"], "no hyper-parameter 'config'"),
+        (["--set", "layers={1:2}"], "--set layers is a number, a text or a list"),
+        (["--set", "layers=[{1:2}]"], "A layer must be a whole number"),
+        (["--journal", "j", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["--subject", "Ada", "--prompt", "Danielle is"], "neither '{}' nor the subject"),
         (["--target-new", " "], "target_new is empty"),
         (["--prompt", "river " * 128 + "{} is"], "context window holds 128"),
@@ -119,6 +127,64 @@ def test_errors_are_one_sentence_and_status_one(place, capsys, change, words):
     assert "Traceback" not in err
     assert "patch:" not in out
     assert not (place / "out").exists() or not list((place / "out").iterdir())
+
+
+@pytest.mark.parametrize("command", ["eval", "drift", "trace", "report"])
+def test_more_cases_than_the_world_has(command, capsys, monkeypatch):
+    """Said before any model is loaded."""
+    monkeypatch.setattr("kedit.cli.common.load_model", None)
+    assert main([command, "--cases", "301"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"kedit {command}: 301 edits were asked for, but the test half has 300")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["drift", "--patch", "p.safetensors", "--editor", "memit"], "--patch is written already"),
+        (["drift", "--patch", "p.safetensors", "--moments-corpus", "x"], "--patch is written already"),
+        (["drift", "--editor", "roem"], "Did you mean 'rome'"),
+        (["drift", "--set", "moments=3"], "no hyper-parameter 'moments'"),
+        (["drift", "--figures", "taken"], "--figures taken is no folder"),
+        (["drift", "--out", "taken/x.json"], "Cannot write taken/x.json"),
+        (["trace", "--prompt", "{} is", "--subject", "Ada", "--answer", " "], "--answer is empty"),
+        (["trace", "--figures", "taken/x"], "--figures taken/x is no folder"),
+        (["report", "--editor", "roem"], "Did you mean 'rome'"),
+        (["report", "--gamma", "3"], "--gamma belongs to a regularizer"),
+    ],
+)
+def test_errors_before_the_work(tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr("kedit.cli.common.load_model", None)
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert words in err
+    assert err.startswith(f"kedit {arguments[0]}: ")
+    assert not out
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_report_without_draws_of_noise_edits_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("kedit.editors.base.Editor.propose", None)
+    assert main(["report", "--cases", "1", "--samples", "0", "--out", str(tmp_path / "r.html")]) == 1
+    assert "samples and traced must be at least 1, not 0" in capsys.readouterr().err
+
+
+def test_results_are_written_into_new_folders(tmp_path, capsys):
+    quick = ["--cases", "1", "--editor", "ft", "--set", "steps=1"]
+    drifted, traced = tmp_path / "new/folder/drift.json", tmp_path / "other/trace.json"
+    assert main(["drift", *quick, "--out", str(drifted)]) == 0, capsys.readouterr().err
+    fact = ["--prompt", "{} works as a", "--subject", "Hulqui Gossam", "--samples", "1"]
+    assert main(["trace", *fact, "--out", str(traced)]) == 0, capsys.readouterr().err
+    assert json.loads(drifted.read_text())["probes"]
+    assert json.loads(traced.read_text())["facts"]
+
+
+def test_texts_that_hold_no_text(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert main(["eval", "--cases", "1", "--unedited", "--texts", str(tmp_path / "empty.txt")]) == 1
+    assert "empty.txt holds no text" in capsys.readouterr().err
 
 
 def test_half_a_request(place, capsys):
@@ -179,6 +245,28 @@ def test_warnings_are_lines_and_the_process_keeps_its_own(place, capsys):
 def test_quiet_says_only_what_went_wrong(place, capsys):
     assert main(["-q", *edit(place)]) == 0
     assert "Second moments of layers" not in capsys.readouterr().err
+
+
+def test_quiet_draws_no_bars(place, capsys):
+    """Transformers would draw one for the weights that it reads and one for those that it writes."""
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    assert is_progress_bar_enabled()
+    more = ["--save-model", str(place / "edited")]
+    assert main(edit(place, *more)) == 0
+    assert "it/s" in capsys.readouterr().err
+    assert main(["-q", *edit(place, *more)]) == 0
+    assert capsys.readouterr().err == ""
+    assert is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("target", ["taken", "taken/inside"])
+def test_model_that_cannot_be_written(place, capsys, monkeypatch, target):
+    (place / "taken").write_text("a file in the way")
+    monkeypatch.setattr("kedit.cli.common.load_model", None)
+    assert main(edit(place, "--save-model", str(place / target))) == 1
+    assert f"--save-model {place / target} is no folder" in capsys.readouterr().err
+    assert not (place / "out").exists()
 
 
 def test_patch_that_cannot_be_written(place, capsys):

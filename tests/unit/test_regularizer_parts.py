@@ -1,11 +1,13 @@
 """What regularizers ask for and are shown, and how names and objects become regularizers."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from kedit.arch import Site
 from kedit.errors import ConfigError, UnknownNameError
-from kedit.regularizers import RESERVED, Needs, blocks_from, resolve
+from kedit.regularizers import REGULARIZERS, RESERVED, Needs, blocks_from, make, resolve, takes_gamma
 from kedit.regularizers.base import Captured, Rows, needs_of, score
 from kedit.regularizers.sadr import SADR
 
@@ -170,6 +172,45 @@ def test_a_class_is_no_object():
     for wrong in (Mine, [Mine]):
         with pytest.raises(ConfigError, match=r"Mine is a class. Pass an object of it: Mine\(\.\.\.\)"):
             resolve(wrong)
+
+
+@dataclass
+class Needy:
+    """A regularizer whose γ has no default."""
+
+    gamma: float
+    name: str = "needy"
+
+    def needs(self, site):
+        return Needs()
+
+    def penalty(self, now, before):
+        return self.gamma * now.delta.new_ones(now.num_edits)
+
+
+def made_by_hand():
+    return Needy(3.0)
+
+
+def test_name_of_a_regularizer_whose_fields_have_no_defaults(monkeypatch):
+    monkeypatch.setitem(REGULARIZERS._objects, "needy", Needy)
+    monkeypatch.setitem(REGULARIZERS._objects, "function", made_by_hand)
+    monkeypatch.setitem(REGULARIZERS._objects, "object", Needy(1.0))
+    with pytest.raises(ConfigError, match=r"'needy' does not say what Needy\(gamma=\.\.\.\) shall be"):
+        resolve("needy")
+    assert make("needy", 3.0) == Needy(3.0)
+    assert resolve("function") == [Needy(3.0)]
+    assert [takes_gamma(name) for name in ("needy", "function", "sadr", "key_norm")] == [True, False, True, True]
+    with pytest.raises(ConfigError, match="'object' is registered as an object of Needy"):
+        resolve("object")
+
+
+def test_needs_that_return_something_else():
+    for wrong in (None, ("attention",), Needs):
+        term = Mine()
+        term.needs = lambda site, wrong=wrong: wrong
+        with pytest.raises(ConfigError, match=r"needs\(site\) of the regularizer 'mine' must return"):
+            needs_of([term], [Site(1, "mlp")])
 
 
 def test_names_are_unique_and_not_those_of_the_log():

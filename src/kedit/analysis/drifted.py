@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kedit.analysis.checks import as_kind
 from kedit.analysis.intervals import Floats, correlation, pearson, spearman
 from kedit.analysis.moved import MEASURES, DriftProbe, Head
 from kedit.errors import EditError
@@ -39,8 +40,10 @@ class DriftResult:
 
         Raises:
             EditError: there are none.
+            ConfigError: there is no such kind.
         """
-        found = tuple(probe for probe in self.probes if probe.kind == Kind(kind))
+        wanted = as_kind(kind)
+        found = tuple(probe for probe in self.probes if probe.kind == wanted)
         if not found:
             kinds = ", ".join(sorted({str(probe.kind) for probe in self.probes}))
             raise EditError(f"No probe of kind {kind} was asked; there are {kinds}.")
@@ -191,6 +194,7 @@ class DriftResult:
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON."""
         target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
         return target
 

@@ -16,7 +16,7 @@ from kedit.analysis.patched import PatchingResult
 from kedit.analysis.patching import patch_activations
 from kedit.analysis.traced import TraceResult
 from kedit.analysis.tracing import SAMPLES, trace
-from kedit.errors import EditError
+from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase
 from kedit.evaluation.environment import describe_model, environment
 from kedit.regularizers import Choice
@@ -99,6 +99,8 @@ def reveal(
         EditError: a case has no probe that mentions the edited subject, or no case could be edited.
         ConfigError: options do not fit together.
     """
+    if samples < 1 or traced < 1:
+        raise ConfigError(f"samples and traced must be at least 1, not {samples} and {traced}.")
     start = time.perf_counter()
     plain = Patches(model, tokenizer, cases, editor, None, config)
     chosen = plain.cases

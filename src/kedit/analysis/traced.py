@@ -211,6 +211,7 @@ class TraceResult:
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON."""
         target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
         return target
 

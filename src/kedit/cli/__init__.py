@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 COMMANDS = {
     "demo": "kedit.cli.demo",
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     logging.getLogger("kedit").setLevel(logging.WARNING)
                     stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
                 stack.callback(processes.leave)
+            if args.quiet:
+                stack.enter_context(_no_bars())
             status: int = args.run(args)
     except KEditError as error:
         sys.stderr.write(f"kedit {args.command}: {error}\n")
@@ -90,6 +93,24 @@ def _parser() -> argparse.ArgumentParser:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     return parser
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Neither kedit nor transformers draws progress bars."""
+    from transformers.utils import logging as bars
+
+    from kedit.progress import Progress
+
+    shown, enabled = Progress.shown, bars.is_progress_bar_enabled()
+    Progress.shown = False
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        Progress.shown = shown
+        if enabled:
+            bars.enable_progress_bar()
 
 
 def _show_warning(message: object, category: type[Warning], *_: object, **__: object) -> None:

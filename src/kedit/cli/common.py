@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kedit.editors.base import Editor
     from kedit.evaluation.cases import EditCase
+
+EDITOR = "rome"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +59,7 @@ def load_cases(args: argparse.Namespace, count: int) -> list[EditCase]:
 
 def add_editor(parser: argparse.ArgumentParser) -> None:
     """--editor, --regularizer, --gamma, --set."""
-    parser.add_argument("--editor", default="rome", metavar="NAME", help="editing method (default: rome)")
+    parser.add_argument("--editor", metavar="NAME", help=f"editing method (default: {EDITOR})")
     parser.add_argument(
         "--regularizer", action="append", metavar="NAME", help="term added to the objective: sadr (may be given twice)"
     )
@@ -86,6 +89,16 @@ def check_writable(path: str) -> None:
         )
 
 
+def check_folder(path: str, option: str) -> None:
+    """Raise now, not after the work, where files cannot be written into a folder."""
+    try:
+        check_writable(str(Path(path) / "file"))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{option} {path} is no folder that can be made or written to. Choose another one."
+        ) from error
+
+
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that the options name."""
     import torch
@@ -105,7 +118,7 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:
-    """``KEY=VALUE`` options as hyper-parameters; values are Python literals, else text."""
+    """``KEY=VALUE`` options as hyper-parameters: numbers, lists of them, True, False, None; else text."""
     found: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
@@ -115,6 +128,8 @@ def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:
             value: Any = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
+        if not isinstance(value, bool | int | float | str | list | tuple | None):
+            raise ConfigError(f"{option} {key} is a number, a text or a list like [3,4], not {text}.")
         found[key] = tuple(value) if isinstance(value, list) else value
     return found
 
@@ -133,22 +148,33 @@ def save_figures(folder: str, drawn: Mapping[str, Figure]) -> list[Path]:
 
 def make_regularizers(args: argparse.Namespace) -> list[Any]:
     """The regularizers that the options name."""
-    from kedit.regularizers import REGULARIZERS
+    from kedit.regularizers import make, takes_gamma
 
-    found = [REGULARIZERS[name] for name in args.regularizer or []]
-    made = [kind(gamma=args.gamma) if args.gamma is not None and hasattr(kind, "gamma") else kind() for kind in found]
-    if args.gamma is not None and not made:
-        raise ConfigError("--gamma belongs to a regularizer. Add --regularizer sadr.")
-    return made
+    names = args.regularizer or []
+    if args.gamma is not None and not any(takes_gamma(name) for name in names):
+        raise ConfigError("--gamma belongs to a regularizer that has a γ. Add --regularizer sadr.")
+    return [make(name, args.gamma if takes_gamma(name) else None) for name in names]
+
+
+def choose_editor(args: argparse.Namespace) -> tuple[type[Editor], dict[str, Any]]:
+    """The editor's class and hyper-parameters that the options name; asks for no model, so it can be called first."""
+    from kedit.editors import EDITORS
+
+    kind, given = EDITORS[args.editor or EDITOR], overrides(args.set)
+    known = kind.Config.field_names()
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{kind.__name__} has no hyper-parameter {name!r}. It has {', '.join(sorted(known))}.")
+    return kind, given
 
 
 def make_editor(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The editor that the options name."""
     from kedit.arch import ModelArch
-    from kedit.editors import editor
     from kedit.stats import estimate_moments
 
-    made = editor(args.editor, model, tokenizer, **overrides(args.set))
+    kind, given = choose_editor(args)
+    made = kind(model, tokenizer, **given)
     if args.moments_corpus:
         layers = made.config.layers
         made.moments = estimate_moments(ModelArch(model), tokenizer, layers, args.moments_corpus)

@@ -42,9 +42,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out:
         common.check_writable(args.out)
+    if args.figures:
+        common.check_folder(args.figures, "--figures")
+    if args.patch and (args.editor or args.regularizer or args.set or args.moments_corpus):
+        raise ConfigError(
+            "--patch is written already. Drop it, or --editor, --regularizer, --set and --moments-corpus."
+        )
+    common.choose_editor(args)
     regularizers = common.make_regularizers(args)
-    if args.patch and (regularizers or args.set):
-        raise ConfigError("--patch is written already. Drop it, or --regularizer and --set.")
     cases = common.load_cases(args, COUNT)
     model, tokenizer = common.load_model(args)
     source: Source = _patch(args.patch) if args.patch else common.make_editor(args, model, tokenizer)

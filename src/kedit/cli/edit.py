@@ -71,6 +71,11 @@ def run(args: argparse.Namespace) -> int:
     common.check_writable(args.out)
     if args.batch_size is not None and not args.journal:
         raise EditError("--batch-size belongs to a journal. Add --journal DIR.")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, not {args.batch_size}.")
+    if args.save_model:
+        common.check_folder(args.save_model, "--save-model")
+    common.choose_editor(args)
     if args.keys:
         common.check_writable(args.keys)
     if args.journal and launched() > 1:

@@ -80,4 +80,7 @@ def _texts(path: str | None, model: PreTrainedModel) -> tuple[str, ...]:
         return ()
     from kedit.corpus import as_corpus
 
-    return tuple(islice(as_corpus(path, model), MAX_TEXTS))
+    texts = tuple(islice(as_corpus(path, model), MAX_TEXTS))
+    if not texts:
+        raise ConfigError(f"--texts {path} holds no text, so there is nothing to measure on it.")
+    return texts

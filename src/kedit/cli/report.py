@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     common.check_writable(args.out)
     plots.style()  # without matplotlib it fails now, not after the work
+    common.choose_editor(args)
     regularizers = common.make_regularizers(args)
     cases = common.load_cases(args, COUNT if args.case is None else 200)
     if args.case is not None:
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
                 f"There is no case called {args.case!r}. Cases of the embedded world are test-0, test-1, ..."
             )
     model, tokenizer = common.load_model(args)
-    compared = regularizers or ("sadr" if args.model is None and args.editor != "ft" else None)
+    compared = regularizers or ("sadr" if args.model is None and (args.editor or "").lower() != "ft" else None)
     editor = common.make_editor(args, model, tokenizer)
     found = reveal(model, tokenizer, cases, editor, compared, samples=args.samples, seed=args.seed)
     sys.stdout.write(found.summary() + "\n")

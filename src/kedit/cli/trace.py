@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out:
         common.check_writable(args.out)
+    if args.figures:
+        common.check_folder(args.figures, "--figures")
     facts = _facts(args)
     model, tokenizer = common.load_model(args)
     result = trace(
@@ -98,6 +100,8 @@ def _facts(args: argparse.Namespace) -> Sequence[Edit | EditCase]:
         return common.load_cases(args, COUNT)
     if args.prompt is None or args.subject is None:
         raise EditError("A single fact needs --prompt and --subject, both.")
+    if args.answer is not None and not args.answer.strip():
+        raise EditError("--answer is empty. Give the answer, or leave the option out for what the model says next.")
     if args.data is not None or args.cases is not None:
         raise ConfigError("Give either --prompt and --subject, or --data and --cases.")
     from kedit.edit import Edit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,42 @@ RESERVED = frozenset({"step", "total", "nll", "kl", "weight_decay"})  # the log'
 Choice = str | Regularizer | Iterable[str | Regularizer] | None
 
 
+def takes_gamma(name: str) -> bool:
+    """Whether the regularizer called ``name`` can be made with a γ; raises ``UnknownNameError`` where there is none."""
+    return "gamma" in _parameters(REGULARIZERS[name])
+
+
+def make(name: str, gamma: float | None = None) -> Any:
+    """The regularizer called ``name``, all its fields at their defaults but γ where that is given.
+
+    Raises:
+        UnknownNameError: no regularizer has this name.
+        ConfigError: it cannot be made so.
+    """
+    kind = REGULARIZERS[name]
+    if not callable(kind):
+        raise ConfigError(
+            f"The regularizer {name!r} is registered as an object of {type(kind).__name__}. Register the class, or a "
+            "function that makes such an object."
+        )
+    given = {} if gamma is None else {"gamma": gamma}
+    needed = [key for key, one in _parameters(kind).items() if one.default is one.empty and key not in given]
+    if needed:
+        called = f"{getattr(kind, '__name__', name)}({', '.join(f'{key}=...' for key in needed)})"
+        option = ", or --gamma on the command line" if needed == ["gamma"] else ""
+        raise ConfigError(f"The name {name!r} does not say what {called} shall be. Pass such an object{option}.")
+    return kind(**given)
+
+
+def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
+    """What can be given by name to a class or function, where Python can tell."""
+    try:
+        found = inspect.signature(kind).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {key: one for key, one in found.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+
+
 def resolve(choice: Choice) -> list[Regularizer]:
     """Names and objects as a list of objects, with unique names.
 
@@ -36,7 +73,7 @@ def resolve(choice: Choice) -> list[Regularizer]:
         choice = [choice]
     found: list[Regularizer] = []
     for item in choice:
-        made = REGULARIZERS[item]() if isinstance(item, str) else item
+        made = make(item) if isinstance(item, str) else item
         if isinstance(made, type):
             raise ConfigError(f"{made.__name__} is a class. Pass an object of it: {made.__name__}(...).")
         if not isinstance(made, Regularizer):

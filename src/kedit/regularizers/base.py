@@ -211,11 +211,21 @@ class Regularizer(Protocol):
 
 
 def needs_of(regularizers: Sequence[Regularizer], sites: Sequence[Site]) -> Needs:
-    """What some regularizers together want to see."""
+    """What some regularizers together want to see.
+
+    Raises:
+        ConfigError: ``needs`` of one of them returns something else.
+    """
     needs = Needs()
     for regularizer in regularizers:
         for site in sites:
-            needs = needs | regularizer.needs(site)
+            asked: object = regularizer.needs(site)
+            if not isinstance(asked, Needs):
+                raise ConfigError(
+                    f"needs(site) of the regularizer {regularizer.name!r} must return a kedit.regularizers.Needs; it returned "
+                    f"{asked!r}. One that looks at nothing but δ returns Needs()."
+                )
+            needs = needs | asked
     return needs
 
 

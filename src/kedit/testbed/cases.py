@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kedit.errors import ConfigError
 from kedit.testbed.world import Fact, Half, Person, World
 
 NUM_NEIGHBOURS = 4
@@ -78,13 +79,13 @@ def cases(world: World, half: Half, n: int, seed: int = 0) -> Iterator[WorldCase
     ``"probe"`` people, other relations are ``"probe"`` relations: no case probes a fact that any case edits.
 
     Raises:
-        ValueError: there are fewer facts that may be edited.
+        ConfigError: there are fewer facts that may be edited.
     """
     rng = random.Random(f"edits {world.seed} {half} {seed}")
     subjects = [person for person in world.people if person.half == half and person.role == "edit"]
     names = [relation.name for relation in world.relations if relation.role == "edit"]
     if n > len(subjects) * len(names):
-        raise ValueError(
+        raise ConfigError(
             f"{n} edits were asked for, but the {half} half has {len(subjects) * len(names)} facts that may be edited. "
             "Ask for fewer."
         )
