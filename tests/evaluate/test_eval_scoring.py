@@ -42,6 +42,7 @@ class Bigram:
     def __init__(self):
         self.model = self
         self.input_device = torch.device("cpu")
+        self.keeps_logits = True
         self.calls = []
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kedit.analysis.checks import as_kinds, check_whole
 from kedit.analysis.drifted import DriftResult
 from kedit.analysis.editing import CHUNK, Patches, Source
 from kedit.analysis.moved import DriftProbe
@@ -79,14 +80,11 @@ def drift(
         CaptureError: the model's attention cannot be captured.
         ConfigError: options do not fit together.
     """
+    chosen = as_kinds(kinds)
+    check_whole("chunk", chunk, 1)
     arch = ModelArch(model)
     patches = Patches(model, tokenizer, cases, editor, regularizer, config)
-    asked = {case.id: watched(arch, tokenizer, case, kinds) for case in patches.cases}
-    if not any(asked.values()):
-        raise EditError(
-            f"None of the {len(asked)} cases has a probe of kind {', '.join(map(str, kinds))} that mentions the edited "
-            "subject. Give cases with such probes."
-        )
+    asked = watched_of(arch, tokenizer, patches.cases, chosen)
     found = _Found([])
     with inference_state(model), Progress(len(asked), "comparing attention", unit="case") as progress:
         for part in patches.chunks(chunk):
@@ -100,6 +98,26 @@ def drift(
     if not found.probes:
         raise EditError(f"No edit succeeded. The first: {next(iter(patches.failures.values()), 'there was none')}")
     return found.result(patches, tuple(attention_modules(model)))
+
+
+def watched_of(
+    arch: ModelArch,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[EditCase],
+    kinds: Sequence[Kind | str] = WATCHED,
+) -> dict[str, list[Watched]]:
+    """What :func:`drift` asks, by case.
+
+    Raises:
+        EditError: no case has a probe of these kinds that mentions the edited subject.
+    """
+    asked = {case.id: watched(arch, tokenizer, case, kinds) for case in cases}
+    if not any(asked.values()):
+        raise EditError(
+            f"None of the {len(asked)} cases has a probe of kind {', '.join(map(str, kinds))} that mentions the edited "
+            "subject. Give cases with such probes."
+        )
+    return asked
 
 
 def watched(

@@ -40,6 +40,10 @@ class Patches:
         regularizer: Choice = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(source, str | Editor | EditPatch | Mapping):
+            raise ConfigError(
+                f"editor is an editor's name, an editor, a patch or a patch per case id, not {source!r}. Try 'rome'."
+            )
         self.model = model
         self.cases = check_cases([cases] if isinstance(cases, EditCase) else cases)
         self.regularizers = resolve(regularizer)

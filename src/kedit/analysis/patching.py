@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kedit.analysis.checks import as_kind, check_whole
 from kedit.analysis.drifting import Watched, watched
 from kedit.analysis.editing import CHUNK, Patches, Source
 from kedit.analysis.intervals import Floats
@@ -35,7 +36,7 @@ from kedit.batch import pad
 from kedit.capture import capture_attention, substitute_attention
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase, Kind
-from kedit.evaluation.scoring import LOGITS_PER_FORWARD, TOKENS_PER_FORWARD
+from kedit.evaluation.scoring import TOKENS_PER_FORWARD, prompts_per_pass
 from kedit.progress import Progress
 from kedit.regularizers import Choice
 from kedit.runner import inference_state
@@ -87,29 +88,35 @@ def patch_activations(
         EditError: no probe of this kind mentions the edited subject, or no case could be edited.
         ConfigError: an option is out of range.
     """
+    asked_kind = as_kind(kind)
+    check_whole("chunk", chunk, 1)
+    check_whole("tokens", tokens, 1)
     arch = ModelArch(model)
     width = default_window(arch.num_layers) if window is None else window
-    conditions = _conditions(arch, activations, directions, width, heads or {})
+    conditions = _conditions(arch, activations, directions, width, {} if heads is None else heads)
     patches = Patches(model, tokenizer, cases, editor, regularizer, config)
-    asked = {case.id: watched(arch, tokenizer, case, [kind]) for case in patches.cases}
+    asked = {
+        case.id: [probe for probe in watched(arch, tokenizer, case, [asked_kind]) if probe.wrong is not None]
+        for case in patches.cases
+    }
+    if not any(asked.values()):
+        raise EditError(
+            f"Nothing could be patched: No probe of kind {asked_kind} has a wrong answer and mentions the subject."
+        )
     found: list[tuple[Watched, Floats]] = []
     with inference_state(model), Progress(len(asked), "patching", unit="case") as progress:
         for part in patches.chunks(chunk):
             for case, patch in part:
-                probes = [probe for probe in asked[case.id] if probe.wrong is not None]
-                if probes:
+                if probes := asked[case.id]:
                     exchange = _Exchange(arch, Questions.of(probes), tokens)
                     scores = exchange.run(patches, patch, conditions)
                     found += [(probe, scores[:, i]) for i, probe in enumerate(probes)]
                 progress.advance()
     if not found:
-        reason = next(
-            iter(patches.failures.values()), f"No probe of kind {kind} has a wrong answer and mentions the subject."
-        )
-        raise EditError(f"Nothing could be patched: {reason}")
+        raise EditError(f"Nothing could be patched: {next(iter(patches.failures.values()))}")
     return PatchingResult(
         label=patches.label,
-        kind=Kind(kind),
+        kind=asked_kind,
         window=width,
         num_layers=arch.num_layers,
         conditions=(Condition.original(), Condition.edited(), *conditions),
@@ -129,14 +136,7 @@ def _conditions(
     if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= arch.num_layers:
         raise ConfigError(f"window is a number of blocks from 1 to {arch.num_layers}, not {width!r}.")
     every = tuple(range(arch.num_layers))
-    number = int(arch.config.num_attention_heads)
-    for name, chosen in heads.items():
-        for layer, head in chosen:
-            arch.check_layer(layer)
-            if not 0 <= head < number:
-                raise ConfigError(
-                    f"The heads {name!r} name head {head}, but this model has {number} per block (from 0)."
-                )
+    _check_heads(arch, heads)
     made = []
     for direction in directions:
         for activation in activations:
@@ -149,6 +149,31 @@ def _conditions(
             layers = tuple(sorted({layer for layer, _ in chosen}))
             made.append(Condition(direction, "weights", layers, None, name, tuple(chosen)))
     return made
+
+
+def _check_heads(arch: ModelArch, heads: Mapping[str, Heads]) -> None:
+    if not isinstance(heads, Mapping):
+        raise ConfigError(f"heads are named sets, {{name: [(block, head), ...]}}, not {heads!r}.")
+    numbers = _head_numbers(arch) if heads else {}
+    for name, chosen in heads.items():
+        for pair in chosen:
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(type(part) is int for part in pair):
+                raise ConfigError(f"The heads {name!r} hold {pair!r}, which is no pair (block, head) of whole numbers.")
+            layer, head = arch.check_layer(pair[0]), pair[1]
+            number = numbers.get(layer, 0)
+            if not 0 <= head < number:
+                raise ConfigError(
+                    f"The heads {name!r} name head {head} of block {layer}, which has {number} heads (from 0)."
+                )
+
+
+@torch.no_grad()
+def _head_numbers(arch: ModelArch) -> dict[int, int]:
+    """Heads of every block that has attention, as one short pass shows: configurations name them differently."""
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=arch.input_device)
+    with inference_state(arch.model), capture_attention(arch.model, torch.tensor([[1]]), detach=True) as capture:
+        arch.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        return {layer: int(rows.shape[1]) for layer, rows in capture.rows.items()}
 
 
 @dataclass(frozen=True)
@@ -168,9 +193,8 @@ class _Exchange:
         self.questions = questions
         self.positions = questions.positions
         self.ids, self.mask = pad(questions.inputs)
-        head: Any = arch.model.get_output_embeddings()
-        by_logits = LOGITS_PER_FORWARD // (int(head.weight.shape[0]) * self.positions.shape[1])
-        self.size = max(1, min(tokens // self.ids.shape[1], by_logits) // len(self.ids))  # conditions per pass
+        together = prompts_per_pass(arch, self.ids.shape[1], self.positions.shape[1], tokens)
+        self.size = max(1, together // len(self.ids))  # conditions per pass
 
     def run(self, patches: Patches, patch: Any, conditions: Sequence[Condition]) -> Floats:
         """Probabilities of the right and the wrong answer: [2 + conditions, probes, 2]."""

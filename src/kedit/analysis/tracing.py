@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kedit.analysis.checks import check_positive, check_whole
 from kedit.analysis.facts import Fact, as_facts, known
 from kedit.analysis.intervene import ACTIVATIONS, Change, changing, copy_rows, default_window, window_of
 from kedit.analysis.traced import FactTrace, TraceResult
@@ -21,7 +22,7 @@ from kedit.arch import ModelArch, Site
 from kedit.edit import Edit
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase
-from kedit.evaluation.scoring import LOGITS_PER_FORWARD, TOKENS_PER_FORWARD, last_logits
+from kedit.evaluation.scoring import TOKENS_PER_FORWARD, last_logits, prompts_per_pass
 from kedit.hooks import on_output
 from kedit.progress import Progress
 from kedit.runner import inference_state
@@ -82,7 +83,7 @@ def trace(
     """
     arch = ModelArch(model)
     width = default_window(arch.num_layers) if window is None else window
-    _check(kinds, width, noise, samples, arch)
+    _check(arch, kinds, width, noise, samples, tokens, seed)
     with inference_state(model):
         asked = as_facts(arch, tokenizer, facts)
         keep = known(arch, asked) if known_only else [True] * len(asked)
@@ -209,16 +210,19 @@ def _sites(item: Restoration | None, width: int, num_layers: int) -> Iterator[Si
 
 
 def _rows_per_pass(arch: ModelArch, fact: Fact, tokens: int) -> int:
-    """Corrupted prompts per pass; one at least."""
-    head: Any = arch.model.get_output_embeddings()
-    by_logits = LOGITS_PER_FORWARD // (int(head.weight.shape[0]) * len(fact.row.labels))
-    return max(1, min(tokens // len(fact.fed), by_logits) - 1)
+    """Corrupted prompts per pass, beside the clean one; one at least."""
+    return max(1, prompts_per_pass(arch, len(fact.fed), len(fact.row.labels), tokens) - 1)
 
 
-def _check(kinds: Sequence[str], window: int, noise: float, samples: int, arch: ModelArch) -> None:
-    if isinstance(kinds, str) or not kinds or set(kinds) - set(ACTIVATIONS) or len(set(kinds)) < len(kinds):
+def _check(
+    arch: ModelArch, kinds: Sequence[str], window: int, noise: float, samples: int, tokens: int, seed: int
+) -> None:
+    named = not isinstance(kinds, str) and isinstance(kinds, Sequence) and all(isinstance(kind, str) for kind in kinds)
+    if not named or not kinds or set(kinds) - set(ACTIVATIONS) or len(set(kinds)) < len(kinds):
         raise ConfigError(f"kinds are some of {', '.join(ACTIVATIONS)}, each once, not {kinds!r}.")
     if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= arch.num_layers:
         raise ConfigError(f"window is a number of blocks from 1 to {arch.num_layers}, not {window!r}.")
-    if not noise > 0 or samples < 1:
-        raise ConfigError(f"noise must be above 0 and samples at least 1, not {noise} and {samples}.")
+    check_positive("noise", noise)
+    check_whole("samples", samples, 1)
+    check_whole("tokens", tokens, 1)
+    check_whole("seed", seed, 0)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from kedit.capture import state
-from kedit.errors import CaptureError
+from kedit.errors import ArchitectureError, CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +53,8 @@ def layer_index(module: nn.Module) -> int | None:
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The self-attention module of every block that has one, by block.
 
+    Models of transformers number theirs; of others, the modules are those that :class:`kedit.arch.ModelArch` knows or finds.
+
     Raises:
         CaptureError: none was found.
     """
@@ -67,9 +69,23 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
                 f"({type(found[layer]).__name__}, {type(module).__name__}); kedit cannot tell which to capture."
             )
         found[layer] = module
+    found = found or _by_structure(model)
     if not found:
         raise CaptureError(f"{type(model).__name__} has no attention module that kedit can find.")
     return dict(sorted(found.items()))
+
+
+def _by_structure(model: nn.Module) -> dict[int, nn.Module]:
+    """The attention of every block, where the model's structure is understood and its attention is a module of its own."""
+    from kedit.arch import ModelArch
+
+    try:
+        arch = ModelArch(model)  # type: ignore[arg-type]
+    except ArchitectureError:
+        return {}
+    if arch.spec.attention == arch.spec.attention_out:
+        return {}
+    return {layer: arch.attention(layer) for layer in range(arch.num_layers)}
 
 
 @cache

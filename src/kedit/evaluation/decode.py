@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kedit.arch import ModelArch
-from kedit.batch import context_limit
+from kedit.batch import context_limit, pad
+from kedit.evaluation.scoring import last_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +94,7 @@ def _batches(lengths: Sequence[int], rooms: Sequence[int], limit: int | None, to
 
 
 class _Decoding:
-    """One batch: left-padded, with a key/value cache, positions given."""
+    """One batch: left-padded, with a key/value cache, positions given; models without a cache run every text whole."""
 
     def __init__(
         self,
@@ -110,7 +111,10 @@ class _Decoding:
         self.ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts])
         self.mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
         self.generators = [torch.Generator().manual_seed(_seed_of(seed, ids)) for ids in prompts] if top_k else []
-        self.positions = "position_ids" in inspect.signature(arch.model.forward).parameters
+        known = inspect.signature(arch.model.forward).parameters
+        self.positions = "position_ids" in known
+        self.cached = "past_key_values" in known
+        self.rows = [list(ids) for ids in prompts]
 
     def run(self, rooms: Sequence[int]) -> list[tuple[list[int], bool]]:
         count = len(self.ids)
@@ -127,16 +131,24 @@ class _Decoding:
                         written[i].append(token)
             if all(end or step >= room - 1 for end, room in zip(ended, rooms, strict=True)):
                 break
+            self.rows = [[*row, token] for row, token in zip(self.rows, choice, strict=True)]
             fed = torch.tensor(choice)[:, None]
             self.mask = torch.cat([self.mask, self.mask.new_ones(count, 1)], 1)
         return list(zip(written, ended, strict=True))
 
     def _forward(self, fed: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        if not self.cached:
+            ids, mask = pad(self.rows)
+            keep = torch.zeros(ids.shape, dtype=torch.bool)
+            keep[torch.arange(len(ids)), mask.sum(1) - 1] = True
+            return last_logits(self.arch, ids, mask, keep).float().cpu(), None
         device = self.arch.input_device
         inputs: dict[str, Any] = {"input_ids": fed.to(device), "attention_mask": self.mask.to(device)}
         if self.positions:
             inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :].to(device)
-        output = self.arch.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if self.arch.keeps_logits:
+            inputs["logits_to_keep"] = 1
+        output = self.arch.model(**inputs, past_key_values=cache, use_cache=True)
         return output.logits[:, -1].float().cpu(), output.past_key_values
 
     def _choose(self, logits: Tensor) -> list[int]:

@@ -43,7 +43,8 @@ def gazes(arch: ModelArch, rows: Sequence[Row], *, tokens: int = 8192) -> list[G
         device = arch.input_device
         last = torch.tensor([[len(fed[i]) - 1] for i in batch], device=device)
         with capture_attention(arch.model, last, detach=True) as capture:
-            arch.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
+            fewer = {"logits_to_keep": 1} if arch.keeps_logits else {}
+            arch.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **fewer)
             stacked = torch.stack([capture.rows[layer][:, :, 0].cpu() for layer in sorted(capture.rows)], 1)
         for place, i in enumerate(batch):
             found[i] = Gaze(stacked[place, :, :, : len(fed[i])].clone(), rows[i].lookup)

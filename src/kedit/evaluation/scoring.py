@@ -70,9 +70,10 @@ def score_rows(
     by_source: list[list[int]] = [[] for _ in inputs]
     for number, reading in enumerate(readings):
         by_source[reading.source].append(number)
-    width = arch.model.get_output_embeddings().weight.shape[0]
     reads = [sum(len(readings[number].labels) for number in numbers) for numbers in by_source]
-    for batch in _pack([len(ids) for ids in inputs], reads, tokens, max(1, logits // width)):
+    if not arch.keeps_logits:
+        reads = [len(ids) for ids in inputs]
+    for batch in _pack([len(ids) for ids in inputs], reads, tokens, places_per_pass(arch, logits)):
         numbers = [number for source in batch for number in by_source[source]]
         place = {source: i for i, source in enumerate(batch)}
         found = _forward(arch, [inputs[source] for source in batch], [readings[n] for n in numbers], place)
@@ -130,13 +131,24 @@ def _forward(
     return answers
 
 
+def places_per_pass(arch: ModelArch, logits: int = LOGITS_PER_FORWARD) -> int:
+    """At how many places the head may be read in one forward pass."""
+    return max(1, logits // int(arch.model.get_output_embeddings().weight.shape[0]))
+
+
+def prompts_per_pass(arch: ModelArch, length: int, read: int, tokens: int = TOKENS_PER_FORWARD) -> int:
+    """How many prompts run in one forward pass: of ``length`` tokens each, with logits at ``read`` of them."""
+    return max(1, min(tokens // length, places_per_pass(arch) // (read if arch.keeps_logits else length)))
+
+
 def last_logits(arch: ModelArch, ids: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
     """Logits [N, V] at the marked places of a right-padded batch, row by row."""
     device = arch.input_device
-    output = arch.model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=keep.to(device)
-    )
-    logits: Tensor = output.logits
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+    if not arch.keeps_logits:
+        whole: Tensor = arch.model(**inputs).logits
+        return whole[keep.to(whole.device)]
+    logits: Tensor = arch.model(**inputs, logits_to_keep=keep.to(device)).logits
     return logits.reshape(-1, logits.shape[-1])
 
 
