@@ -172,12 +172,13 @@ def _low_rank(pair: _Pair, tolerance: float, max_rank: int | None, *, transposed
     rows, columns = change.shape
     most = max_rank or max(1, (rows * columns - 1) // (rows + columns))
     noise = _rounding(after) / norm
-    if noise > max(tolerance, MOST_NOISE):
+    if noise > MOST_NOISE and tolerance < MOST_NOISE:
         raise PatchError(
-            f"The difference of {pair.name} is too small to be told from rounding to {after.dtype}: rounding alone is {noise:.2g} "
-            f"of it, and a patch is trusted up to {MOST_NOISE}. Give the models in float32, or ship the whole checkpoint."
+            f"The difference of {pair.name} is too small to be told from rounding to {after.dtype}: rounding alone is "
+            f"{noise:.2g} of it, and a patch is trusted up to {MOST_NOISE}. Give the models in float32, ship the whole "
+            "checkpoint, or name the error that you accept (tolerance)."
         )
-    allowed = max(tolerance, noise)
+    allowed = tolerance if noise > MOST_NOISE else max(tolerance, noise)
     rank, (u, singular, v), error = _svd(change, allowed, most)
     if rank > most:
         raise PatchError(

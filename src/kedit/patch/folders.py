@@ -20,10 +20,12 @@ def check_new(out: Path) -> None:
         PatchError: it is taken, or the operating system knows no such name.
     """
     try:
-        taken = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+        os.lstat(out)
+    except (FileNotFoundError, NotADirectoryError):
+        return
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise PatchError(f"{str(out)!r} cannot be the name of a new folder: {error}. Name another one.") from error
-    if taken:
+    if out.is_symlink() or not out.is_dir() or any(out.iterdir()):
         raise PatchError(f"{out} exists already. Name a new folder, or remove it first.")
 
 
