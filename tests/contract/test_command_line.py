@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 import warnings
 
@@ -62,6 +63,20 @@ def test_one_edit_end_to_end(place, capsys):
     assert state(model) != before
     patch.revert(model)
     assert state(model) == before
+
+
+def test_memory_is_told_and_nothing_is_edited(place, capsys, monkeypatch):
+    monkeypatch.setattr("kedit.editors.base.Editor.apply", None)
+    arguments = [word for word in edit(place) if word not in ("--out", str(place / "out/edit.safetensors"))]
+    assert main([*arguments, "--memory"]) == 0
+    out = capsys.readouterr().out
+    model, tok = kedit.load(place / "model")
+    moments = kedit.second_moments(model, tok, [1], place / "text.txt")
+    assert out == f"memory: {kedit.ROME(model, tok, moments=moments, steps=2, layers=1).demand(FRENCH)}\n"
+    assert re.fullmatch(r"memory: \d+ MiB \(model \d+, .*\)\n", out)
+    assert main([*arguments, "--memory", "--journal", str(place / "j")]) == 1
+    assert "Drop --journal" in capsys.readouterr().err
+    assert not (place / "out").exists()
 
 
 def test_many_edits_and_the_whole_model(place, capsys):
@@ -191,6 +206,8 @@ def test_half_a_request(place, capsys):
     arguments = ["--model", str(place / "model"), "--out", str(place / "x")]
     assert main(["edit", *arguments, "--prompt", "{} is"]) == 1
     assert "--prompt, --subject and --target-new" in capsys.readouterr().err
+    assert main(["edit", "--prompt", "{} is", "--subject", "Ada", "--target-new", "x"]) == 1
+    assert "Give --out FILE" in capsys.readouterr().err
     assert main(["edit", *arguments]) == 1
     assert "Give either --edits FILE" in capsys.readouterr().err
 
@@ -203,7 +220,7 @@ def test_bad_line_of_a_file_is_named(place, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["edits"], ["edit"], ["edit", "--out"], ["edit", "--out", "x", "--dtype", "int8"]]
+    "arguments", [[], ["edits"], ["stats"], ["edit", "--out"], ["edit", "--out", "x", "--dtype", "int8"]]
 )
 def test_wrong_usage_is_status_two(arguments, capsys):
     with pytest.raises(SystemExit) as end:

@@ -4,6 +4,7 @@ Examples:
   kedit edit --prompt "{} works as a" --subject "Hulqui Gossam" --target-new pilot --regularizer sadr --out edit.safetensors
   kedit edit --model EleutherAI/gpt-j-6b --dtype bfloat16 --edits edits.jsonl --out edit.safetensors
   kedit edit --edits edits.jsonl --guard kl=0.05 relation_drop=none --journal run/ --out edits.safetensors
+  kedit edit --edits edits.jsonl --editor memit --memory
 
 A JSONL file holds one edit per line: {"prompt": "...{}...", "subject": "...", "target_new": "..."}.
 """
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subject", help="what the fact is about")
     parser.add_argument("--target-new", help="what the model shall say")
     parser.add_argument("--edits", metavar="FILE", help="many edits, one JSON object per line")
-    parser.add_argument("--out", metavar="FILE", required=True, help="where the patch is written (.safetensors)")
+    parser.add_argument("--out", metavar="FILE", help="where the patch is written (.safetensors)")
     parser.add_argument(
         "--guard",
         nargs="*",
@@ -55,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="AlphaEdit's keys of earlier edits: read where it exists, written again at the end",
     )
     parser.add_argument("--save-model", metavar="DIR", help="also write the whole edited model there")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="say what the edit would hold in memory, and stop; what it needs of second moments is estimated first",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +74,12 @@ def run(args: argparse.Namespace) -> int:
     if args.edits is None and None in single:
         raise EditError("A single edit needs --prompt, --subject and --target-new, all three.")
     edits = Edit.from_jsonl(args.edits) if args.edits else [Edit(*single)]
-    common.check_writable(args.out)
+    if args.out is None and not args.memory:
+        raise EditError("Give --out FILE, where the patch shall be written.")
+    if args.memory and args.journal:
+        raise ConfigError("--memory tells of edits that are made together. Drop --journal.")
+    if args.out is not None:
+        common.check_writable(args.out)
     if args.batch_size is not None and not args.journal:
         raise EditError("--batch-size belongs to a journal. Add --journal DIR.")
     if args.batch_size is not None and args.batch_size < 1:
@@ -88,6 +99,9 @@ def run(args: argparse.Namespace) -> int:
     editor = common.make_editor(args, model, tokenizer)
     if args.keys:
         _load_keys(editor, args.keys)
+    if args.memory:
+        sys.stdout.write(f"memory: {editor.demand(edits, regularizers)}\n")
+        return 0
     if args.journal:
         from kedit.journal import run_journal
 
