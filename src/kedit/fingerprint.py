@@ -75,10 +75,26 @@ def _about(key: str) -> bool:
 
 
 def checksum(tensor: Tensor) -> int:
-    """A quick sum over a tensor's bits: differs, but for rare chance, after any change; no replacement for a hash."""
-    flat = tensor.detach().contiguous().view(-1)
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    return int(flat.view(bits).sum(dtype=torch.int64))
+    """A quick sum over a tensor's bits: differs, but for rare chance, after any change; no replacement for a hash.
+
+    Rows and columns are summed as whole numbers of up to 8 bytes, and each sum counts with a factor of its place: so rows
+    or columns in another order show too. Several times as fast as adding the numbers one by one.
+    """
+    flat = tensor.detach().contiguous()
+    if not flat.numel():
+        return 0
+    rows = flat.shape[0] if flat.ndim > 1 else 1
+    data = flat.view(-1).view(torch.uint8).view(rows, -1)
+    size = next(size for size in (8, 4, 2, 1) if data.shape[1] % size == 0)
+    words = data.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[size])
+    by_row, by_column = (_weighted(words.sum(axis, dtype=torch.int64)) for axis in (1, 0))
+    return by_row + 3 * by_column
+
+
+def _weighted(sums: Tensor) -> int:
+    """Σ f(i) sᵢ modulo 2⁶⁴, with odd factors f(i) that look random."""
+    place = torch.arange(1, len(sums) + 1, device=sums.device) * -7046029254386353131  # 2⁶⁴ / golden ratio, as signed
+    return int((sums * ((place ^ (place >> 29)) | 1)).sum())
 
 
 def _update(digest: hashlib._Hash, tensor: Tensor, step: int = 1 << 24) -> None:

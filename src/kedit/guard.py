@@ -144,8 +144,9 @@ class Guard:
     def __post_init__(self) -> None:
         """Check every limit."""
         if self.texts is not None:
-            object.__setattr__(self, "texts", (self.texts,) if isinstance(self.texts, str) else tuple(self.texts))
-        object.__setattr__(self, "cases", tuple(self.cases))
+            given = (self.texts,) if isinstance(self.texts, str) else self.texts
+            object.__setattr__(self, "texts", _all_of(given, str, "texts", "plain texts"))
+        object.__setattr__(self, "cases", _all_of(self.cases, EditCase, "cases", "kedit.EditCase objects"))
         for name in self.limits():
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -177,6 +178,15 @@ class Guard:
         texts = self.texts_for(model) if self.kl is not None or self.perplexity is not None else ()
         examiner = Examiner(model, tokenizer, Extent(exact=False, texts=texts), cases)
         return Watch(self, examiner, cases, examiner.before(cases))
+
+
+def _all_of(given: Any, kind: type, name: str, what: str) -> tuple[Any, ...]:
+    """The items as a tuple; raises :class:`ConfigError` unless all are of a kind."""
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    for item in found:
+        if not isinstance(item, kind):
+            raise ConfigError(f"Guard.{name} are {what}, and one of them is {item!r:.60}.")
+    return found
 
 
 @dataclass

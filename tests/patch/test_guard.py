@@ -176,7 +176,7 @@ def test_a_model_that_says_nan_fails_the_guard(subject):
 @pytest.mark.parametrize(
     "limits",
     [{"efficacy": 1.1}, {"efficacy": -0.1}, {"kl": float("nan")}, {"kl": -1}, {"perplexity": "x"}, {"paraphrase": True},
-     {"texts": ()}],
+     {"texts": ()}, {"texts": [1]}, {"texts": 5}, {"texts": b"x"}, {"cases": [1]}, {"cases": 5}, {"cases": "x"}],
 )  # fmt: skip
 def test_impossible_limits_are_refused(limits):
     with pytest.raises(ConfigError):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from kedit.cli import main
 from kedit.patch import EditPatch
+from models import tiny_model as model
 from models import tokenizer
 
 
@@ -50,6 +51,31 @@ def test_show(here, capsys):
     found = json.loads(text)
     assert [item["rank"] for item in found["weights"]] == [2, 1]
     assert found["provenance"]["editor"] == "rome"
+
+
+ODD = [
+    {"editor": "\ud800"},
+    {"editor": "x\n\x1b[2J\x1b[31mweights: none"},
+    {"model": {"name": "\x9b2J\u202e\ud800"}},
+    {"scores": {"\ud800": "\r\x07"}},
+    {"note": "\U000e0041 ж"},
+    {"edits": [{"prompt": "\x1b]0;{}", "subject": "\x1b\n", "target_new": "\ud800"}]},
+]
+
+
+@pytest.mark.parametrize("known", ODD, ids=ascii)
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
+def test_show_prints_what_others_wrote_and_does_nothing_of_it(tmp_path, capfdbinary, known, more):
+    path = patch_for(model("llama"), {1: 1}, provenance=known).save(tmp_path / "p")
+    assert main(["patch", "show", str(path), *more]) == 0
+    text = capfdbinary.readouterr().out.decode()  # bytes: as in a terminal, no character may be impossible
+    assert all(char.isprintable() or char == "\n" for char in text)
+    if more:
+        assert json.loads(text)["provenance"] == known
+    else:
+        plain = patch_for(model("llama"), {1: 1}, provenance={}).show()
+        extra = {"scores": 2, "edits": 1}.get(next(iter(known)), 0)
+        assert text.count("\n") == plain.count("\n") + 1 + extra
 
 
 def test_apply_and_revert(here, capsys):
@@ -107,6 +133,7 @@ def test_export_needs_only_the_configuration(here, capsys):
 
 def test_errors_are_one_sentence_and_leave_nothing(here, capsys):
     folder, _ = here
+    tokenizer().save_pretrained(folder / "base")
     (folder / "empty").write_bytes(b"")
     before = sorted(os.listdir(folder))
     one, two, out = folder / "1.safetensors", folder / "2.safetensors", folder / "out"
@@ -117,6 +144,9 @@ def test_errors_are_one_sentence_and_leave_nothing(here, capsys):
         ["merge", one, two, "--out", two],
         ["attach", two, "--model", folder / "base", "--prompt", "The"],
         ["attach", one, "--model", folder / "base", "--prompt", "The", "--tokens", 0],
+        ["attach", one, "--model", folder / "base", "--prompt", ""],
+        ["attach", one, "--model", folder / "base", "--prompt", "The river " * 500],
+        ["attach", one, "--model", folder / "base", "--prompt", "The", "--tokens", 5000],
         ["apply", folder / "base", "--patch", two, "--out", out],
         ["apply", folder / "base", "--patch", folder / "empty", "--out", out],
         ["apply", folder / "none", "--patch", one, "--out", out],

@@ -99,6 +99,29 @@ def test_provenance_that_is_no_json_is_saved_as_text(tmp_path):
     assert found == {"config": {"lr": "nan", "path": repr(tmp_path), "3": [1, 2]}, "note": "\ud800"}
 
 
+def test_what_would_not_load_is_not_saved(tmp_path):
+    good, delta = {NAME: "sha256:" + "0" * 64}, random_delta((48, 80), 1)
+    empty = LowRankDelta(torch.zeros(48, 0), torch.zeros(80, 0))
+    deep = []
+    for _ in range(600):
+        deep = [deep]
+    for deltas, prints, known, said in (
+        ({NAME: delta}, {}, {}, "fingerprints"),
+        ({NAME: delta}, {NAME: "x"}, {}, "fingerprints"),
+        ({NAME: delta}, {NAME: 3}, {}, "fingerprints"),
+        ({NAME: empty}, good, {}, "no columns"),
+        ({NAME: delta}, good, {"a": deep}, "nested"),
+        ({NAME: delta}, good, {"model": "gpt2"}, "'model' as 'gpt2'"),
+    ):
+        with pytest.raises(PatchError, match=said):
+            EditPatch(deltas, prints, known).save(tmp_path / "p")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(PatchError, match="no columns"):
+        EditPatch({NAME: empty}, good).to_peft(tmp_path / "adapter", model("llama"))
+    EditPatch({NAME: delta}, {**good, "other": "x"}).save(tmp_path / "p")
+    assert EditPatch.load(tmp_path / "p").fingerprints == good
+
+
 def test_an_existing_file_survives_a_save_that_fails(patch, tmp_path, monkeypatch):
     path = patch.save(tmp_path / "edit.safetensors")
     before = path.read_bytes()
@@ -176,6 +199,10 @@ def test_newer_formats_are_refused(tmp_path, number):
         {"provenance": '{"a": NaN}'},
         {"provenance": '{"a": 1, "a": 2}'},
         {"provenance": '{"a": ' + "9" * 5000 + "}"},
+        {"provenance": '{"scores": {"kl": 1e999}}'},
+        {"provenance": '{"scores": {"kl": -1e999}}'},
+        {"provenance": '{"a": ' + "[" * 300 + "]" * 300 + "}"},
+        {"provenance": '{"a": ' + '{"b": ' * 600 + "1" + "}" * 600 + "}"},
         {"provenance": "[" * 100_000},
         {"provenance": '{"model": []}'},
         {"provenance": '{"model": "gpt2"}'},

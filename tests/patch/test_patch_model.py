@@ -13,7 +13,7 @@ from patch_common import TYPES, bytes_of, patch_for, random_delta
 from kedit import ledger as ledger_module
 from kedit.delta import DenseDelta, LowRankDelta, _add_columns, add_delta, is_finite
 from kedit.errors import KEditError, NonFiniteError, PatchMismatchError
-from kedit.fingerprint import has_fingerprint, model_fingerprint, tensor_fingerprint
+from kedit.fingerprint import checksum, has_fingerprint, model_fingerprint, tensor_fingerprint
 from kedit.ledger import Ledger
 from kedit.patch import EditPatch
 from models import tiny_model as model
@@ -234,7 +234,27 @@ def test_a_models_fingerprint_sees_weights_buffers_and_what_its_configuration_co
     assert model_fingerprint(subject) not in (known, with_buffer)
 
 
-@pytest.mark.parametrize("how", ["in place", "through .data", "another parameter", "another dtype"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("shape", [(48, 80), (7, 5), (3, 2, 6), (1, 9)], ids=str)
+def test_a_checksum_sees_every_bit_and_every_place(shape, dtype):
+    weight = (50 * torch.randn(shape, generator=torch.Generator().manual_seed(3))).to(dtype)
+    others = [weight.flip(axis) for axis in range(len(shape)) if shape[axis] > 1]
+    others += [weight.roll(1, axis) for axis in range(len(shape)) if shape[axis] > 1]
+    for place in (0, weight.numel() - 1, weight.numel() // 2):
+        flipped = weight.clone()
+        flipped.view(-1).view(torch.uint8)[place * weight.element_size()] ^= 1
+        others.append(flipped)
+    known = checksum(weight)
+    assert checksum(weight.clone()) == known
+    assert all(checksum(other) != known for other in others)
+    assert checksum(weight[:0]) == checksum(torch.empty(0)) == 0
+    assert checksum(weight.sum(dtype=torch.float32)) == checksum(weight.sum(dtype=torch.float32).clone())
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["in place", "through .data", "rows through .data", "columns through .data", "another parameter", "another dtype"],
+)
 def test_a_weight_that_others_wrote_is_noticed(how):
     subject = model("llama")
     patch = patch_for(subject, {1: 1})
@@ -246,13 +266,17 @@ def test_a_weight_that_others_wrote_is_noticed(how):
             layer.weight.mul_(1.5)
     elif how == "through .data":
         layer.weight.data[0, 0] += 1
+    elif how == "rows through .data":
+        layer.weight.data.copy_(layer.weight.data.flip(0))
+    elif how == "columns through .data":
+        layer.weight.data.copy_(layer.weight.data.roll(8, 1))
     elif how == "another parameter":
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
     else:
         subject.to(torch.bfloat16)
     with pytest.raises(PatchMismatchError, match="since kedit edited it"):
         patch.revert(subject)
-    if how in ("in place", "through .data"):
+    if "in place" in how or ".data" in how:
         Ledger.of(subject).revert_all()
         assert bytes_of(subject) == before
 

@@ -93,6 +93,14 @@ def test_merge_refuses_nothing_and_patches_of_different_models():
     odd = EditPatch({name: random_delta((3, 4), 1)}, llama.fingerprints, {})
     with pytest.raises(PatchMismatchError, match="different models"):
         EditPatch.merge([llama, odd])
+    for wrong in ({"type": []}, {"type": {"a": 1}}, {"num_layers": [1]}):
+        other = EditPatch(
+            llama.deltas, llama.fingerprints, {"model": {**llama.provenance["model"], "num_layers": 3, **wrong}}
+        )
+        same = EditPatch(llama.deltas, llama.fingerprints, {"model": {**llama.provenance["model"], "num_layers": 3}})
+        with pytest.raises(PatchMismatchError, match="different models"):
+            EditPatch.merge([same, other])
+        assert EditPatch.merge([other, other]).provenance["model"] == other.provenance["model"]
     for tolerance in (-0.1, 1.0, float("nan"), "x"):
         with pytest.raises(ConfigError):
             EditPatch.merge([llama], tolerance=tolerance)
@@ -285,6 +293,27 @@ def test_attaching_what_the_weights_carry_is_refused():
     with pytest.raises(PatchMismatchError, match="already"):
         patch.attach(subject)
     assert Ledger.of(subject).carries(patch)
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_what_is_attached_is_neither_attached_again_nor_applied(tmp_path, rank):
+    subject = model("llama")
+    patch = patch_for(subject, {1: rank, 2: rank})
+    twin = EditPatch.load(patch.save(tmp_path / "p"))
+    before = bytes_of(subject)
+    with patch.attach(subject):
+        with_patch = logits(subject)
+        for one in (patch, twin):
+            for do in (one.attach, one.apply):
+                with pytest.raises(PatchMismatchError, match="attached to the model already"):
+                    do(subject, force=True)
+        assert torch.equal(logits(subject), with_patch)
+        assert bytes_of(subject) == before
+        with patch_for(subject, {1: rank}, seed=9).attach(subject):
+            assert not torch.equal(logits(subject), with_patch)
+    twin.apply(subject)
+    twin.revert(subject)
+    patch.attach(subject).detach()
 
 
 class Int8Linear(torch.nn.Module):

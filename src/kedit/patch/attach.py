@@ -51,11 +51,13 @@ def attach(patch: EditPatch, model: PreTrainedModel, *, force: bool = False) -> 
     """Add y += L (Rᵀ x) beside every weight that the patch changes, computed in the factors' dtype.
 
     Raises:
-        PatchMismatchError: the model has no such layer, its shape is another one, or its weight is plainly stored and
-            not the one that the patch was made for. A quantized weight cannot be compared; this is said in a warning.
+        PatchMismatchError: the model carries this patch in its weights or beside them, has no such layer, its shape is
+            another one, or its weight is plainly stored and not the one that the patch was made for. A quantized weight
+            cannot be compared; this is said in a warning.
     """
     if Ledger.of(model).carries(patch):
         raise PatchMismatchError("The model carries this patch in its weights already. Revert it before attaching it.")
+    check_not_attached(patch, model)
     found: list[tuple[nn.Module, Delta]] = []
     unknown = []
     for name, delta in patch.deltas.items():
@@ -83,12 +85,29 @@ def attach(patch: EditPatch, model: PreTrainedModel, *, force: bool = False) -> 
     return attachment
 
 
+def check_not_attached(patch: EditPatch, model: PreTrainedModel) -> None:
+    """Raise :class:`PatchMismatchError` where an update of the patch is a side branch of its layer already."""
+    modules = dict(unwrap(model).named_modules())
+    for name, delta in patch.deltas.items():
+        module = modules.get(name.rpartition(".")[0])
+        hooks = () if module is None else module._forward_hooks.values()
+        if any(isinstance(hook, _Branch) and hook.adds(delta) for hook in hooks):
+            raise PatchMismatchError(
+                f"The patch is attached to the model already ({name}), so it would count twice. Detach it first."
+            )
+
+
 class _Branch:
     """A forward hook that adds ΔW x; factors follow the activations to their device."""
 
     def __init__(self, delta: Delta) -> None:
         self._delta = delta
         self._there: dict[torch.device, Delta] = {}
+
+    def adds(self, delta: Delta) -> bool:
+        """Whether the branch is this update, also where both were loaded from one file."""
+        mine, other = self._delta.tensors(), delta.tensors()
+        return mine.keys() == other.keys() and all(torch.equal(mine[key], other[key].to(mine[key])) for key in mine)
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         device = output.device

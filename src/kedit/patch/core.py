@@ -46,11 +46,15 @@ class EditPatch:
             force: do not compare the weights with those that the patch was made for.
 
         Raises:
-            PatchMismatchError: the model carries this patch already, or its weights are other ones.
+            PatchMismatchError: the model carries this patch already, in its weights or attached, or its weights are
+                other ones.
         """
+        from kedit.patch.attach import check_not_attached
+
         ledger = Ledger.of(model)
         if ledger.carries(self):
             raise PatchMismatchError("The model carries this patch already. Revert it before applying it again.")
+        check_not_attached(self, model)
         if not force:
             self.check_base(model)
         ledger.apply(self, self.deltas)
