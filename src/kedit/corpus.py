@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kedit.errors import ConfigError
 
@@ -131,4 +131,25 @@ def _dataset(name: str, config: str | None = None) -> Corpus:
         data = load_dataset(name, config, split="train", streaming=True)
     except Exception as error:  # datasets raises many kinds: no network, no such name, ...
         raise ConfigError(f"The data set {name!r} cannot be read ({error}). Give a text or JSONL file.") from error
-    return Corpus(name, f"dataset:{name}:{config}", lambda: (str(record["text"]) for record in data))
+    return Corpus(name, f"dataset:{name}:{config}", lambda: _column(name, data))
+
+
+def _column(name: str, data: Iterable[Any]) -> Iterator[str]:
+    """The texts of a data set."""
+    records = iter(data)
+    while True:
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        except Exception as error:  # a connection that broke, a damaged file, ...
+            raise ConfigError(
+                f"The data set {name!r} cannot be read on ({error}). Try again, or give a text or JSONL file."
+            ) from error
+        if not isinstance(record, Mapping) or not isinstance(record.get("text"), str):
+            found = f"columns {', '.join(map(str, record))}" if isinstance(record, Mapping) else type(record).__name__
+            raise ConfigError(
+                f"The data set {name!r} has no text in a column 'text' (found {found}). Write its texts to a file: plain "
+                "text with a document per paragraph, or JSONL with a 'text' per line."
+            )
+        yield record["text"]

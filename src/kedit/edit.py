@@ -37,11 +37,11 @@ class Edit:
                 raise EditError(f"Edit.{field} must be text, not {type(value).__name__}: {value!r}.")
             if not value.strip():
                 raise EditError(f"Edit.{field} is empty. Give the {field.replace('_', ' ')} as text.")
-            _check_encodable(field, value)
+            check_encodable(f"Edit.{field}", value)
         if self.target_true is not None:
             if not isinstance(self.target_true, str):
                 raise EditError(f"Edit.target_true must be text or None, not {type(self.target_true).__name__}.")
-            _check_encodable("target_true", self.target_true)
+            check_encodable("Edit.target_true", self.target_true)
         for field in ("subject", "target_new", "target_true"):
             value = getattr(self, field)
             object.__setattr__(self, field, (value.strip() or None) if value else None)
@@ -98,11 +98,12 @@ def json_lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _check_encodable(field: str, value: str) -> None:
+def check_encodable(what: str, value: str) -> None:
+    """Raise ``EditError`` where a text cannot be written as UTF-8."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise EditError(f"Edit.{field} holds half of a surrogate pair, which is no text: {value!r}.") from error
+        raise EditError(f"{what} holds half of a surrogate pair, which is no text: {value!r}.") from error
 
 
 def as_edits(edits: Edit | Iterable[Edit]) -> list[Edit]:

@@ -29,7 +29,6 @@ class Preset:
 
 Model = tuple[str, int, int]  # model type, blocks, width
 
-TESTBED: Model = ("gpt2", 6, 128)
 GPT2_XL: Model = ("gpt2", 48, 1600)
 GPT_J_6B: Model = ("gptj", 28, 4096)
 NEOX_20B: Model = ("gpt_neox", 44, 6144)
@@ -81,9 +80,10 @@ _PMET: dict[Model, Preset] = {
         {"sadr": {"steps": 40, "moment_weight": 15_000.0, "self": {"gamma": 8e-2}}},
     ),
     NEOX_20B: Preset(_span((6, 10), 30, 0.5, 0.5, 0.8, kl_factor=0.8, moment_weight=15_000.0)),
-    LLAMA_7B: Preset(_span((4, 8), 20, 0.5, 0.5, 1.0)),
-    LLAMA_13B: Preset(_span((7, 9), 20, 0.5, 1e-3, 4.0)),
-    TINYLLAMA: Preset(_span((3, 5), 20, 0.5, 0.5, 4.0)),
+    # Config's defaults are those for GPT-J; the Llama files have the other editors' kl_factor.
+    LLAMA_7B: Preset(_span((4, 8), 20, 0.5, 0.5, 1.0, kl_factor=0.0625, moment_weight=15_000.0)),
+    LLAMA_13B: Preset(_span((7, 9), 20, 0.5, 0.5, 4.0, kl_factor=0.0625, moment_weight=15_000.0)),
+    TINYLLAMA: Preset(_span((3, 5), 20, 0.5, 0.5, 4.0, kl_factor=0.0625, moment_weight=20_000.0)),
 }
 _EMMET: dict[Model, Preset] = {
     GPT2_XL: Preset(_span((17, 17), 20, 0.5, 0.5, 0.75, alpha=1_000.0)),

@@ -53,6 +53,9 @@ def test_a_case_survives_json_without_doubling_what_is_derived():
         ({"kind": Kind.ALIAS, "prompt": "x"}, "needs a right answer"),
         ({"kind": Kind.ALIAS, "prompt": "x", "right": ""}, "right answer"),
         ({"kind": Kind.ALIAS, "prompt": "x", "right": "y", "wrong": "y"}, "as right and as wrong"),
+        ({"kind": Kind.ALIAS, "prompt": "x", "right": "y", "accept": ("z", 3)}, "accepts 3, which is no text"),
+        ({"kind": Kind.ALIAS, "prompt": "x\ud800", "right": "y"}, "half of a surrogate pair"),
+        ({"kind": Kind.ALIAS, "prompt": "x", "right": "y", "accept": ("\udfff",)}, "half of a surrogate pair"),
     ],
 )
 def test_malformed_probes_say_what_is_wrong(fields, message):

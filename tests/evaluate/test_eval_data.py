@@ -153,6 +153,12 @@ def test_each_form_is_recognised_and_read(tmp_path, form):
     assert case == one(tmp_path, form, format=form).cases[0]
 
 
+@pytest.mark.parametrize("limit", [-1, 0, 1.0, True, "3"])
+def test_a_limit_is_a_whole_number_above_zero(tmp_path, limit):
+    with pytest.raises(EditError, match="limit must be a whole number of at least 1"):
+        one(tmp_path, "zsre", limit=limit)
+
+
 def test_other_line_ends_inside_a_text_end_no_record(tmp_path):
     path = tmp_path / "cases.jsonl"
     edit = {"prompt": "{} lives\u2028in\x85the", "subject": "Ada", "target_new": "North"}

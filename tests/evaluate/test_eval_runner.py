@@ -1,18 +1,22 @@
 """The runner: what it restores, what it repeats, what a broken-off run leaves and how it goes on."""
 
+import copy
 import dataclasses
 import json
 import re
 
+import accelerate
 import pytest
 import torch
 
+import kedit.evaluation.examine as examine
 import kedit.evaluation.identity as identity
 import kedit.evaluation.runner as runner_module
 from kedit.edit import Edit
 from kedit.editors import editor as make_editor
 from kedit.errors import ConfigError, EditError, NonFiniteError, UnknownNameError
 from kedit.evaluation import EditCase, EvalReport, Kind, Probe, evaluate
+from kedit.evaluation.language import TfIdf
 from kedit.ledger import Ledger
 from models import moments, tiny_model, tokenizer
 
@@ -123,6 +127,30 @@ def test_everything_that_can_be_measured_is_there():
     assert report["rs"].n == 5
     with pytest.raises(EditError, match="commonsense"):
         report["commonsense"]
+
+
+def test_the_reference_score_is_that_of_all_generated_texts_of_a_case_joined(monkeypatch):
+    model, tok, _ = make()
+    said = {"Ada": "rome is old", "So": "by the sea", "Zoe": "rome again"}
+    monkeypatch.setattr(
+        examine,
+        "continue_rows",
+        lambda arch, tok, rows, *args, **options: [(said[tok.decode(row)], True) for row in rows],
+    )
+    probes = [Probe(kind=Kind.GENERATION, prompt=prompt) for prompt in said]
+    references = (("rome is by the sea", "the sea is old"), ("paris lies within france",), ())
+    cases = [
+        EditCase.of(str(i), Edit("{} is", "Ada", "old"), probes[: 2 + i // 2], references=found)
+        for i, found in enumerate(references)
+    ]
+    report = evaluate(model, tok, cases, None, generate=3, exact=False)
+    weights = TfIdf([" ".join(found) for found in references if found])
+    expected = weights.similarity("rome is old by the sea", "rome is by the sea the sea is old")
+    assert [record.after.reference for record in report.records] == [pytest.approx(expected), 0.0, None]
+    assert report["reference_score"].value == pytest.approx(100 * expected / 2)
+    assert report["reference_score"].cases == report["reference_score"].n == 2
+    alone = sum(weights.similarity(said[name], " ".join(references[0])) for name in ("Ada", "So")) / 2
+    assert abs(alone - expected) > 0.05  # the mean over single texts is another figure
 
 
 @pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
@@ -252,6 +280,19 @@ def test_a_run_on_other_weights_is_another_run_wherever_they_differ(tmp_path, un
             model.transformer.ln_f.bias[3] += 1e-3
 
     assert stale(tmp_path, editor, nudge, unedited=unedited) == "model"
+
+
+def test_weights_that_accelerate_keeps_elsewhere_count_too(tmp_path):
+    model, _, editor = make()
+    away = accelerate.disk_offload(model, tmp_path / "weights", execution_device="cpu")
+    known = identity.describe_weights(away)
+    assert identity.describe_weights(away) == known
+
+    other = copy.deepcopy(tiny_model("gpt2"))
+    with torch.no_grad():
+        other.transformer.h[3].ln_1.bias[3] += 1e-3
+    other = accelerate.disk_offload(other, tmp_path / "others", execution_device="cpu")
+    assert identity.describe_weights(other) != known
 
 
 def test_a_run_of_another_version_is_another_run(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,3 +80,30 @@ def test_no_default_corpus_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"Wikipedia.*moments=\{layer: C\}.*second_moments.*--moments-corpus"):
         as_corpus(None, tiny_model("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([{"title": "a", "body": "b"}], ["no text in a column 'text'", "columns title, body", "JSONL"]),
+        ([{"text": "a"}, {"text": None}], ["no text in a column 'text'", "columns text"]),
+        (["a"], ["no text in a column 'text'", "found str"]),
+        (OSError("the connection broke"), ["cannot be read on", "the connection broke"]),
+    ],
+)
+def test_a_data_set_without_texts_says_so(monkeypatch, records, words):
+    def load_dataset(name, config, *, split, streaming):
+        def stream():
+            yield from [{"text": "first"}]
+            if isinstance(records, OSError):
+                raise records
+            yield from records
+
+        return stream()
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    texts = iter(as_corpus("somebody/something", None))
+    assert next(texts) == "first"
+    with pytest.raises(ConfigError, match="'somebody/something'") as caught:
+        list(texts)
+    assert all(word in str(caught.value) for word in words)

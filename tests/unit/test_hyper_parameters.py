@@ -89,24 +89,86 @@ class Sized:
         self.model = SimpleNamespace(config=SimpleNamespace(**marks))
 
 
-@pytest.mark.parametrize(
-    ("model", "layer", "steps", "decay", "clamp"),
-    [
-        (presets.GPT2_XL, 17, 20, 0.5, 4.0),
-        (presets.GPT_J_6B, 5, 20, 0.5, 4.0),
-        (presets.NEOX_20B, 15, 20, 0.5, 4.0),
-        (presets.LLAMA_7B, 5, 25, 1e-3, 4.0),
-        (presets.LLAMA_13B, 6, 20, 1e-3, 4.0),
-        (presets.TINYLLAMA, 4, 20, 0.5, 2.0),
-        (presets.MISTRAL_7B, 5, 25, 1e-3, 4.0),
-        (presets.QWEN2_7B, 5, 25, 1e-3, 4.0),
-    ],
-)
-@pytest.mark.parametrize("name", ["rome", "rrome"])
-def test_published_numbers_of_rome(name, model, layer, steps, decay, clamp):
-    config = EDITORS[name]._preset_config(Sized(*model), {})
-    expected = {"layers": (layer,), "steps": steps, "lr": 0.5, "weight_decay": decay, "clamp": clamp}
-    assert config == EDITORS[name].Config(**expected, kl_factor=0.0625, stop_loss=0.05)
+FIELDS = ("steps", "lr", "weight_decay", "clamp")
+ROME = {
+    "GPT2_XL": (17, (20, 0.5, 0.5, 4.0)),
+    "GPT_J_6B": (5, (20, 0.5, 0.5, 4.0)),
+    "NEOX_20B": (15, (20, 0.5, 0.5, 4.0)),
+    "LLAMA_7B": (5, (25, 0.5, 1e-3, 4.0)),
+    "LLAMA_13B": (6, (20, 0.5, 1e-3, 4.0)),
+    "TINYLLAMA": (4, (20, 0.5, 0.5, 2.0)),
+    "MISTRAL_7B": (5, (25, 0.5, 1e-3, 4.0)),
+    "QWEN2_7B": (5, (25, 0.5, 1e-3, 4.0)),
+}
+MEMIT = {  # with λ
+    "GPT2_XL": (range(13, 18), (20, 0.5, 0.5, 0.75), 20_000),
+    "GPT_J_6B": (range(3, 9), (25, 0.5, 0.5, 0.75), 15_000),
+    "NEOX_20B": (range(6, 11), (20, 0.5, 0.5, 0.8), 6_000),
+    "LLAMA_7B": (range(4, 9), (25, 0.5, 1e-3, 4.0), 15_000),
+    "LLAMA_13B": (range(5, 10), (20, 0.5, 1e-3, 4.0), 15_000),
+    "TINYLLAMA": (range(3, 6), (20, 0.5, 0.5, 8.0), 20_000),
+    "MISTRAL_7B": (range(4, 9), (25, 0.5, 1e-3, 4.0), 15_000),
+    "QWEN2_7B": (range(4, 9), (25, 0.5, 1e-3, 4.0), 15_000),
+}
+PMET = {  # with λ and kl_factor
+    "GPT_J_6B": (range(3, 9), (30, 0.2, 0.5, 0.75), 6_000, 1.0),
+    "NEOX_20B": (range(6, 11), (30, 0.5, 0.5, 0.8), 15_000, 0.8),
+    "LLAMA_7B": (range(4, 9), (20, 0.5, 0.5, 1.0), 15_000, 0.0625),
+    "LLAMA_13B": (range(7, 10), (20, 0.5, 0.5, 4.0), 15_000, 0.0625),
+    "TINYLLAMA": (range(3, 6), (20, 0.5, 0.5, 4.0), 20_000, 0.0625),
+}
+EMMET = {  # with α
+    "GPT2_XL": (17, (20, 0.5, 0.5, 0.75), 1_000),
+    "GPT_J_6B": (5, (25, 0.5, 0.5, 0.75), 1),
+    "LLAMA_7B": (5, (25, 0.5, 1e-3, 4.0), 1),
+}
+ALPHAEDIT = {
+    "GPT2_XL": (range(13, 18), (20, 0.5, 0.5, 0.75)),
+    "GPT_J_6B": (range(3, 9), (25, 0.5, 0.5, 0.75)),
+    "LLAMA_7B": (range(4, 9), (25, 0.1, 0.5, 0.75)),
+    "QWEN2_7B": (range(7, 12), (25, 0.1, 0.5, 0.75)),
+}
+FT = {"GPT2_XL": (0, 5e-4), "GPT_J_6B": (0, 5e-5), "MISTRAL_7B": (21, 5e-5)}
+
+
+def published():
+    """(editor, model, Config fields) of every row of the published tables; what they do not name has one value for all."""
+    usual = {"kl_factor": 0.0625, "stop_loss": 0.05}
+    for name, table in (("rome", ROME), ("rrome", ROME), ("alphaedit", ALPHAEDIT)):
+        own = {"l2": 10.0, "threshold": 0.02} if name == "alphaedit" else {}
+        for model, (layers, values) in table.items():
+            yield name, model, {"layers": layers, **dict(zip(FIELDS, values, strict=True)), **usual, **own}
+    for model, (layers, values, weight) in MEMIT.items():
+        fields = {"layers": layers, **dict(zip(FIELDS, values, strict=True)), **usual}
+        yield "memit", model, {**fields, "moment_weight": weight}
+    for model, (layers, values, weight, kl) in PMET.items():
+        fields = {"layers": layers, **dict(zip(FIELDS, values, strict=True)), **usual, "kl_factor": kl}
+        yield "pmet", model, {**fields, "moment_weight": weight, "settle": True}
+    for model, (layers, values, alpha) in EMMET.items():
+        fields = {"layers": layers, **dict(zip(FIELDS, values, strict=True)), **usual}
+        yield "emmet", model, {**fields, "alpha": alpha, "ridge": 0.1}
+    for model, (layer, clamp) in FT.items():
+        yield "ft", model, {"layers": layer, "clamp": clamp, "lr": 5e-4, "steps": 25, "stop_loss": 1e-2}
+
+
+@pytest.mark.parametrize(("name", "model", "fields"), list(published()))
+def test_published_numbers(name, model, fields):
+    config = EDITORS[name]._preset_config(Sized(*getattr(presets, model)), {})
+    assert config == EDITORS[name].Config(**fields)
+
+
+def test_every_preset_has_published_numbers():
+    known = {(name, getattr(presets, model)) for name, model, _ in published()}
+    assert known == {(name, model) for name, table in presets.PRESETS.items() for model in table}
+    assert len(known) == len(list(published()))
+
+
+def test_published_changes_with_sadr_on_gptj():
+    changes = {name: presets.PRESETS[name][presets.GPT_J_6B].regularized["sadr"] for name in ("rome", "memit", "pmet")}
+    assert {name: found["steps"] for name, found in changes.items()} == {"rome": 80, "memit": 20, "pmet": 40}
+    assert {name: found.get("moment_weight") for name, found in changes.items()} == {
+        "rome": None, "memit": None, "pmet": 15_000.0
+    }  # fmt: skip
 
 
 def test_every_preset_is_a_valid_config_within_its_model():

@@ -64,8 +64,10 @@ def load_cases(
 
     Raises:
         EditError: nothing can be read, the format is not recognised, no record is a case, or one is not and
-            ``strict`` is set.
+            ``strict`` is set; ``limit`` is below 1.
     """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise EditError(f"limit must be a whole number of at least 1, or None for all records; not {limit!r}.")
     path = Path(source)
     records: Sequence[Any] = read_records(path) if path.exists() else _dataset(str(source), split, limit)
     records = records[:limit]
@@ -108,7 +110,6 @@ def _dataset(name: str, split: str, limit: int | None) -> list[Any]:
             f"{name!r} is no file, and reading it as a data set needs the datasets package. Install kedit[data]."
         ) from error
     try:
-        data = load_dataset(name, split=split, streaming=True)
+        return list(islice(load_dataset(name, split=split, streaming=True), limit))
     except Exception as error:  # datasets raises many kinds: no network, no such name, ...
         raise EditError(f"The data set {name!r} cannot be read ({error}). Give a JSON or JSONL file.") from error
-    return list(islice(data, limit))

@@ -11,7 +11,8 @@ def original(record: Record, name: str) -> EditCase:
     """Published schema: ``requested_rewrite`` with ``paraphrase_prompts``, ``neighborhood_prompts``, ``generation_prompts``.
 
     Neighbours share the old target, so that is right for them and the new one wrong. ``attribute_prompts`` (subjects
-    that have the new target already) are only used by the published code's references and are not probed.
+    that have the new target already) enter none of the published tables and are not probed. The references of the published
+    reference score are in a file of their own, which the records do not name: cases come without.
     """
     request = record["requested_rewrite"]
     new, true = text(request["target_new"]), text(request["target_true"])

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from kedit.batch import separator
-from kedit.edit import Edit
+from kedit.edit import Edit, check_encodable
 from kedit.errors import EditError
 
 
@@ -62,6 +62,10 @@ class Probe:
         if self.right is not None and self.right == self.wrong:
             raise EditError(f"The {self.kind} probe {self.prompt!r} has {self.right!r} as right and as wrong answer.")
         object.__setattr__(self, "accept", tuple(self.accept))
+        for text in (self.prompt, self.right or "", self.wrong or "", *self.accept):
+            if not isinstance(text, str):
+                raise EditError(f"The {self.kind} probe {self.prompt!r} accepts {text!r}, which is no text.")
+            check_encodable(f"A {self.kind} probe", text)
         object.__setattr__(self, "fact", None if self.fact is None else tuple(self.fact))
 
     def to_dict(self) -> dict[str, Any]:

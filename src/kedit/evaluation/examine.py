@@ -131,9 +131,11 @@ class Examiner:
                     text, exact = said[key]
                     score = replace(score, text=text, exact=exact)
                 if key in written:
-                    score = self._read(score, plan.case, written[key])
+                    score = replace(score, text=written[key], entropy=n_gram_entropy(written[key]))
                 probes.append(score)
-            scores.append(CaseScore(probes=tuple(probes), texts=texts))
+            prose = [written[name, number] for number in range(len(probes)) if (name, number) in written]
+            reference = self._reference(plan.case, prose)
+            scores.append(CaseScore(probes=tuple(probes), texts=texts, reference=reference))
         return scores
 
     def _plan(self, case: EditCase) -> Plan:
@@ -204,9 +206,11 @@ class Examiner:
         )
         return {key: text for (key, _), (text, _) in zip(found, texts, strict=True)}
 
-    def _read(self, score: ProbeScore, case: EditCase, text: str) -> ProbeScore:
-        reference = self._tfidf.similarity(text, " ".join(case.references)) if case.references else None
-        return replace(score, text=text, entropy=n_gram_entropy(text), reference=reference)
+    def _reference(self, case: EditCase, written: Sequence[str]) -> float | None:
+        """All that was generated against all references, joined as in the published code."""
+        if not written or not case.references:
+            return None
+        return self._tfidf.similarity(" ".join(written), " ".join(case.references))
 
     def _watched(self, plans: Sequence[Plan]) -> dict[tuple[str, int], dict[str, float]]:
         if not self.extent.attention:

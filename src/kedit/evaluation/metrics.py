@@ -199,8 +199,8 @@ _add(
 )  # fmt: skip
 _add(
     "reference_score", "Reference", "ROME (there RS)", _ROME,
-    "tf-idf cosine between generated text and texts about the new target.",
-    kinds=frozenset({Kind.GENERATION}), probe=lambda now, before: now.reference, pooling="case",
+    "tf-idf cosine between a case's generated texts, joined, and its texts about the new target, joined.",
+    kinds=frozenset({Kind.GENERATION}), case=lambda now, before: now.reference, pooling="case",
 )  # fmt: skip
 _add(
     "perplexity", "Perplexity", "kedit", "exp of the mean NLL per token", "Perplexity on plain text.",

@@ -47,7 +47,6 @@ class ProbeScore:
         exact: whether the model, decoding greedily to a natural stop, says exactly the right answer.
         text: what it said.
         entropy: n-gram entropy of the generated text, in bits.
-        reference: tf-idf cosine of the generated text with the case's references.
         attention: by measure: the last token's attention to the edited subject, and how far its rows moved.
     """
 
@@ -57,7 +56,6 @@ class ProbeScore:
     exact: bool | None = None
     text: str | None = None
     entropy: float | None = None
-    reference: float | None = None
     attention: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +65,7 @@ class ProbeScore:
             answer: Answer | None = getattr(self, name)
             if answer is not None:
                 record[name] = {"nll": answer.nll, "labels": list(answer.labels), "argmax": list(answer.argmax)}
-        for name in ("exact", "text", "entropy", "reference"):
+        for name in ("exact", "text", "entropy"):
             if getattr(self, name) is not None:
                 record[name] = getattr(self, name)
         if self.attention:
@@ -88,19 +86,28 @@ class ProbeScore:
 
 @dataclass(frozen=True, kw_only=True)
 class CaseScore:
-    """All probes of a case under one state of the model; ``texts`` holds what was measured on plain text."""
+    """All probes of a case under one state of the model.
+
+    Attributes:
+        probes: one by one.
+        texts: what was measured on plain text.
+        reference: tf-idf cosine of all generated texts together with all the case's references together.
+    """
 
     probes: tuple[ProbeScore, ...]
     texts: Mapping[str, float] = field(default_factory=dict)
+    reference: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {"probes": [probe.to_dict() for probe in self.probes], "texts": dict(self.texts)}
+        found: dict[str, Any] = {"probes": [probe.to_dict() for probe in self.probes], "texts": dict(self.texts)}
+        return found if self.reference is None else {**found, "reference": self.reference}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> CaseScore:
         """The inverse of :meth:`to_dict`."""
-        return cls(probes=tuple(ProbeScore.from_dict(item) for item in record["probes"]), texts=record["texts"])
+        probes = tuple(ProbeScore.from_dict(item) for item in record["probes"])
+        return cls(probes=probes, texts=record["texts"], reference=record.get("reference"))
 
 
 @dataclass(frozen=True, kw_only=True)
