@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +18,7 @@ from analysis_common import TOKENIZER, cases, embedded, few, patches, tiny_case,
 
 import kedit
 from kedit.analysis import plots
+from kedit.analysis.page import page
 from kedit.analysis.patching import patch_activations
 from kedit.analysis.reveal import head_sets, reveal
 from kedit.cli import main
@@ -215,6 +217,72 @@ def test_the_commands_trace_and_drift(tmp_path, capsys):
     data.write_text(json.dumps(case.to_dict()))
     assert main(["-q", "drift", "--patch", str(patch), "--data", str(data), "--out", str(tmp_path / "drift.json")]) == 0
     assert "ROME: 4 probes (distracted_neighbour) of 1 edit;" in capsys.readouterr().out
+
+
+def test_what_tracing_and_patching_cannot_show_is_said_on_the_page():
+    """The model knows none of the facts, and the case asks for nothing that could be patched."""
+    model, tokenizer = embedded()
+    case = cases(1)[0]
+    wrong = kedit.Edit(case.edit.prompt, case.edit.subject, case.edit.target_new, cases(20)[12].edit.target_true)
+    assert wrong.target_true != case.edit.target_true
+    relations = tuple(probe for probe in case.probes if probe.kind == "relation")
+    editor = kedit.ROME(model, tokenizer, contexts=["{}"], steps=3)
+    found = reveal(model, tokenizer, kedit.EditCase(id="odd", edit=wrong, probes=relations), editor, None, samples=1)
+    assert (found.trace, found.patching) == (None, None)
+    assert set(found.missing) == {"trace", "patching"}
+    text = page(found)
+    assert "<p>Not available: The model&#x27;s first choice is another answer in all 1 facts" in text
+    assert "<p>Not available: Nothing could be patched: No probe of kind distracted_neighbour" in text
+    assert len(check_page(text).images) == 3
+    assert "Tracing: not available. The model's first choice" in found.summary()
+    assert "relation" in found.drifts[0].summary()
+
+
+def test_a_page_that_nothing_can_be_asked_for_is_refused_before_an_edit(monkeypatch):
+    model, tokenizer = embedded()
+    case = cases(1)[0]
+    editor = kedit.ROME(model, tokenizer, contexts=["{}"], steps=3)
+    monkeypatch.setattr(editor, "propose", lambda *_: pytest.fail("it edited"))
+    with pytest.raises(EditError, match="None of the 1 cases has a probe of kind"):
+        reveal(model, tokenizer, kedit.EditCase(id="bare", edit=case.edit, probes=()), editor, None)
+
+
+def test_a_regularized_run_that_fails_is_named_and_the_plain_one_shown(found):
+    reason = "No edit succeeded. The first: a loss"
+    text = page(replace(found, drifts=found.drifts[:1], missing={"regularized": reason}))
+    assert f"The run with the regularizer is not available: {reason}" in text
+
+
+def test_drift_keeps_every_result_though_no_head_over_attends(found, monkeypatch, tmp_path, capsys):
+    import kedit.analysis.drifting as module
+
+    calm = [
+        replace(one, probes=tuple(replace(probe, over=probe.over & False) for probe in one.probes))
+        for one in found.drifts
+    ]
+    left = iter(calm)
+    monkeypatch.setattr(module, "drift", lambda *_: next(left))
+    out, figures = tmp_path / "drift.json", tmp_path / "figures"
+    command = ["-q", "drift", "--cases", "1", "--regularizer", "sadr", "--out", str(out), "--figures", str(figures)]
+    assert main(command) == 0
+    assert "Under ROME no head attends to the edited subject more" in capsys.readouterr().out
+    assert json.loads(out.read_text())["label"] == "ROME"
+    assert json.loads(out.with_name("drift-regularized.json").read_text())["label"] == "ROME + SADR"
+    assert {path.stem for path in figures.iterdir()} == {"drift", "gain", "correlation"}
+
+
+def test_trace_says_that_there_is_no_evidence_and_writes_the_effects(found, monkeypatch, tmp_path, capsys):
+    import kedit.analysis.tracing as module
+
+    def nothing(one):
+        return replace(one, effects={kind: -np.abs(effect) for kind, effect in one.effects.items()})
+
+    dark = replace(found.trace, facts=tuple(map(nothing, found.trace.facts)), _averages={})
+    monkeypatch.setattr(module, "trace", lambda *_, **__: dark)
+    assert main(["-q", "trace", "--cases", "1", "--suggest", "--out", str(tmp_path / "trace.json")]) == 0
+    assert "There is no evidence for any edit layer" in capsys.readouterr().out
+    assert (tmp_path / "trace.json").exists()
+    assert "There is no evidence for any edit layer" in page(replace(found, trace=dark))
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,21 @@ def test_a_proposal_takes_the_peak_and_its_strong_neighbours_below_the_handover(
     assert result_of([1.0] * 9).suggest().layers == (0, 1, 2, 3, 4)
 
 
+def test_no_layer_is_proposed_without_evidence():
+    with pytest.raises(EditError, match="no evidence for any edit layer: up to block 2, .*facts traced: 2"):
+        result_of([-0.05, -0.02, -0.1], [-0.1, -0.1, -0.1]).suggest()
+    assert result_of([0.1, 0.2, 0.1], [-0.1, -0.2, -0.1]).suggest().handover is None
+    # The mean is above 0 in block 1 alone, but a half of the facts says the contrary.
+    facts = [result_of(effect).facts[0] for effect in ([-0.3, 0.9, -0.2], [-0.2, -0.4, -0.1])]
+    unsure = TraceResult((*facts, *facts), ("mlp",), 3, {})
+    assert unsure.average("mlp")[0, 2, 1] > 0
+    with pytest.raises(EditError, match="no evidence"):
+        unsure.suggest()
+    # Of two blocks the one with the larger mean, unless only the other's interval lies above 0.
+    facts = [result_of(effect).facts[0] for effect in ([0.2, 0.9], [0.2, -0.4])]
+    assert TraceResult((*facts, *facts), ("mlp",), 2, {}).suggest().layer == 0
+
+
 def test_tokens_get_the_role_they_play():
     tokens = tuple("abcdefg")
     fact = FactTrace("", "", "", tokens, (1, 3), 1.0, 0.0, {"mlp": np.arange(7.0)[:, None]})

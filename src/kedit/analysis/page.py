@@ -42,13 +42,16 @@ def page(found: Reveal) -> str:
         "<h2>What the model says</h2>",
         answers_html(found.drifts),
         "<h2>Where the fact is kept</h2>",
-        trace_html(found.trace),
+        _absent(found.missing["trace"]) if found.trace is None else trace_html(found.trace),
         "<h2>Where the last token looks</h2>",
         maps_html(found.drifts),
         "<h2>Which heads moved</h2>",
         heads_html(found.drifts),
+        _absent(found.missing["regularized"], "The run with the regularizer is not")
+        if "regularized" in found.missing
+        else "",
         "<h2>What carries the damage</h2>",
-        patching_html(found.patching),
+        _absent(found.missing["patching"]) if found.patching is None else patching_html(found.patching),
         "<h2>Run</h2>",
         table([], [[escape(key), escape(str(value))] for key, value in found.meta.items()]),
     ]
@@ -57,6 +60,11 @@ def page(found: Reveal) -> str:
         f"<title>{escape(found.title)}</title><style>{_STYLE}</style>"
     )
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _absent(reason: str, what: str = "Not") -> str:
+    """Why a part is not on the page."""
+    return f"<p>{escape(what)} available: {escape(reason)}</p>"
 
 
 def in_notebook(result: Shown, html: Callable[[Shown], str]) -> str:
@@ -102,7 +110,12 @@ def trace_html(result: TraceResult) -> str:
         parts.append(figure(plots.tracing_averages(result), text))
         text = "The fact is handed over from the subject's last token to the last token. Bands: 95% bootstrap intervals by fact."
         parts.append(figure(plots.tracing_handover(result), text))
-    words = result.summary() + (f"\n\n{result.suggest()}" if "mlp" in result.kinds else "")
+    words = result.summary()
+    if "mlp" in result.kinds:
+        try:
+            words += f"\n\n{result.suggest()}"
+        except EditError as error:
+            words += f"\n\n{error}"
     return "".join([*parts, f"<pre>{escape(words)}</pre>"])
 
 

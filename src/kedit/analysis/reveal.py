@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedit.analysis.drifted import DriftResult
-from kedit.analysis.drifting import drift
+from kedit.analysis.drifting import drift, watched_of
 from kedit.analysis.editing import Patches, Source
 from kedit.analysis.patched import PatchingResult
 from kedit.analysis.patching import patch_activations
 from kedit.analysis.traced import TraceResult
 from kedit.analysis.tracing import SAMPLES, trace
+from kedit.arch import ModelArch
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase
 from kedit.evaluation.environment import describe_model, environment
@@ -24,6 +26,7 @@ from kedit.regularizers import Choice
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PARTS = {"trace": "Tracing", "patching": "Patching", "regularized": "With the regularizer"}
 HEAD_SHARES = (6, 3)  # a sixth and a third of all heads are restored alone
 
 
@@ -34,23 +37,25 @@ class Reveal:
     Attributes:
         title: of the page.
         intro: a sentence about the run.
-        trace: causal tracing of the edited facts.
+        trace: causal tracing of the edited facts; ``None`` where nothing could be traced.
         drifts: attention drift under the plain editor, and under it with a regularizer if one was given.
-        patching: what exchanging activations undoes and does, under the plain editor.
+        patching: what exchanging activations undoes and does, under the plain editor; ``None`` where nothing could be.
         meta: what was run, on what.
+        missing: why a part is not there, by its name: ``"trace"``, ``"patching"``, ``"regularized"``.
     """
 
     title: str
     intro: str
-    trace: TraceResult
+    trace: TraceResult | None
     drifts: tuple[DriftResult, ...]
-    patching: PatchingResult
+    patching: PatchingResult | None
     meta: Mapping[str, Any]
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """All summaries, as text."""
-        drifts = [result.summary() for result in self.drifts]
-        return "\n\n".join([self.trace.summary(), *drifts, self.patching.summary()])
+        """All summaries, as text, and what is missing."""
+        found = [part.summary() for part in (self.trace, *self.drifts, self.patching) if part is not None]
+        return "\n\n".join([*found, *(f"{PARTS[name]}: not available. {why}" for name, why in self.missing.items())])
 
     def save(self, path: str | Path) -> Path:
         """Write the page: one HTML file that needs nothing else."""
@@ -83,6 +88,8 @@ def reveal(
 ) -> Reveal:
     """Trace the facts, edit each case with and without a regularizer, and look at attention and what carries the damage.
 
+    A part that these cases do not allow (the model knows none of the facts, say) is left out, and the page says why.
+
     Args:
         model: a causal language model; unedited again afterwards.
         tokenizer: its fast tokenizer.
@@ -96,14 +103,22 @@ def reveal(
         seed: of the noise, and of the heads that are restored for comparison.
 
     Raises:
-        EditError: a case has no probe that mentions the edited subject, or no case could be edited.
+        EditError: no case has a probe that mentions the edited subject, or no case could be edited.
         ConfigError: options do not fit together.
     """
-    if samples < 1 or traced < 1:
-        raise ConfigError(f"samples and traced must be at least 1, not {samples} and {traced}.")
+    if not all(type(number) is int and number >= 1 for number in (samples, traced)):
+        raise ConfigError(f"samples and traced must be at least 1, not {samples!r} and {traced!r}.")
     start = time.perf_counter()
     plain = Patches(model, tokenizer, cases, editor, None, config)
     chosen = plain.cases
+    watched_of(
+        ModelArch(model), tokenizer, chosen
+    )  # what is asked of every edit: said before the work where there is none
+    missing: dict[str, str] = {}
+    traces: TraceResult | None = None
+    patching: PatchingResult | None = None
+    with _part_of(missing, "trace"):
+        traces = trace(model, tokenizer, chosen[:traced], samples=samples, seed=seed)
     patches = plain.all()
     chosen = [case for case in chosen if case.id in patches]
     if not chosen:
@@ -112,10 +127,13 @@ def reveal(
     if regularized is None and regularizer is not None:
         made = Patches(model, tokenizer, chosen, editor, regularizer, config)
         regularized = made.all()
-    if regularized is not None:
-        drifts.append(drift(model, tokenizer, [case for case in chosen if case.id in regularized], regularized))
-    patching = patch_activations(model, tokenizer, chosen, patches, heads=head_sets(drifts[0], seed))
-    traces = trace(model, tokenizer, chosen[:traced], samples=samples, seed=seed)
+        if not regularized:
+            missing["regularized"] = f"No edit succeeded. The first: {next(iter(made.failures.values()))}"
+    if regularized:
+        with _part_of(missing, "regularized"):
+            drifts.append(drift(model, tokenizer, [case for case in chosen if case.id in regularized], regularized))
+    with _part_of(missing, "patching"):
+        patching = patch_activations(model, tokenizer, chosen, patches, heads=head_sets(drifts[0], seed))
     described, machine = describe_model(model), environment()
     first = patches[chosen[0].id]
     meta = {
@@ -124,11 +142,20 @@ def reveal(
         "failed": len(plain.failures),
         "editor": drifts[0].label,
         "hyper-parameters": first.provenance.get("config", "–"),
-        "tracing": dict(traces.settings),
+        "tracing": "–" if traces is None else dict(traces.settings),
         "seconds": f"{time.perf_counter() - start:.1f}",
         "versions": ", ".join(f"{key} {machine[key]}" for key in ("kedit", "torch", "transformers") if key in machine),
     }
-    return Reveal(*_words(chosen, drifts), traces, tuple(drifts), patching, meta)
+    return Reveal(*_words(chosen, drifts), traces, tuple(drifts), patching, meta, missing)
+
+
+@contextmanager
+def _part_of(missing: dict[str, str], name: str) -> Iterator[None]:
+    """A part of the page: where the cases do not allow it, the reason is kept and the rest goes on."""
+    try:
+        yield
+    except EditError as error:
+        missing[name] = str(error)
 
 
 def head_sets(result: DriftResult, seed: int = 0) -> dict[str, list[tuple[int, int]]]:

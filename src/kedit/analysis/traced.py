@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kedit.analysis.intervals import Floats, mean_map
 from kedit.analysis.intervene import LABELS
+from kedit.errors import ConfigError, EditError
 
 ROLES = ("subject first", "subject middle", "subject last", "next", "between", "last")
 ROLE_LABELS = (
@@ -142,21 +144,29 @@ class TraceResult:
     def suggest(self) -> Suggestion:
         """Propose edit layers; needs the kind ``"mlp"``.
 
+        Only a block where the MLP's effect at the subject's last token is above 0 is proposed; with several facts its whole
+        interval has to be.
+
         Raises:
             ConfigError: MLP outputs were not traced.
+            EditError: there is no such block, so tracing speaks for none.
         """
-        from kedit.errors import ConfigError
-
         if "mlp" not in self.kinds:
             raise ConfigError("Edit layers are proposed from the MLP's effects. Trace with kinds that include 'mlp'.")
         at = ROLES.index("subject last")
         mlp = self.average("mlp")[:, at]
         hidden = self.average("hidden")[:, at] if "hidden" in self.kinds else None
         handover = None
-        if hidden is not None:
+        if hidden is not None and _supported(hidden).any():
             handover = int(np.flatnonzero(hidden[0] >= hidden[0].max() / 2)[-1])
         top = self.num_layers - 1 if handover is None else handover
-        layer = int(mlp[0, : top + 1].argmax())
+        effect = np.where(_supported(mlp), mlp[0], -np.inf)[: top + 1]
+        layer = int(effect.argmax())
+        if not np.isfinite(effect[layer]):
+            raise EditError(
+                f"There is no evidence for any edit layer: up to block {top}, restoring MLP outputs at the subject's last token "
+                f"brings nothing that differs from 0 (facts traced: {len(self.facts)}). Trace more facts, or more samples."
+            )
         layers = _around(mlp[0], layer, top)
         evidence = tuple(
             (tuple(map(float, mlp[:, i])), None if hidden is None else tuple(map(float, hidden[:, i])))
@@ -214,6 +224,12 @@ class TraceResult:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
         return target
+
+
+def _supported(effect: Floats) -> npt.NDArray[np.bool_]:
+    """Where an effect (mean, low, high) [3, L] is above 0 with its interval; [L]."""
+    mean, low = effect[0], effect[1]
+    return np.asarray((mean > 0) & ((low > 0) | np.isnan(low)))
 
 
 def _around(effect: Floats, peak: int, top: int) -> tuple[int, ...]:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kedit.cli import common
-from kedit.errors import ConfigError
+from kedit.errors import ConfigError, EditError
 
 if TYPE_CHECKING:
     from kedit.analysis.drifted import DriftResult
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_cases(parser)
     common.add_editor(parser)
     parser.add_argument("--patch", metavar="FILE", help="compare with this patch applied, instead of an editor's edits")
-    parser.add_argument("--out", metavar="FILE", help="write all figures there (.json)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write all figures there (.json; with a regularizer also x-regularized.json)"
+    )
     parser.add_argument("--figures", metavar="DIR", help="draw maps and correlation there (PNG)")
 
 
@@ -53,21 +56,36 @@ def run(args: argparse.Namespace) -> int:
     cases = common.load_cases(args, COUNT)
     model, tokenizer = common.load_model(args)
     source: Source = _patch(args.patch) if args.patch else common.make_editor(args, model, tokenizer)
-    results = [drift(model, tokenizer, cases, source)]
-    if regularizers:
-        results.append(drift(model, tokenizer, cases, source, regularizers))
-    sys.stdout.write("\n\n".join(result.summary() for result in results) + "\n")
+    results: list[DriftResult] = []
+    for chosen in ([], regularizers) if regularizers else ([],):
+        results.append(drift(model, tokenizer, cases, source, chosen))
+        sys.stdout.write(f"{results[-1].summary()}\n")
+        if args.out:  # at once: what comes later may fail
+            sys.stdout.write(f"figures: {results[-1].save(_path(args.out, len(results)))}\n")
+        sys.stdout.write("\n")
     if len(results) == 2:
-        found = results[0].against(results[1])
-        sys.stdout.write(
-            f"\nIn the heads that over-attend under {results[0].label}, the mean drift is {found['here'].value:.3f} nats; "
-            f"under {results[1].label} it is {found['other'].value:.3f}.\n"
-        )
-    if args.out:
-        sys.stdout.write(f"figures: {results[-1].save(args.out)}\n")
+        sys.stdout.write(f"{_compared(*results)}\n")
     if args.figures:
         _draw(args.figures, results)
     return 0
+
+
+def _compared(plain: DriftResult, restrained: DriftResult) -> str:
+    """The drift under both, in words; why it cannot be compared where no head over-attends."""
+    try:
+        found = plain.against(restrained)
+    except EditError as error:
+        return str(error)
+    return (
+        f"In the heads that over-attend under {plain.label}, the mean drift is {found['here'].value:.3f} nats; "
+        f"under {restrained.label} it is {found['other'].value:.3f}."
+    )
+
+
+def _path(out: str, number: int) -> Path:
+    """Where the plain editor's figures are written (the first), and those with a regularizer beside it."""
+    path = Path(out)
+    return path if number == 1 else path.with_name(f"{path.stem}-regularized{path.suffix}")
 
 
 def _patch(path: str) -> Source:

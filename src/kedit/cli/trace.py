@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from kedit.analysis.traced import TraceResult
     from kedit.edit import Edit
     from kedit.evaluation.cases import EditCase
 
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     )
     sys.stdout.write(result.summary() + "\n")
     if args.suggest:
-        sys.stdout.write(f"\n{result.suggest()}\n{_known(model)}\n")
+        sys.stdout.write(f"\n{_proposal(result)}\n{_known(model)}\n")
     if args.out:
         sys.stdout.write(f"effects: {result.save(args.out)}\n")
     if args.figures:
@@ -79,6 +80,14 @@ def run(args: argparse.Namespace) -> int:
         for path in common.save_figures(args.figures, drawn):
             sys.stdout.write(f"picture: {path}\n")
     return 0
+
+
+def _proposal(result: TraceResult) -> str:
+    """The proposed layers with their evidence, or that there is none."""
+    try:
+        return str(result.suggest())
+    except EditError as error:
+        return str(error)
 
 
 def _known(model: PreTrainedModel) -> str:
