@@ -61,14 +61,9 @@ def as_facts(
         EditError: there are none, one of them is neither an edit nor a case, or does not fit the model.
     """
     edits = _edits(facts)
-    limit = context_limit(arch.model)
-    texts, starts = [], []
-    for edit in edits:
-        text = Text.fill(edit.prompt, edit.subject, edit.target_true)
-        texts.append(text)
-        starts.append(replace(text, subject=(text.subject[0], text.subject[0] + 1)))
-    rows = encode(tokenizer, texts, limit=limit)
-    firsts = [row.lookup for row in encode(tokenizer, starts, limit=limit)]
+    texts = [Text.fill(edit.prompt, edit.subject, edit.target_true) for edit in edits]
+    rows = encode(tokenizer, texts, limit=context_limit(arch.model))
+    firsts = first_tokens(tokenizer, texts)
     unknown = [i for i, edit in enumerate(edits) if edit.target_true is None]
     for i, token in zip(unknown, next_tokens(arch, [rows[i].ids for i in unknown]), strict=True):
         rows[i] = replace(rows[i], ids=(*rows[i].ids, token))
@@ -77,6 +72,26 @@ def as_facts(
         tokens = tuple(str(tokenizer.decode([token])) for token in row.ids[: row.target])
         answer = edit.target_true or str(tokenizer.decode(list(row.labels))).strip()
         found.append(Fact(edit.text, edit.subject, answer, row, first, tokens))
+    return found
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> list[int]:
+    """The position of each subject's first token: the first that covers a character of it.
+
+    A character of several bytes may be several tokens, which all cover it.
+    """
+    encoded = tokenizer(
+        [text.string for text in texts],
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    found = []
+    for text, offsets, special in zip(texts, encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True):
+        start, stop = text.subject
+        covers = (not own and low < stop and high > start for (low, high), own in zip(offsets, special, strict=True))
+        found.append(list(covers).index(True))  # encode has found one
     return found
 
 

@@ -34,8 +34,9 @@ def encode_pairs(
 
 def pair_text(prompt: str, continuation: str, subject: tuple[int, int] | None = None) -> Text:
     """A prompt and its continuation as one text; ``subject`` is a span of the prompt, all of it by default."""
-    joint = prompt + separator(prompt, continuation)
-    return Text(joint + continuation, subject or (0, len(prompt)), len(joint))
+    between = separator(prompt, continuation)
+    joint = prompt + between
+    return Text(joint + continuation, subject or (0, len(prompt)), len(joint), len(between))
 
 
 @dataclass(frozen=True)
