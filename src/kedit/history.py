@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from kedit.patch import EditPatch
 
-
 FORMAT = "kedit-key-history"
+_SAME = 1e-3  # relative difference of keys that another machine computed
 
 
 class KeyHistory:
@@ -51,10 +51,30 @@ class KeyHistory:
         ]
 
     @property
+    def layers(self) -> list[int]:
+        """The layers of which keys are remembered."""
+        known = {layer for found in self._by_patch.values() for layer in found} | set(self._loaded)
+        return sorted(layer for layer in known if self.parts(layer))
+
+    @property
     def count(self) -> int:
         """How many keys are remembered, of the layer with the most."""
-        layers = {layer for found in self._by_patch.values() for layer in found} | set(self._loaded)
-        return max((sum(map(len, self.parts(layer))) for layer in layers), default=0)
+        return max((sum(map(len, self.parts(layer))) for layer in self.layers), default=0)
+
+    def begins_with(self, path: str | Path) -> bool:
+        """Whether the keys in a file are the first of those remembered, but for rounding: nothing is lost by writing there.
+
+        Raises:
+            PatchError: the file is no key history of this model.
+        """
+        known = KeyHistory(self._model)
+        known.load(path)
+        for layer in known.layers:
+            old = known.keys(layer, 0)
+            new = self.keys(layer, old.shape[1])[: len(old)]
+            if len(new) < len(old) or float((new - old).norm()) > _SAME * float(old.norm()):
+                return False
+        return True
 
     def clear(self) -> None:
         """Forget everything."""
@@ -63,8 +83,7 @@ class KeyHistory:
 
     def save(self, path: str | Path) -> Path:
         """Write the remembered keys to a safetensors file, one tensor [n, I] per layer."""
-        layers = {layer for found in self._by_patch.values() for layer in found} | set(self._loaded)
-        tensors = {f"keys.{layer}": self.keys(layer, 0).contiguous() for layer in sorted(layers)}
+        tensors = {f"keys.{layer}": self.keys(layer, 0).contiguous() for layer in self.layers}
         return write_safetensors(Path(path), tensors, {"format": FORMAT})
 
     def load(self, path: str | Path) -> None:
@@ -77,7 +96,7 @@ class KeyHistory:
             number = name.removeprefix("keys.")
             if not number.isdecimal() or int(number) >= arch.num_layers:
                 raise PatchError(f"{path} holds {name!r}, and this model has the layers 0-{arch.num_layers - 1}.")
-            keys, width = header.read(name), arch.weight(int(number)).matrix.shape[1]
+            keys, width = header.read(name), arch.memory_width(int(number))
             if keys.ndim != 2 or keys.shape[1] != width or not is_finite(keys):
                 raise PatchError(f"{path}: the keys of layer {number} are not a finite matrix [n, {width}].")
             found[int(number)] = keys

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import kedit
 from contract.common import ADA, FRENCH, make, state
@@ -254,6 +254,43 @@ def test_the_command_keeps_alphaedits_keys_in_a_file(words, tmp_path, capsys):
         assert main([*words, "--editor", "alphaedit", *keys]) == 0
         counts.append(len(load_file(tmp_path / "keys.safetensors")["keys.4"]))
     assert counts == [2, 4]
+    found = load_file(tmp_path / "keys.safetensors")["keys.4"]
+    editor = make("alphaedit", tiny_model("gpt2"), layer=4)
+    editor.history.load(tmp_path / "keys.safetensors")
+    assert editor.history.begins_with(tmp_path / "keys.safetensors")
+    save_file({"keys.4": found[:3]}, tmp_path / "fewer", metadata={"format": "kedit-key-history"})
+    assert editor.history.begins_with(tmp_path / "fewer")
+    save_file({"keys.4": found.flip(0)}, tmp_path / "other", metadata={"format": "kedit-key-history"})
+    assert not editor.history.begins_with(tmp_path / "other")
+
+
+def test_a_journal_that_goes_on_counts_keys_once(words, tmp_path, capsys):
+    """Whether it ended, broke off or got more edits: the keys in the file are those of one unbroken run."""
+    words = [*words, "--editor", "alphaedit", "--set", "threshold=1.0", "--set", "steps=3"]
+    keys, journal = tmp_path / "keys.safetensors", tmp_path / "j"
+    assert main([*words, "--keys", str(keys)]) == 0  # earlier edits
+    before = keys.read_bytes()
+    assert main([*words, "--keys", str(keys), "--journal", str(tmp_path / "whole")]) == 0
+    expected, patch = keys.read_bytes(), (tmp_path / "out.safetensors").read_bytes()
+    keys.write_bytes(before)
+    lines = (tmp_path / "edits.jsonl").read_text()
+    (tmp_path / "edits.jsonl").write_text(lines.splitlines()[0] + "\n")
+    for _ in range(2):
+        assert main([*words, "--keys", str(keys), "--journal", str(journal)]) == 0
+        assert len(load_file(keys)["keys.4"]) == 3
+    (tmp_path / "edits.jsonl").write_text(lines)
+    assert main([*words, "--keys", str(keys), "--journal", str(journal)]) == 0
+    assert keys.read_bytes() == expected
+    assert (tmp_path / "out.safetensors").read_bytes() == patch
+    other = tmp_path / "other.safetensors"
+    save_file(
+        {"keys.4": torch.ones_like(load_file(keys)["keys.4"][:2])}, other, metadata={"format": "kedit-key-history"}
+    )
+    kept = other.read_bytes()
+    capsys.readouterr()
+    assert main([*words, "--keys", str(other), "--journal", str(journal)]) == 1
+    assert "neither began with nor made" in capsys.readouterr().err
+    assert other.read_bytes() == kept
 
 
 def test_the_embedded_model_reads_its_own_world():

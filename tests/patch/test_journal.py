@@ -14,9 +14,12 @@ from patch_common import bytes_of
 from safetensors.torch import save_file
 
 import kedit
+import zoo
 from contract.common import ADA, EDITS, FRENCH, RIVER, make
+from kedit.arch import ModelArch
 from kedit.errors import ConfigError, KEditError, PatchError, PatchMismatchError
 from kedit.guard import Guard
+from kedit.history import KeyHistory
 from kedit.journal import read_journal, run_journal
 from kedit.ledger import Ledger
 from kedit.patch import EditPatch
@@ -37,6 +40,8 @@ def fresh(name="rome", **options):
     """A new editor on the unedited model."""
     if name == "ft":
         options = {"kl_factor": 0.0} | options
+    if name == "alphaedit":  # a null space that is none would make every test of its keys one of nothing
+        options = {"threshold": 1.0} | options
     return make(name, tiny_model("gpt2"), **options)
 
 
@@ -47,6 +52,7 @@ def test_a_run_is_a_sequence_of_edits_and_goes_on_with_the_same_result(tmp_path,
     for start in range(0, len(edits), size):
         plain.apply(edits[start : start + size])
     expected = bytes_of(plain.model)
+    assert expected != bytes_of(tiny_model("gpt2"))
 
     whole = fresh(name)
     result = run_journal(tmp_path / "whole", whole, edits, batch_size=size)
@@ -59,6 +65,7 @@ def test_a_run_is_a_sequence_of_edits_and_goes_on_with_the_same_result(tmp_path,
     result = run_journal(tmp_path / "parts", second, edits, batch_size=size)
     assert result.resumed == 2
     assert bytes_of(second.model) == expected
+    assert all(delta.norm > 1e-6 for patch in result.patches for delta in patch.deltas.values())
     assert {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
     }
@@ -215,6 +222,11 @@ def test_other_settings_are_refused(journal):
     refuses(journal, "another batch_size", batch_size=2)
     refuses(journal, "another guard", guard=Guard())
     refuses(journal, "another regularizers", regularizer=kedit.SADR(gamma=0.01))
+    editor = fresh(steps=2)
+    editor.engine.budget //= 2
+    refuses(journal, "another budget of tokens per wave", editor)
+    with pytest.raises(ConfigError, match=r"kedit\.Guard"):
+        run_journal(journal, fresh(steps=2), EDITS, guard="strict")
 
 
 def test_other_models_and_edits_are_refused(journal):
@@ -280,8 +292,96 @@ def test_alphaedits_keys_travel_between_runs_beside_the_patches(tmp_path):
     knowing = second.propose(edits[2])[0]
     second.apply(edits[2:])
     assert bytes_of(second.model) == bytes_of(whole.model)
-    name = next(iter(knowing.deltas))
+    (name,) = knowing.deltas
     assert not torch.equal(forgetful.deltas[name].dense, knowing.deltas[name].dense)
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """A file with the keys of two earlier edits, of a layer that is edited and of one that is not."""
+    editor = fresh("alphaedit")
+    editor.apply(MORE)
+    found = editor.history.keys(2, 0)
+    metadata = {"format": "kedit-key-history"}
+    save_file({"keys.2": found, "keys.4": found[:1].clone()}, tmp_path / "keys.safetensors", metadata=metadata)
+    return tmp_path / "keys.safetensors"
+
+
+def knowing(keys, **options):
+    editor = fresh("alphaedit", **options)
+    editor.history.load(keys)
+    return editor
+
+
+def test_a_run_goes_on_with_the_keys_that_it_began_with(tmp_path, keys):
+    whole = knowing(keys)
+    run_journal(tmp_path / "whole", whole, EDITS)
+    forgetful = fresh("alphaedit")
+    run_journal(tmp_path / "forgetful", forgetful, EDITS)
+    assert bytes_of(forgetful.model) != bytes_of(whole.model)
+    run_journal(tmp_path / "parts", knowing(keys), EDITS[:1])
+    for number, editor in enumerate((fresh("alphaedit"), knowing(keys))):  # from the journal, and brought along
+        folder = tmp_path / f"parts{number}"
+        shutil.copytree(tmp_path / "parts", folder)
+        assert run_journal(folder, editor, EDITS).resumed == 1
+        assert bytes_of(editor.model) == bytes_of(whole.model)
+        assert torch.equal(editor.history.keys(2, 0), whole.history.keys(2, 0))
+        assert torch.equal(editor.history.keys(4, 0), whole.history.keys(4, 0))
+        assert len(editor.history.keys(2, 0)) == 5
+
+
+def test_other_keys_are_refused(tmp_path, keys):
+    run_journal(tmp_path / "with", knowing(keys), EDITS[:1])
+    run_journal(tmp_path / "without", fresh("alphaedit"), EDITS[:1])
+    twice = knowing(keys)
+    twice.history.load(keys)
+    refuses(tmp_path / "with", "another keys of earlier edits", twice)
+    refuses(tmp_path / "without", "another keys of earlier edits", knowing(keys))
+    editor = fresh("alphaedit", steps=2)
+    refuses(tmp_path / "with", "another config", editor)
+    assert editor.history.layers == []  # what came from the journal went with the refusal
+    (tmp_path / "with" / "start.safetensors").write_bytes(b"x")
+    refuses(tmp_path / "with", "safetensors", fresh("alphaedit"))
+    (tmp_path / "with" / "start.safetensors").unlink()
+    refuses(tmp_path / "with", "another keys of earlier edits", fresh("alphaedit"))
+
+
+def test_killed_between_keys_and_head_a_run_begins_anew(tmp_path, keys, monkeypatch):
+    def killed(*args):
+        raise Stop
+
+    monkeypatch.setattr("kedit.journal.head.write_json", killed)
+    with pytest.raises(Stop):
+        run_journal(tmp_path / "j", knowing(keys), EDITS[:1])
+    monkeypatch.undo()
+    assert os.listdir(tmp_path / "j") == ["start.safetensors"]
+    editor, whole = knowing(keys), knowing(keys)
+    run_journal(tmp_path / "j", editor, EDITS[:1])
+    run_journal(tmp_path / "whole", whole, EDITS[:1])
+    assert bytes_of(editor.model) == bytes_of(whole.model)
+
+
+def test_reverted_edits_leave_no_empty_keys(tmp_path):
+    editor = fresh("alphaedit")
+    editor.apply(ADA).patch.revert(editor.model)
+    other = fresh("alphaedit")
+    other.history.load(editor.history.save(tmp_path / "k"))
+    assert (editor.history.layers, editor.history.count, other.history.count) == ([], 0, 0)
+
+
+def test_the_keys_of_a_mixture_are_as_wide_as_its_experts_together(tmp_path):
+    subject = zoo.make("mixtral")
+    width = ModelArch(subject).memory_width(1)
+    assert width == 4 * 64
+    for size in (width, 64):
+        save_file({"keys.1": torch.ones(2, size)}, tmp_path / "k", metadata={"format": "kedit-key-history"})
+        history = KeyHistory(subject)
+        if size == width:
+            history.load(tmp_path / "k")
+            assert history.begins_with(tmp_path / "k")
+        else:
+            with pytest.raises(PatchError, match="finite matrix"):
+                history.load(tmp_path / "k")
 
 
 @pytest.mark.parametrize(
@@ -304,6 +404,27 @@ def test_files_that_are_no_key_history_are_refused(tmp_path, tensors, form, matc
         (tmp_path / "keys").write_bytes(bad)
         with pytest.raises(PatchError):
             editor.history.load(tmp_path / "keys")
+
+
+def test_only_what_a_killed_run_was_writing_is_removed(journal):
+    for name in (".000003.safetensors.abc1.partial", ".journal.json.x_y.partial", ".start.safetensors.z.partial"):
+        (journal / name).write_text("half")
+    (journal / ".edited.abc.partial").mkdir()
+    (journal / ".000004.safetensors.q.partial").mkdir()
+    (journal / ".notes.partial").write_text("mine")
+    assert run_journal(journal, fresh(steps=2), EDITS).resumed == 3
+    hidden = {name for name in os.listdir(journal) if name.startswith(".")}
+    assert hidden == {".edited.abc.partial", ".000004.safetensors.q.partial", ".notes.partial"}
+
+
+def test_places_that_hold_no_journal_are_refused(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in (tmp_path / "loop", tmp_path / ("y" * 300), f"{tmp_path}/c\0b"):
+        with pytest.raises(PatchError, match="journal"):
+            run_journal(place, fresh(), EDITS)
+    for place in (tmp_path / "loop", tmp_path / ("y" * 300), f"{tmp_path}/c\0b", tmp_path / "none", tmp_path):
+        with pytest.raises(PatchError, match="no journal"):
+            read_journal(place)
 
 
 def test_two_runs_on_one_journal_are_refused(journal):

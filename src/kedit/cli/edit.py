@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedit.cli import common
-from kedit.errors import ConfigError, EditError
+from kedit.errors import ConfigError, EditError, PatchError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         guard = _with_texts(guard, args.guard_texts, model)
     editor = common.make_editor(args, model, tokenizer)
     if args.keys:
-        _load_keys(editor, args.keys)
+        _load_keys(editor, args.keys, args.journal)
     if args.memory:
         sys.stdout.write(f"memory: {editor.demand(edits, regularizers)}\n")
         return 0
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         path = result.patch.save(args.out)
     sys.stdout.write(f"patch: {path}\n")
     if args.keys:
-        sys.stdout.write(f"keys: {editor.history.save(args.keys)}\n")
+        sys.stdout.write(f"keys: {_save_keys(editor, args.keys)}\n")
     if args.save_model:
         try:
             model.save_pretrained(args.save_model)
@@ -129,14 +129,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load_keys(editor: Any, path: str) -> None:
-    """Give AlphaEdit the keys of earlier edits, where there are some."""
+def _load_keys(editor: Any, path: str, journal: str | None) -> None:
+    """Give AlphaEdit the keys of earlier edits, where there are some; a journal that goes on has those it began with."""
+    from kedit.history import KeyHistory
+    from kedit.journal import is_begun
+
     if not hasattr(editor, "history"):
         raise ConfigError(
             f"--keys belongs to an editor that remembers keys (alphaedit), not to {editor.name}. Drop it."
         )
     if Path(path).exists():
-        editor.history.load(path)
+        goes_on = journal is not None and is_begun(journal)
+        (KeyHistory(editor.model) if goes_on else editor.history).load(path)  # checked in any case
+
+
+def _save_keys(editor: Any, path: str) -> Path:
+    """Write all keys, old and new; a file with keys that are not among them stays as it is."""
+    if Path(path).exists() and not editor.history.begins_with(path):
+        raise PatchError(
+            f"{path} holds keys that this run neither began with nor made, so it is left as it is. The patch is kept; run "
+            "again with another --keys FILE to get the keys."
+        )
+    saved: Path = editor.history.save(path)
+    return saved
 
 
 def _guard(args: argparse.Namespace) -> Guard | None:
