@@ -71,7 +71,12 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a hyper-parameter of the editor: --set steps=40 --set layers=5",
     )
-    parser.add_argument("--moments-corpus", metavar="FILE", help="text for the second moments (default: the model's)")
+    parser.add_argument(
+        "--moments-corpus",
+        metavar="FILE",
+        help="text for the second moments: a text or JSONL file (default: Wikipedia, which needs kedit[data] and network; the "
+        "embedded model has its own); docs/second-moments.md",
+    )
 
 
 def check_writable(path: str) -> None:

@@ -1,4 +1,12 @@
-"""Estimate the second moments of a model's keys, which the closed forms need, and keep them in the cache."""
+"""Estimate the second moments of a model's keys, which the closed forms need, and keep them in the cache.
+
+Examples:
+  kedit stats --layers 0
+  kedit stats --model EleutherAI/gpt-j-6b --layers 3,4,5,6,7,8 --corpus text.txt
+
+Without --corpus the text is Wikipedia, which needs kedit[data] and network; the embedded model has its own. What the
+figures say: docs/second-moments.md.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     common.add_model(parser)
     parser.add_argument("--layers", required=True, metavar="N[,N...]", help="blocks, for example 3,4,5,6,7,8")
-    parser.add_argument("--corpus", metavar="FILE", help="text, JSONL or data set name (default: the model's)")
+    parser.add_argument(
+        "--corpus", metavar="FILE", help="text or JSONL file, or a data set's name (default: Wikipedia)"
+    )
     parser.add_argument("--tokens", type=int, help="keys to see (default: 50 per dimension)")
 
 
@@ -32,9 +42,8 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write("layer     keys  split halves differ by  effective rank  width\n")
     for layer in layers:
         m = moments[layer]
+        width = m.matrix.shape[:-1].numel()  # of a mixture, of all experts together
         half = "-" if m.split_half is None else f"{100 * m.split_half:.1f} %"
-        sys.stdout.write(
-            f"{layer:5d} {m.tokens or 0:8,d} {half:>23} {m.effective_rank or 0:15.1f} {len(m.matrix):6d}\n"
-        )
+        sys.stdout.write(f"{layer:5d} {m.tokens or 0:8,d} {half:>23} {m.effective_rank or 0:15.1f} {width:6d}\n")
     sys.stdout.write(f"kept in {cache_folder()}\n")
     return 0
