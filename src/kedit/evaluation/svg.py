@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -52,18 +53,19 @@ def curves(lines: Sequence[Curve], x_label: str, y_label: str) -> str:
     ends = [v for line in lines for _, e in line.points for v in (e.low, e.high, e.value) if v is not None]
     if not xs:
         return ""
-    x0, x1, y0, y1 = _room(xs) + _room(ends)
+    (x0, x1), (y0, y1) = _room(xs), _room(ends)
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + width * (x - x0) / (x1 - x0), top + height * (1 - (y - y0) / (y1 - y0))
 
     parts = [_legend([line.name for line in lines], left, top + height + 58)]
-    for i in range(5):
-        gx, gy = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
-        px, py = place(gx, gy)
+    for tick in _ticks(x0, x1):
+        px, _ = place(tick, y0)
+        parts.append(f'<text x="{px:.1f}" y="{top + height + 18}" text-anchor="middle" {_FONT}>{tick:g}</text>')
+    for tick in _ticks(y0, y1):
+        _, py = place(x0, tick)
         parts.append(f'<line x1="{left}" y1="{py:.1f}" x2="{left + width}" y2="{py:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{py + 4:.1f}" text-anchor="end" {_FONT}>{gy:.4g}</text>')
-        parts.append(f'<text x="{px:.1f}" y="{top + height + 18}" text-anchor="middle" {_FONT}>{gx:.4g}</text>')
+        parts.append(f'<text x="{left - 8}" y="{py + 4:.1f}" text-anchor="end" {_FONT}>{tick:g}</text>')
     middle = left + width / 2
     parts.append(f'<text x="{middle}" y="{top + height + 36}" text-anchor="middle" {_FONT}>{escape(x_label)}</text>')
     turn = f'transform="rotate(-90 16 {top + height / 2})"'
@@ -72,14 +74,36 @@ def curves(lines: Sequence[Curve], x_label: str, y_label: str) -> str:
         colour = COLOURS[j % len(COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, e.value)) for x, e in line.points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        for k, (x, e) in enumerate(line.points):
+        for x, e in line.points:
             px, py = place(x, e.value)
             if e.low is not None and e.high is not None:
-                parts.append(_line(px, place(x, e.low)[1], px, place(x, e.high)[1], colour))
+                aside = 3 * j  # so that bars at the same place are all seen
+                parts.append(_line(px + aside, place(x, e.low)[1], px + aside, place(x, e.high)[1], colour))
             parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{colour}"/>')
-            if k < len(line.labels):
-                parts.append(f'<text x="{px + 6:.1f}" y="{py - 6:.1f}" {_FONT}>{escape(line.labels[k])}</text>')
-    return _svg(left + width + 40, top + height + 70, parts)
+        anchor, aside, below = ("start", 8, 4) if j % 2 == 0 else ("end", -6, 16)  # of two lines, one's on each side
+        for (px, py), label in _together([place(x, e.value) for x, e in line.points], line.labels):
+            text = f'text-anchor="{anchor}" fill="{colour}" {_FONT}>{escape(label)}'
+            parts.append(f'<text x="{px + aside:.1f}" y="{py + below:.1f}" {text}</text>')
+    return _svg(left + width + 110, top + height + 70, parts)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to eight round numbers between the two."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step *= next(factor for factor in (5, 2, 1) if (high - low) / (factor * step) >= 3)
+    return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _together(places: Sequence[tuple[float, float]], labels: Sequence[str]) -> list[tuple[tuple[float, float], str]]:
+    """The labels of points that lie on top of one another as one label, at the first of them."""
+    found: list[tuple[tuple[float, float], str]] = []
+    for place, label in zip(places, labels, strict=False):
+        near = [i for i, (other, _) in enumerate(found) if math.dist(place, other) < 12]
+        if near:
+            found[near[0]] = found[near[0]][0], f"{found[near[0]][1]}, {label}"
+        else:
+            found.append((place, label))
+    return found
 
 
 def _room(values: Sequence[float]) -> tuple[float, float]:
