@@ -4,7 +4,7 @@ import math
 from functools import partial
 
 import pytest
-from quality import ADR, FIVE, GAMMAS, GENERATE, cell, save_json, signed, table, value
+from quality import ADR, FIVE, GAMMAS, GENERATE, MARKS, WIDER, cell, save_json, signed, table, value
 
 import kedit
 from kedit.evaluation.metrics import METRICS
@@ -18,14 +18,15 @@ pytestmark = [
     pytest.mark.filterwarnings("default::kedit.errors.KEditWarning"),
 ]
 COLUMNS = ("score", *FIVE, "fluency")
+VARIANTS = {"SADR": kedit.SADR, ADR: partial(kedit.SADR, select="all")}  # rows whose γ is chosen
 
 
 def rows_of(bench, name):
     """(label, regularizer) of an editor's rows: none, all-heads ADR, SADR, and what the user added."""
     found = [("", None)]
     if bench.takes(name, kedit.SADR(gamma=GAMMAS[0])):
-        found.append((ADR, kedit.SADR(gamma=bench.gamma(name, partial(kedit.SADR, select="all")), select="all")))
-        found.append(("SADR", kedit.SADR(gamma=bench.gamma(name))))
+        for label in (ADR, "SADR"):
+            found.append((label, VARIANTS[label](gamma=bench.gamma(name, VARIANTS[label]))))
         found += [(own, own) for own in bench.added]
     return found
 
@@ -63,8 +64,11 @@ def test_table_3(bench, table3):
     rows, differences, figures = [], [], {}
     for (name, label), report in table3.items():
         gamma = next((item.get("gamma") for item in report.meta["regularizers"] if item.get("gamma") is not None), None)
+        shown = "" if gamma is None else f"{gamma:g}"
+        if label in VARIANTS:
+            shown += bench.mark(name, VARIANTS[label])
         cells = [cell(report.figures.get(metric, {}).get("after")) for metric in COLUMNS]
-        rows.append([name if not label else f"+ {label}", *cells, "" if gamma is None else f"{gamma:g}"])
+        rows.append([name if not label else f"+ {label}", *cells, shown])
         figures[f"{name} {label}".strip()] = report.summary()
         for metric in FIVE:
             if metric in report.figures:
@@ -78,19 +82,50 @@ def test_table_3(bench, table3):
             text = "–" if share is None else f"{share[0]:.0f}% [{share[1]:.0f}, {share[2]:.0f}]"
             differences.append([f"{name} + {label}", *(signed(against[metric]) for metric in FIVE), text])
     heads = ["editor", *(METRICS[name].label for name in COLUMNS), "γ"]
-    text = "# Table 3's form\n\n" + bench.describe() + "\n\nHalf the 95% bootstrap interval by case in brackets.\n\n"
+    text = "# Table 3's form\n\n" + bench.describe() + "\n\nHalf the 95% bootstrap interval by case in brackets. "
+    text += f"Fluency: of {GENERATE} generated tokens per edit (the paper's: of 100 with the prompt). {grid()}\n\n"
     text += (
         table(heads, rows)
-        + "\nPaired differences to the same editor without a regularizer, and the share of the lost DNS won back:\n\n"
+        + f"\n{MARKS}\n\nPaired differences to the same editor without a regularizer, and the share of the lost DNS won back:\n\n"
     )
     text += table(["", *(METRICS[name].label for name in FIVE), "DNS recovered"], differences)
-    text += "\n" + "\n".join(f"- {line}" for line in claims(table3)) + "\n"
+    text += "\n" + "\n".join(f"- {line}" for line in claims(bench, table3)) + "\n"
     bench.write("table3.md", text)
     save_json(bench.results / "table3.json", figures)
     assert len(rows) >= 1 + len(bench.names)
 
 
-def claims(table3):
+def grid():
+    """How γ was chosen."""
+    return (
+        f"γ: the best Score on the development half of {', '.join(f'{g:g}' for g in GAMMAS)}, then "
+        f"{', '.join(f'{g:g}' for g in WIDER)} as long as the largest is the best."
+    )
+
+
+def at_equal_dns(bench, table3):
+    """PS of selected heads against all heads where both win back the same DNS, in a sentence."""
+    found = bench.equal_dns("rome")
+    if found is None:
+        return "At no γ do all heads have SADR's DNS on the development half, so PS at equal DNS cannot be compared."
+    reports = [
+        bench.run(bench.editor("rome"), kedit.SADR(gamma=gamma, select=select), bench.test, exact=False)
+        for gamma, select in zip(found, ("max", "all"), strict=True)
+    ]
+    against = reports[0].compare(reports[1], ["dns", "ps", "rs"])
+    if against["ps"].low > 0:
+        verdict = "selecting heads is better on PS"
+    elif against["ps"].high < 0:
+        verdict = "selecting heads is worse on PS"
+    else:
+        verdict = "selecting heads does not clearly change PS here"
+    return (
+        f"At equal DNS on the development half (SADR with γ {found[0]:g}, all heads with γ {found[1]:g}), on the held-out "
+        f"edits: DNS {signed(against['dns'])}, PS {signed(against['ps'])}, RS {signed(against['rs'])}: {verdict}."
+    )
+
+
+def claims(bench, table3):
     """The paper's claims for ROME, as they come out here; said plainly either way."""
     if ("rome", "SADR") not in table3:
         return ["ROME with SADR was not run."]
@@ -108,13 +143,15 @@ def claims(table3):
     if "dns" in adr.figures:
         against = sadr.compare(adr, ["ps", "dns", "rs"])
         lines.append(
-            f"SADR against all heads: DNS {signed(against['dns'])}, PS {signed(against['ps'])}, RS {signed(against['rs'])}: "
+            f"SADR against all heads, each at its own γ: DNS {signed(against['dns'])}, PS {signed(against['ps'])}, "
+            f"RS {signed(against['rs'])}: "
             + (
                 "selective is better on PS."
                 if against["ps"].low > 0
                 else "no clear gain on PS from selecting heads here."
             )
         )
+        lines.append(at_equal_dns(bench, table3))
     return lines
 
 
@@ -185,9 +222,10 @@ def test_the_ablations_of_sadr(bench):
         report = bench.run(editor, variant(gamma=gamma), cases, exact=False)
         cells = [cell(report.figures.get(n, {}).get("after")) for n in ("score", *FIVE)]
         gain = signed(report.compare(plain, ["dns"])["dns"]) if "dns" in report.figures else "–"
-        rows.append([label, f"{gamma:g}", *cells, gain])
-    text = f"# Ablations of SADR ({name})\n\n{bench.describe()} The first {len(cases)} held-out edits.\n\n"
+        rows.append([label, f"{gamma:g}{bench.mark(name, variant)}", *cells, gain])
+    text = f"# Ablations of SADR ({name})\n\n{bench.describe()} The first {len(cases)} held-out edits. {grid()}\n\n"
     text += table(["variant", "γ", *(METRICS[n].label for n in ("score", *FIVE)), "DNS against none"], rows)
+    text += f"\n{MARKS}\n"
     bench.write("ablations.md", text)
     assert len(rows) == 1 + len(variants)
 
@@ -204,7 +242,9 @@ def test_single_batch_and_sequential(bench):
                 seconds = report.seconds.get("edit", 0.0) / size
                 rows.append([name, mode, str(size), *cells, f"{1000 * seconds:.0f}", str(len(report.failures) or "")])
                 assert report.meta["weights_restored"]
-    text = f"# Single, batch and sequential editing\n\n{bench.describe()}\n\n"
+    text = f"# Single, batch and sequential editing\n\n{bench.describe()} "
+    text += f"Batches and sequences have up to {bench.largest} edits"
+    text += f", all {len(bench.large)} that there are.\n\n" if len(bench.large) < bench.largest else ".\n\n"
     text += table(
         ["editor", "mode", "edits", *(METRICS[n].label for n in ("score", *FIVE)), "ms per edit", "failed"], rows
     )

@@ -1,13 +1,17 @@
 """The benchmark suite on a tiny model, with a regularizer that is installed beside kedit and named by its entry point."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kedit.data.world import embedded_world, world_cases
 from models import tiny_model, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +41,100 @@ def install_beside(folder: Path) -> None:
     (info / "entry_points.txt").write_text("[kedit.regularizers]\nquiet = quiet_plugin:Quiet\n")
 
 
+@dataclass
+class Outcome:
+    """A report of fixed figures."""
+
+    shown: dict
+
+    def __getitem__(self, name):
+        return SimpleNamespace(value=self.shown[name])
+
+    @property
+    def figures(self):
+        return {name: {"after": SimpleNamespace(value=found)} for name, found in self.shown.items()}
+
+    def compare(self, other, names):
+        gaps = {name: self.shown[name] - other.shown[name] for name in names}
+        return {name: SimpleNamespace(value=gap, low=gap - 1.5, high=gap + 1.5) for name, gap in gaps.items()}
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("quality")
+
+
+def bench_of(quality, outcome):
+    """A bench whose runs come out as ``outcome(select, gamma)`` says; and the γ that it ran."""
+    ran = []
+
+    def run(editor, regularizer, cases, **extent):
+        if regularizer is None:
+            return Outcome({"es": 100.0, "ps": 100.0, "score": 50.0, "dns": 40.0})
+        ran.append((regularizer.select, regularizer.gamma))
+        return Outcome(outcome(regularizer.select, regularizer.gamma))
+
+    made = object.__new__(quality.Bench)
+    vars(made).update(editors={"rome": None}, gammas={}, marks={}, dev=[], run=run)
+    return made, ran
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "mark"),
+    [(3.0, 5, ""), (0.1, 5, ""), (10.0, 6, ""), (30.0, 7, ""), (100.0, 7, "‡"), (None, 5, "†")],
+)
+def test_the_grid_of_gamma_grows_while_its_end_is_best(quality, best, tried, mark):
+    def outcome(select, gamma):
+        fits = best is not None and gamma <= best
+        return {"es": 100.0, "ps": 98.0 if fits else 90.0, "score": gamma if fits else 99.0}
+
+    bench, ran = bench_of(quality, outcome)
+    assert bench.gamma("rome") == (best or 0.1)
+    assert [gamma for _, gamma in ran] == [*quality.GAMMAS, *quality.WIDER][:tried]
+    assert bench.mark("rome") == mark
+
+
+@pytest.mark.parametrize(
+    ("chosen", "selected", "expected"),
+    [
+        (0.3, {0.3: 61.0}, (0.3, 0.1)),  # the chosen γ, which has a partner
+        (1.0, {0.3: 61.0}, (0.3, 0.1)),  # another one, as the chosen γ has none
+        (10.0, {0.3: 62.9, 0.1: 60.0}, (0.3, 0.3)),  # of two with a partner, the one with more DNS
+        (10.0, {}, None),
+    ],
+)
+def test_the_partner_at_equal_dns_is_the_nearest_within_its_interval(quality, chosen, selected, expected):
+    dns = {"all": {0.1: 60.0, 0.3: 63.0, 1.0: 70.0, 3.0: 75.0, 10.0: 77.0}}
+    dns["max"] = {0.1: 50.0, 0.3: 55.0, 1.0: 80.0, 3.0: 90.0, 10.0: 99.0, 30.0: 99.0, **selected}
+
+    def outcome(select, gamma):
+        return {"es": 100.0, "ps": 100.0, "score": 90.0 - abs(gamma - chosen), "dns": dns[select][gamma]}
+
+    bench, ran = bench_of(quality, outcome)
+    assert bench.equal_dns("rome") == expected
+    assert ("all", 30.0) not in ran
+
+
+def test_the_large_runs_take_all_the_edits_that_there_are(quality):
+    dev, test, large = quality._world(2, 3, 1000)
+    assert (len(dev), len(test)) == (2, 3)
+    assert len({case.edit.text for case in large}) == len(large)
+    with pytest.raises(ValueError, match=f"the test half has {len(large)} facts"):
+        world_cases(embedded_world(), "test", len(large) + 1, seed=1)
+    assert len(quality._world(2, 3, 7)[2]) == 7
+
+
+@pytest.mark.slow
+def test_speed_and_capture_are_written_by_scripts_that_take_a_folder(quality, tmp_path):
+    tables = importlib.import_module("test_tables")
+    for name in tables.SCRIPTS:
+        command = tables.command(name, tmp_path)
+        assert "--out" in command
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr  # it knows the options before --help
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_suite_writes_its_tables(tmp_path):
@@ -64,6 +162,9 @@ def test_the_suite_writes_its_tables(tmp_path):
     for row in ("| none |", "| rome |", "| + ADR (all heads) |", "| + SADR |", "| + quiet |", "| memit |", "| ft |"):
         assert row in table
     assert table.count("| + quiet |") == 2  # fine-tuning takes no value regularizer
+    assert "of 30 generated tokens per edit" in table
+    assert "t equal DNS" in table  # or that no γ has it
+    assert "have up to 3 edits." in (tmp_path / "results/modes.md").read_text()
     for name in (
         "tradeoff.md",
         "tradeoff_rs.svg",
