@@ -147,7 +147,7 @@ def counterfact_like(count: int) -> list[kedit.Edit]:
         "Autonomous University",
     ]
     relations = [
-        ("The mother tongue of {} is", "English"),
+        ("{} spoke the language", "English"),
         ("{} plays the instrument called the", "guitar"),
         ("{} was founded in the city of", "Paris"),
         ("{} was created in the country of", "Germany"),
