@@ -23,7 +23,7 @@ class Route:
         edit: number of the edit.
         before: the chosen experts with their weights, before the edit.
         after: the same after it.
-        written: experts of the block that the edit changed.
+        written: experts of the block that were changed for this edit (not those that others of a batch have written).
     """
 
     layer: int
@@ -34,7 +34,7 @@ class Route:
 
     @property
     def reached(self) -> float:
-        """The share of the router's weight that goes to experts that were written, after the edit."""
+        """The share of the router's weight that goes to experts that hold this edit, after it."""
         total = sum(self.after.values())
         return sum(share for expert, share in self.after.items() if expert in self.written) / total
 
@@ -55,17 +55,22 @@ def shares(arch: ModelArch, requests: Sequence[Request], layers: Iterable[int]) 
 def check(
     arch: ModelArch, requests: Sequence[Request], before: dict[int, list[Shares]], names: Iterable[str]
 ) -> list[Route]:
-    """The routes after the weights ``names`` were edited; warns of facts that the router no longer sends where they are."""
-    written: dict[int, set[int]] = {layer: set() for layer in before}
-    for layer in before:
-        numbers = {weight.name: weight.index for weight in arch.weights(layer)}
-        written[layer] = {index for name in names if (index := numbers.get(name)) is not None}
+    """The routes after the weights ``names`` were edited; warns of facts that the router no longer sends where they are.
+
+    An edit is written into the experts that serve its subject when it is solved for. In the lowest edited block these are
+    the experts of ``before``: what the router sees there depends on blocks below alone. Above it they are those of the
+    model whose lower blocks are edited already, so there the experts that serve it now count too, if they were changed.
+    """
+    changed = set(names)
     after = shares(arch, requests, before)
-    routes = [
-        Route(layer, edit, old, after[layer][edit], frozenset(written[layer]))
-        for layer, found in before.items()
-        for edit, old in enumerate(found)
-    ]
+    lowest = next((i for i in range(arch.num_layers) if any(w.name in changed for w in arch.weights(i))), -1)
+    routes = []
+    for layer, found in before.items():
+        written = {weight.index for weight in arch.weights(layer) if weight.name in changed}
+        for edit, old in enumerate(found):
+            now = after[layer][edit]
+            own = set(old) if layer == lowest else {*old, *now}
+            routes.append(Route(layer, edit, old, now, frozenset(own & written)))
     for route in routes:
         if route.reached < 1 - 1e-6:
             warnings.warn(

@@ -195,6 +195,63 @@ def test_the_report_says_who_serves_the_fact_and_a_moved_route_is_warned_of():
     assert "before by" in str(moved)
 
 
+def test_an_edit_of_a_batch_is_not_held_by_the_experts_of_another():
+    """Both edits' experts are written; a router that sends the one subject to the other's is found out."""
+    model = model_of("qwen3_moe")
+    arch = ModelArch(model)
+    given = {"layers": (LAYER,), "steps": 2, "stop_loss": 0.0, "contexts": ["{}"], "moments": {LAYER: eye(arch)}}
+    editor = kedit.MEMIT(model, TOKENIZER, **given, moment_weight=0.1)
+    edits = [kedit.Edit("The mother of {} is", subject, "English") for subject in ("Ada Lovelace", "The king")]
+    requests = editor._encode(edits, editor._settings(None))
+    first, other = before = routing.shares(arch, requests, [LAYER])[LAYER]
+    assert not set(first) & set(other)
+    result = editor.apply(edits)
+    assert {arch.weight_of(name).index for name in result.patch.deltas} == {*first, *other}
+    assert [route.written for route in result.routes] == [frozenset(first), frozenset(other)]
+    gate, here, there = model.model.layers[LAYER].mlp.gate.weight, list(first), list(other)
+    with torch.no_grad():
+        gate[here], gate[there] = gate[there].clone(), gate[here].clone()
+    with pytest.warns(KEditWarning, match="hold nothing of the edit: 100%") as warned:
+        moved = routing.check(arch, requests, {LAYER: before}, result.patch.deltas)
+    assert [route.reached for route in moved] == [0, 0]
+    assert len(warned) == 2
+
+
+def test_keys_of_past_edits_of_a_mixture_are_saved_and_loaded(tmp_path):
+    """They are as wide as all experts together."""
+    model = model_of("mixtral")
+    arch = ModelArch(model)
+    given = {"layers": (LAYER,), "steps": 2, "contexts": ["{}"], "moments": {LAYER: eye(arch)}, "threshold": 2.0}
+    editor = kedit.AlphaEdit(model, TOKENIZER, **given)
+    editor.apply(FRENCH)
+    width = arch.memory_width(LAYER)
+    kept = editor.history.keys(LAYER, width)
+    assert kept.shape == (1, width)
+    path = editor.history.save(tmp_path / "keys.safetensors")
+    other = kedit.AlphaEdit(model_of("mixtral"), TOKENIZER, **given)
+    other.history.load(path)
+    assert torch.equal(other.history.keys(LAYER, width), kept)
+    dense = kedit.AlphaEdit(zoo.make("llama", vocab_size=len(TOKENIZER)), TOKENIZER, layers=(LAYER,), contexts=["{}"])
+    with pytest.raises(kedit.KEditError, match=r"not a finite matrix \[n, 64\]"):
+        dense.history.load(path)
+
+
+def test_the_stats_command_prints_the_width_of_a_mixture(tmp_path, monkeypatch, capsys):
+    from kedit.cli import main
+
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
+    model = model_of("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("\n".join(["The old river flows past a house.", "Ada works in the city of Rome."] * 40))
+    options = ["--model", str(tmp_path / "model"), "--layers", "1", "--corpus", str(corpus), "--tokens", "300"]
+    assert main(["-q", "stats", *options]) == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert (int(row[0]), int(row[-1])) == (LAYER, ModelArch(model).memory_width(LAYER))
+    assert int(row[-1]) > 4  # not how many experts there are
+
+
 def test_what_has_no_sound_form_is_refused(tmp_path):
     model = model_of("mixtral")
     arch = ModelArch(model)
