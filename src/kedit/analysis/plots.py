@@ -219,6 +219,9 @@ def correlation_plot(result: DriftResult, measure: str = "drift") -> Figure:
     axis.scatter(values, [100 * probe.loss for probe in probes], s=34, alpha=0.6, color="#4477aa", edgecolors="none")
     if measure != "subject" and min(values) > 0:
         axis.set_xscale("log")
+        ticks = _log_ticks(*axis.get_xlim())
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()  # matplotlib would write numbers beside these too, one over the other
     both = result.correlations()[measure]
     axis.set_title(f"Pearson {_interval(both['pearson'])}\nSpearman {_interval(both['spearman'])}", fontsize=14)
     axis.set_xlabel("\n".join(textwrap.wrap(MEASURES[measure], 56)))
@@ -295,6 +298,18 @@ def _line(axis: Any, xs: Sequence[int], found: Floats, label: str, colour: str, 
     axis.plot(xs, found[0], marker=marker, color=colour, label=label)
     if not np.isnan(found[1]).any():
         axis.fill_between(xs, found[1], found[2], color=colour, alpha=0.18, lw=0)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """A handful of round numbers from ``low`` to ``high`` for a logarithmic axis; decades where there are many."""
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    for digits in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0)):
+        shown = [digit * 10.0**power for power in decades for digit in digits if low <= digit * 10.0**power <= high]
+        if len(shown) >= 3:
+            return shown[:: 1 + len(shown) // 8]
+    return [float(tick) for tick in MaxNLocator(nbins=4).tick_values(low, high) if low <= tick <= high]
 
 
 def _blocks(axis: Any, layers: range) -> None:
