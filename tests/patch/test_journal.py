@@ -335,15 +335,15 @@ def test_other_keys_are_refused(tmp_path, keys):
     run_journal(tmp_path / "without", fresh("alphaedit"), EDITS[:1])
     twice = knowing(keys)
     twice.history.load(keys)
-    refuses(tmp_path / "with", "another keys of earlier edits", twice)
-    refuses(tmp_path / "without", "another keys of earlier edits", knowing(keys))
+    refuses(tmp_path / "with", "with other keys of earlier edits", twice)
+    refuses(tmp_path / "without", "with other keys of earlier edits", knowing(keys))
     editor = fresh("alphaedit", steps=2)
     refuses(tmp_path / "with", "another config", editor)
     assert editor.history.layers == []  # what came from the journal went with the refusal
     (tmp_path / "with" / "start.safetensors").write_bytes(b"x")
     refuses(tmp_path / "with", "safetensors", fresh("alphaedit"))
     (tmp_path / "with" / "start.safetensors").unlink()
-    refuses(tmp_path / "with", "another keys of earlier edits", fresh("alphaedit"))
+    refuses(tmp_path / "with", "with other keys of earlier edits", fresh("alphaedit"))
 
 
 def test_killed_between_keys_and_head_a_run_begins_anew(tmp_path, keys, monkeypatch):

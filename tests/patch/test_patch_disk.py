@@ -22,6 +22,7 @@ from kedit.patch.checkpoint import INDEX
 from kedit.patch.copying import _copy_some
 from kedit.patch.disk import apply_to_checkpoint, revert_checkpoint
 from kedit.patch.rewrite import RECORD
+from kedit.progress import Progress
 from models import tiny_model as model
 from models import tokenizer
 
@@ -421,6 +422,23 @@ def test_a_refusal_does_not_wait_for_all_copies(tmp_path, base, monkeypatch):
     assert sum(copied) < sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2
 
 
+def test_progress_counts_every_shard_and_every_weight(tmp_path, base, monkeypatch):
+    folder, patch = base
+    totals, steps = [], []
+
+    class Counted(Progress):
+        def __init__(self, total, *words):
+            totals.append(total)
+            super().__init__(total, *words)
+
+        def advance(self, steps_done=1):
+            steps.append(steps_done)
+
+    monkeypatch.setattr("kedit.patch.rewrite.Progress", Counted)
+    report = apply_to_checkpoint(folder, [patch], tmp_path / "out")
+    assert totals == [sum(steps)] == [2 + len(report.rewritten) + len(report.kept)]
+
+
 def test_an_error_at_any_stage_leaves_nothing(tmp_path, base):
     folder, patch = base
     stages = []
@@ -436,53 +454,60 @@ def test_an_error_at_any_stage_leaves_nothing(tmp_path, base):
 
 
 KILLED = """
-    import os, signal, sys
-    sys.path[:0] = {paths!r}
+    import os, signal
     from kedit.patch import EditPatch
     from kedit.patch.disk import apply_to_checkpoint
     import transformers, kedit.arch  # the slow part, before any process is made
     patch = EditPatch.load({patch!r})
-    stages = []
-    apply_to_checkpoint({base!r}, [patch], {out!r} + "-rehearsal", on_stage=stages.append)
-    for number in range(len(stages)):
-        process = os.fork()
-        if process == 0:
-            seen = iter(range(len(stages)))
-            apply_to_checkpoint(
-                {base!r}, [patch], f"{out}-{{number}}",
-                on_stage=lambda stage: next(seen) == number and os.kill(os.getpid(), signal.SIGKILL),
-            )
-            os._exit(3)
-        status = os.waitpid(process, 0)[1]
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
-        print(number, stages[number].split()[0], os.path.exists(f"{out}-{{number}}"))
+    for base, out, link in {cases!r}:
+        stages = []
+        apply_to_checkpoint(base, [patch], out + "-rehearsal", link=link, on_stage=stages.append)
+        for number in range(len(stages)):
+            process = os.fork()
+            if process == 0:
+                seen = iter(range(len(stages)))
+                apply_to_checkpoint(
+                    base, [patch], f"{{out}}-{{number}}", link=link,
+                    on_stage=lambda stage: next(seen) == number and os.kill(os.getpid(), signal.SIGKILL),
+                )
+                os._exit(3)
+            status = os.waitpid(process, 0)[1]
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+            print(link, number, stages[number].split()[0], os.path.exists(f"{{out}}-{{number}}"))
 """
 
 
 def test_killed_at_every_stage_it_is_whole_or_absent_and_the_next_run_cleans_up(tmp_path, base):
     folder, patch = base
+    save_checkpoint(tmp_path / "linked", shard="200KB")
     patch.save(tmp_path / "p.safetensors")
-    before = tree(folder)
-    out = tmp_path / "outs" / "out"
-    script = KILLED.format(paths=[], patch=str(tmp_path / "p.safetensors"), base=str(folder), out=str(out))
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    cases = [(folder, tmp_path / "outs" / "out", False), (tmp_path / "linked", tmp_path / "links" / "out", True)]
+    before = [tree(case[0]) for case in cases]
+    names = {
+        "patch": str(tmp_path / "p.safetensors"),
+        "cases": [(str(one), str(two), link) for one, two, link in cases],
+    }
+    script = textwrap.dedent(KILLED.format(**names))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    expected = tree(out.with_name("out-rehearsal"))
-    lines = [line.split() for line in done.stdout.splitlines()]
-    kinds = {kind for _, kind, _ in lines}
-    assert kinds == {"checked", "begun", "taken", "rewritten", "described", "durable", "done"}
-    for number, kind, there in lines:
-        assert (there == "True") == (kind == "done")
-        if there == "True":
-            assert tree(out.with_name(f"out-{number}")) == expected
-    assert tree(folder) == before
-    left = [name for name in os.listdir(out.parent) if name.endswith(".partial")]
-    assert len(left) == len(lines) - 2  # nothing was begun at the first stage, and all was moved at the last
-    for number, kind, _ in lines:
-        if kind != "done":
-            apply_to_checkpoint(folder, [patch], out.with_name(f"out-{number}"))
-            assert tree(out.with_name(f"out-{number}")) == expected
-    assert not [name for name in os.listdir(out.parent) if name.endswith(".partial")]
+    for source, out, link in cases:
+        expected = tree(out.with_name("out-rehearsal"))
+        lines = [line.split()[1:] for line in done.stdout.splitlines() if line.split()[0] == str(link)]
+        kinds = {kind for _, kind, _ in lines}
+        assert kinds == {"checked", "begun", "taken", "rewritten", "described", "durable", "done"}
+        for number, kind, there in lines:
+            assert (there == "True") == (kind == "done")
+            if there == "True":
+                assert tree(out.with_name(f"out-{number}")) == expected
+        left = [name for name in os.listdir(out.parent) if name.endswith(".partial")]
+        assert len(left) == len(lines) - 2  # nothing was begun at the first stage, and all was moved at the last
+        for number, kind, _ in lines:
+            if kind != "done":
+                report = apply_to_checkpoint(source, [patch], out.with_name(f"out-{number}"), link=link)
+                assert tree(out.with_name(f"out-{number}")) == expected
+                assert {(report.folder / shard).samefile(source / shard) for shard in report.kept} == {link}
+        assert not [name for name in os.listdir(out.parent) if name.endswith(".partial")]
+    assert [tree(case[0]) for case in cases] == before
 
 
 def test_a_run_in_progress_is_not_cleaned_up_by_another(tmp_path, base):

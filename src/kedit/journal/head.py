@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 FORMAT = "kedit-journal"
 _WORDS = {
-    "budget": "budget of tokens per wave (editor.engine.budget)",
-    "keys": "keys of earlier edits (editor.history)",
+    "budget": "another budget of tokens per wave (editor.engine.budget)",
+    "keys": "other keys of earlier edits (editor.history)",
 }
 
 
@@ -100,8 +100,8 @@ def _check(where: Path, known: dict[str, Any], header: dict[str, Any]) -> None:
         )
     other = [key for key in header if key != "kedit_version" and known.get(key) != header[key]]
     if other:
-        words = [_WORDS.get(key, key) for key in other]
+        words = [_WORDS.get(key, f"another {key}") for key in other]
         raise PatchError(
-            f"The journal {where} was begun with another {', another '.join(words)}, so going on would not give the same result. "
+            f"The journal {where} was begun with {', '.join(words)}, so going on would not give the same result. "
             "Use the same settings, or a new folder."
         )

@@ -175,8 +175,8 @@ def _low_rank(pair: _Pair, tolerance: float, max_rank: int | None, *, transposed
     if noise > MOST_NOISE and tolerance < MOST_NOISE:
         raise PatchError(
             f"The difference of {pair.name} is too small to be told from rounding to {after.dtype}: rounding alone is "
-            f"{noise:.2g} of it, and a patch is trusted up to {MOST_NOISE}. Give the models in float32, ship the whole "
-            "checkpoint, or name the error that you accept (tolerance)."
+            f"{noise:.2g} times as large, and a patch is trusted up to {MOST_NOISE} times. Give the models in float32, ship the "
+            "whole checkpoint, or name the error that you accept (tolerance)."
         )
     allowed = tolerance if noise > MOST_NOISE else max(tolerance, noise)
     rank, (u, singular, v), error = _svd(change, allowed, most)
