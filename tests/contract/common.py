@@ -5,7 +5,10 @@ import hashlib
 import torch
 
 import kedit
-from kedit.arch import ModelArch
+import zoo
+from kedit import locate
+from kedit.arch import ModelArch, Site
+from kedit.batch import encode, rewrite_texts
 from models import CONTEXTS, moments, tokenizer
 
 FRENCH = kedit.Edit("The mother tongue of {} is", "Danielle Darrieux", "English")
@@ -28,6 +31,17 @@ def make(name, model, tok=None, *, layer=LAYER, **options):
         "moments": {layer: moments(width, layer)},
     } | options
     return kedit.editor(name, model, tok or tokenizer(), **options)
+
+
+def zoo_model(name, dtype=torch.float32, **changes):
+    """A model of any type whose vocabulary is the tokenizer's."""
+    return zoo.make(name, dtype, vocab_size=len(tokenizer("bos")), **changes)
+
+
+def bare_output(model, edit=FRENCH, tok=None):
+    """The MLP's output at the bare prompt's subject-last token, by a plain forward pass."""
+    rows = encode(tok or tokenizer(), rewrite_texts(edit, ["{}"]))
+    return locate.outputs(ModelArch(model), rows, Site(LAYER, "mlp"))[0]
 
 
 def digest(tensor):

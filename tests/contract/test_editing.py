@@ -7,39 +7,23 @@ import torch
 
 import kedit
 from kedit import locate
-from kedit.arch import ModelArch, Site
+from kedit.arch import ModelArch
 from kedit.batch import encode, rewrite_texts
-from kedit.editors import base
 from models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
 
-from .common import ADA, EDITS, FRENCH, LAYER, RIVER, changed, make, state
-
-
-@pytest.fixture
-def values(monkeypatch):
-    """What the optimisation found, for each call of the closed form."""
-    found = []
-    spread = base.spread
-    monkeypatch.setattr(base, "spread", lambda *args: (found.append(args[3]), spread(*args))[1])
-    return found
-
-
-def bare_output(model, tok, edit):
-    """The MLP's output at the bare prompt's subject-last token, by a plain forward pass."""
-    rows = encode(tok, rewrite_texts(edit, ["{}"]))
-    return locate.outputs(ModelArch(model), rows, Site(LAYER, "mlp"))[0]
+from .common import ADA, EDITS, FRENCH, LAYER, RIVER, bare_output, changed, make, state
 
 
 @pytest.mark.parametrize("regularizer", [None, kedit.SADR(gamma=0.5)], ids=["plain", "sadr"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_rome_gives_the_value_at_the_bare_prompt(model_type, regularizer, values):
     model, tok = tiny_model(model_type), tokenizer("bos")
-    before = bare_output(model, tok, FRENCH)
+    before = bare_output(model, FRENCH, tok)
     result = make("rome", model, tok).apply(FRENCH, regularizer)
     [found] = values
     assert found.delta.norm() > 0.1
     torch.testing.assert_close(found.initial[0, 0], before, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(bare_output(model, tok, FRENCH), found.value[0, 0], atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(bare_output(model, FRENCH, tok), found.value[0, 0], atol=2e-4, rtol=1e-3)
     [delta] = result.patch.deltas.values()
     assert delta.rank == 1
 

@@ -18,15 +18,11 @@ from kedit.patch.peft import to_peft
 from kedit.stats import accumulate
 from models import CONTEXTS, tokenizer
 
-from .common import ADA, FRENCH, RIVER, digest
+from .common import ADA, FRENCH, RIVER, digest, zoo_model
 
 TYPES = [name for name in zoo.EDITABLE if name in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss-sinks")]
 TOKENIZER = tokenizer("bos")
 LAYER = 1
-
-
-def model_of(name, dtype=torch.float32):
-    return zoo.make(name, dtype, vocab_size=len(TOKENIZER))
 
 
 def eye(arch, layer=LAYER):
@@ -61,7 +57,7 @@ def seen_of(model, module, row):
 @pytest.mark.parametrize("name", TYPES)
 def test_the_mlp_is_a_linear_function_of_the_key(name, kernel):
     """W κ and the chosen experts' weighted biases are what the model's own kernel gives, whichever it is."""
-    model = model_of(name)
+    model = zoo_model(name)
     model.set_experts_implementation(kernel)
     arch, rows = ModelArch(model), rows_of(FRENCH, ADA)
     experts = arch.experts(LAYER)
@@ -80,7 +76,7 @@ def test_the_mlp_is_a_linear_function_of_the_key(name, kernel):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_second_moments_expert_by_expert(name):
-    model = model_of(name, torch.float64)
+    model = zoo_model(name, torch.float64)
     arch = ModelArch(model)
     experts, texts = (
         arch.experts(LAYER),
@@ -113,7 +109,7 @@ def test_second_moments_expert_by_expert(name):
 @pytest.mark.parametrize("name", TYPES)
 def test_moments_are_estimated_and_an_edit_holds(name, tmp_path, monkeypatch):
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
-    model = model_of(name)
+    model = zoo_model(name)
     corpus = [f"{subject} {verb} in the old city." for subject in ("Ada", "The king") for verb in ("lives", "works")]
     with pytest.warns(KEditWarning, match="saw"):
         found = kedit.second_moments(model, TOKENIZER, [LAYER], corpus)
@@ -128,7 +124,7 @@ def test_moments_are_estimated_and_an_edit_holds(name, tmp_path, monkeypatch):
 
 def test_experts_share_by_the_routers_weights():
     """With C = 1 and the bare prompt alone, an expert's part of the update grows with the square of its share of the key."""
-    model = model_of("mixtral")
+    model = zoo_model("mixtral")
     arch = ModelArch(model)
     [row] = encode(TOKENIZER, rewrite_texts(FRENCH, ["{}"]))
     key = locate.keys(arch, [row], LAYER)[0].double()
@@ -152,7 +148,7 @@ def test_experts_share_by_the_routers_weights():
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_edits_of_experts_revert_in_any_order(order, dtype):
-    model = model_of("gpt_oss-sinks", dtype)
+    model = zoo_model("gpt_oss-sinks", dtype)
     before = {key: digest(tensor) for key, tensor in model.state_dict().items()}
     editor = rome(model)
     results = [editor.apply(edit) for edit in (FRENCH, ADA, RIVER)]
@@ -164,7 +160,7 @@ def test_edits_of_experts_revert_in_any_order(order, dtype):
 
 
 def test_a_change_of_an_edited_expert_by_someone_else_is_noticed():
-    model = model_of("mixtral")
+    model = zoo_model("mixtral")
     result = rome(model).apply(FRENCH)
     weight = ModelArch(model).weight_of(next(iter(result.patch.deltas)))
     with torch.no_grad():
@@ -174,7 +170,7 @@ def test_a_change_of_an_edited_expert_by_someone_else_is_noticed():
 
 
 def test_the_report_says_who_serves_the_fact_and_a_moved_route_is_warned_of():
-    model = model_of("mixtral")
+    model = zoo_model("mixtral")
     arch = ModelArch(model)
     result = rome(model).apply(FRENCH)
     [route] = result.routes
@@ -197,7 +193,7 @@ def test_the_report_says_who_serves_the_fact_and_a_moved_route_is_warned_of():
 
 def test_an_edit_of_a_batch_is_not_held_by_the_experts_of_another():
     """Both edits' experts are written; a router that sends the one subject to the other's is found out."""
-    model = model_of("qwen3_moe")
+    model = zoo_model("qwen3_moe")
     arch = ModelArch(model)
     given = {"layers": (LAYER,), "steps": 2, "stop_loss": 0.0, "contexts": ["{}"], "moments": {LAYER: eye(arch)}}
     editor = kedit.MEMIT(model, TOKENIZER, **given, moment_weight=0.1)
@@ -219,7 +215,7 @@ def test_an_edit_of_a_batch_is_not_held_by_the_experts_of_another():
 
 def test_keys_of_past_edits_of_a_mixture_are_saved_and_loaded(tmp_path):
     """They are as wide as all experts together."""
-    model = model_of("mixtral")
+    model = zoo_model("mixtral")
     arch = ModelArch(model)
     given = {"layers": (LAYER,), "steps": 2, "contexts": ["{}"], "moments": {LAYER: eye(arch)}, "threshold": 2.0}
     editor = kedit.AlphaEdit(model, TOKENIZER, **given)
@@ -228,10 +224,10 @@ def test_keys_of_past_edits_of_a_mixture_are_saved_and_loaded(tmp_path):
     kept = editor.history.keys(LAYER, width)
     assert kept.shape == (1, width)
     path = editor.history.save(tmp_path / "keys.safetensors")
-    other = kedit.AlphaEdit(model_of("mixtral"), TOKENIZER, **given)
+    other = kedit.AlphaEdit(zoo_model("mixtral"), TOKENIZER, **given)
     other.history.load(path)
     assert torch.equal(other.history.keys(LAYER, width), kept)
-    dense = kedit.AlphaEdit(zoo.make("llama", vocab_size=len(TOKENIZER)), TOKENIZER, layers=(LAYER,), contexts=["{}"])
+    dense = kedit.AlphaEdit(zoo_model("llama"), TOKENIZER, layers=(LAYER,), contexts=["{}"])
     with pytest.raises(kedit.KEditError, match=r"not a finite matrix \[n, 64\]"):
         dense.history.load(path)
 
@@ -240,7 +236,7 @@ def test_the_stats_command_prints_the_width_of_a_mixture(tmp_path, monkeypatch, 
     from kedit.cli import main
 
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
-    model = model_of("mixtral")
+    model = zoo_model("mixtral")
     model.save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
     corpus = tmp_path / "text.txt"
@@ -253,7 +249,7 @@ def test_the_stats_command_prints_the_width_of_a_mixture(tmp_path, monkeypatch, 
 
 
 def test_what_has_no_sound_form_is_refused(tmp_path):
-    model = model_of("mixtral")
+    model = zoo_model("mixtral")
     arch = ModelArch(model)
     patch = rome(model).propose(FRENCH)[0]
     with pytest.raises(UnsupportedError, match="no side branch"):
@@ -272,12 +268,12 @@ def test_what_has_no_sound_form_is_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="one plain tensor"):
         arch.weights(LAYER)
     with pytest.raises(kedit.KEditError, match="no number 9"):
-        ModelArch(model_of("mixtral")).weight_of(f"model.layers.{LAYER}.mlp.experts.down_proj[9]")
+        ModelArch(zoo_model("mixtral")).weight_of(f"model.layers.{LAYER}.mlp.experts.down_proj[9]")
 
 
 @pytest.mark.parametrize("name", ["memit", "alphaedit", "ft"])
 def test_a_model_that_mixes_only_in_some_blocks(name):
-    model = zoo.make("qwen3_moe", vocab_size=len(TOKENIZER), mlp_only_layers=[0])
+    model = zoo_model("qwen3_moe", mlp_only_layers=[0])
     arch = ModelArch(model)
     assert arch.experts(0) is None
     assert (arch.memory_width(0), arch.memory_width(1)) == (arch.shape(0)[1], 4 * 16)

@@ -13,7 +13,6 @@ import zoo
 from kedit import locate
 from kedit.arch import ARCHITECTURES, ModelArch
 from kedit.batch import encode, rewrite_texts
-from kedit.editors import base
 from kedit.ledger import Ledger
 from kedit.partial import PartialRunner
 from kedit.regularizers.base import Captured, needs_of
@@ -25,7 +24,7 @@ from reference import common
 from reference.float64 import TrueFloat64
 from reference.sadr import penalty
 
-from .common import ADA, FRENCH, digest
+from .common import ADA, FRENCH, digest, zoo_model
 
 EDITORS = ("rome", "rrome", "memit", "pmet", "emmet", "alphaedit", "ft")
 TOKENIZER = tokenizer("bos")
@@ -56,7 +55,7 @@ def types(*slow):
 
 @functools.cache
 def _made(name, dtype):
-    return zoo.make(name, dtype, vocab_size=len(TOKENIZER))
+    return zoo_model(name, dtype)
 
 
 def model_of(name, dtype=torch.float32):
@@ -76,15 +75,6 @@ def editor_of(name, model):
         arch = ModelArch(model)
         given |= {"kl_factor": 0.1, "stop_loss": 0.0, "moments": {i: moments_of(arch, i) for i in LAYERS}}
     return kedit.editor(name, model, TOKENIZER, **given)
-
-
-@pytest.fixture
-def values(monkeypatch):
-    """What the optimisation found, for each call of the closed form."""
-    found = []
-    spread = base.spread
-    monkeypatch.setattr(base, "spread", lambda *args: (found.append(args[3]), spread(*args))[1])
-    return found
 
 
 def output_at(model, edit, site):

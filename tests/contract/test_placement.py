@@ -11,31 +11,13 @@ import torch
 from torch import nn
 
 import kedit
-import zoo
-from kedit import locate
-from kedit.arch import ModelArch, Site
-from kedit.batch import encode, rewrite_texts
-from kedit.editors import base
+from kedit.arch import ModelArch
 from kedit.ledger import Ledger
 from models import CONTEXTS, tiny_model, tokenizer
 
-from .common import ADA, FRENCH, LAYER, digest, make
+from .common import ADA, FRENCH, LAYER, bare_output, digest, make, zoo_model
 
 SADR = kedit.SADR(gamma=0.3)
-
-
-def bare(model, edit=FRENCH):
-    """The MLP's output at the subject's last token."""
-    return locate.outputs(ModelArch(model), encode(tokenizer(), rewrite_texts(edit, ["{}"])), Site(LAYER, "mlp"))[0]
-
-
-@pytest.fixture
-def values(monkeypatch):
-    """What the optimisation found, for each call of the closed form."""
-    found = []
-    spread = base.spread
-    monkeypatch.setattr(base, "spread", lambda *args: (found.append(args[3]), spread(*args))[1])
-    return found
 
 
 # Precision
@@ -82,7 +64,7 @@ QUICK = [("gpt2", "memit", "cpu"), ("llama", "memit", "disk"), ("mixtral", "rome
     [pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES],
 )
 def test_an_offloaded_model_is_edited_as_it_would_be_on_the_device(model_type, name, where, tmp_path):
-    plain = zoo.make(model_type, vocab_size=len(tokenizer())) if model_type == "mixtral" else tiny_model(model_type)
+    plain = zoo_model(model_type) if model_type == "mixtral" else tiny_model(model_type)
     away = offload(copy.deepcopy(plain), where, tmp_path)
     arch = ModelArch(plain)
     width = arch.shape(1)[1]
@@ -139,11 +121,11 @@ def test_a_model_with_adapters_is_edited_with_them(targets, values, tmp_path):
     torch.manual_seed(0)
     wrapped = adapted(model, targets)
     before = {key: digest(tensor) for key, tensor in wrapped.state_dict().items()}
-    old = bare(wrapped)
-    assert not torch.allclose(old, bare(plain), atol=1e-3)  # the adapters count
+    old = bare_output(wrapped)
+    assert not torch.allclose(old, bare_output(plain), atol=1e-3)  # the adapters count
     result = make("rome", wrapped).apply(FRENCH, SADR)
     torch.testing.assert_close(values[0].initial[0, 0], old, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(bare(wrapped), values[0].value[0, 0], atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(bare_output(wrapped), values[0].value[0, 0], atol=2e-4, rtol=1e-3)
     assert set(result.patch.deltas) == {f"model.layers.{LAYER}.mlp.down_proj.weight"}
     after = {key: digest(tensor) for key, tensor in wrapped.state_dict().items()}
     assert len([key for key in before if before[key] != after[key]]) == 1
@@ -165,7 +147,7 @@ def test_a_compiled_model_is_edited_and_sees_it(way, values):
             compiled = model
         before = compiled(ids).logits
         result = make("rome", compiled).apply(FRENCH, SADR)
-        torch.testing.assert_close(bare(model), values[0].value[0, 0], atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(bare_output(model), values[0].value[0, 0], atol=2e-4, rtol=1e-3)
         after = compiled(ids).logits
         fresh = tiny_model("gpt2")
         fresh.load_state_dict(model.state_dict())
@@ -206,7 +188,7 @@ def test_a_quantized_model_gets_its_edit_beside_the_weight(values):
     editor = make("rome", model)
     [patch] = editor.propose(FRENCH, SADR)
     with pytest.warns(kedit.errors.KEditWarning, match="cannot check"), patch.attach(model):
-        torch.testing.assert_close(bare(model), values[0].value[0, 0], atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(bare_output(model), values[0].value[0, 0], atol=2e-4, rtol=1e-3)
     assert {key: digest(tensor) for key, tensor in model.state_dict().items()} == before
 
 
