@@ -49,9 +49,9 @@ def load(
     except torch.OutOfMemoryError:
         raise  # says nothing about the files
     except (*refused, SafetensorError, StrictDataclassError) as error:
-        said = str(error) or type(error).__name__
+        said = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         raise ArchitectureError(
-            f"Cannot load a causal language model and tokenizer from {str(name)!r}: {said} "
+            f"Cannot load a causal language model and tokenizer from {str(name)!r}: {said}. "
             "Give a folder written by save_pretrained, or a name on the hub."
         ) from error
     model.eval()
