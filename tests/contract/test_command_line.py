@@ -5,12 +5,14 @@ import logging
 import re
 import sys
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import kedit
 from kedit.cli import main
+from kedit.regularizers import REGULARIZERS, Needs
 from models import tiny_model, tokenizer
 
 from .common import ADA, FRENCH, state
@@ -63,6 +65,29 @@ def test_one_edit_end_to_end(place, capsys):
     assert state(model) != before
     patch.revert(model)
     assert state(model) == before
+
+
+@dataclass
+class Needy:
+    """A regularizer that cannot be made without its γ."""
+
+    gamma: float
+    name: str = "needy"
+
+    def needs(self, site):
+        return Needs()
+
+    def penalty(self, now, before):
+        return self.gamma * now.delta.square().sum((1, 2))
+
+
+def test_gamma_goes_to_a_regularizer_that_needs_it(place, capsys, monkeypatch):
+    monkeypatch.setitem(REGULARIZERS._objects, "needy", Needy)
+    assert main(edit(place, "--regularizer", "needy")) == 1
+    assert "does not say what Needy(gamma=...) shall be" in capsys.readouterr().err
+    assert main(edit(place, "--regularizer", "needy", "--regularizer", "sadr", "--gamma", "0.5")) == 0
+    made = kedit.EditPatch.load(place / "out/edit.safetensors").provenance["regularizers"]
+    assert [(one["name"], one["gamma"]) for one in made] == [("needy", 0.5), ("sadr", 0.5)]
 
 
 def test_memory_is_told_and_nothing_is_edited(place, capsys, monkeypatch):
