@@ -25,6 +25,7 @@ from kedit.evaluation.identity import describe_editor, describe_weights, digest,
 from kedit.evaluation.statistics import Estimate
 from kedit.pipeline import describe
 from kedit.regularizers import resolve
+from kedit.stats import tokenizer_fingerprint
 
 GAMMAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 WIDER = (30.0, 100.0)  # tried one by one while the largest so far is the best
@@ -86,7 +87,7 @@ class Bench:
             corpus=config.getoption("moments_corpus"),
         )
         made.results.mkdir(parents=True, exist_ok=True)
-        made.weights = describe_weights(model)
+        made.weights = f"{describe_weights(model)} {tokenizer_fingerprint(tokenizer)}"
         return made
 
     def editor(self, name: str) -> Editor:
@@ -135,6 +136,7 @@ class Bench:
                 versions(),
                 self.weights,
                 describe_editor(editor),
+                None if editor is None else editor.config.to_dict(),
                 [describe(item) for item in regularizers],
                 [case.to_dict() for case in cases],
                 mode,

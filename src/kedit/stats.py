@@ -253,7 +253,7 @@ def _cache_paths(
     ridge: float,
     layers: Sequence[int],
 ) -> dict[int, Path]:
-    parts = [VERSION, model_fingerprint(arch.model), _tokenizer_fingerprint(tokenizer), texts.key, budget, ridge]
+    parts = [VERSION, model_fingerprint(arch.model), tokenizer_fingerprint(tokenizer), texts.key, budget, ridge]
     paths = {}
     for layer in layers:
         content = json.dumps([*parts, layer])
@@ -262,7 +262,7 @@ def _cache_paths(
     return paths
 
 
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of what turns text into tokens."""
     backend: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
     if tokenizer.is_fast:

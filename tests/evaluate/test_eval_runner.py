@@ -12,6 +12,7 @@ import torch
 import kedit.evaluation.examine as examine
 import kedit.evaluation.identity as identity
 import kedit.evaluation.runner as runner_module
+from kedit import presets
 from kedit.edit import Edit
 from kedit.editors import editor as make_editor
 from kedit.errors import ConfigError, EditError, NonFiniteError, UnknownNameError
@@ -199,6 +200,17 @@ def test_a_finished_run_is_read_back_without_the_model_running(tmp_path, monkeyp
     assert EvalReport.load(tmp_path).figures == whole.figures
 
 
+def test_a_report_names_the_hyper_parameters_that_were_used_also_when_it_is_read_back(tmp_path, monkeypatch):
+    own = presets.Preset({}, {"sadr": {"steps": 2, "self": {"gamma": 0.125}}})
+    monkeypatch.setitem(presets.PRESETS, "rome", {("gpt2", 5, 48): own})
+    model, tok = tiny_model("gpt2"), tokenizer("plain")
+    editor = make_editor("rome", model, tok, moments={1: moments(112, 1)}, contexts=["{}"], layers=1, lr=0.3)
+    for _ in range(2):
+        meta = evaluate(model, tok, make_cases(2), editor, "sadr", out=tmp_path, exact=False).meta
+        assert meta["config"]["steps"] == 2
+        assert meta["regularizers"][0]["gamma"] == 0.125
+
+
 @pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
 def test_the_model_is_as_before_the_moment_an_error_is_caught(tmp_path, monkeypatch, mode):
     model, tok, editor = make()
@@ -236,10 +248,10 @@ def test_before_and_after_are_written_and_decoded_to_the_same_length():
             Edit("{} lives in", "Ada", "Paris" + " and Rome" * i, "Oslo"),
             [Probe(kind=Kind.GENERATION, prompt="word " * words + "Ada")],
         )
-        for i, words in enumerate((0, 22))
+        for i, words in enumerate((0, 28))
     ]
-    unedited = [evaluate(model, tok, [case], None, generate=100).records[0] for case in cases]
-    report = evaluate(model, tok, cases, editor, generate=100)
+    unedited = [evaluate(model, tok, [case], None, generate=45).records[0] for case in cases]
+    report = evaluate(model, tok, cases, editor, generate=45)
     for alone, record in zip(unedited, report.records, strict=True):
         assert [probe.text for probe in record.before.probes] == [probe.text for probe in alone.before.probes]
 
@@ -261,7 +273,7 @@ def stale(tmp_path, editor, change, **options):
     evaluate(model, tok, make_cases(2), measured, out=tmp_path, exact=False)
     change()
     with pytest.raises(EditError, match="another run") as caught:
-        evaluate(model, tok, make_cases(2), measured, out=tmp_path, exact=False)
+        evaluate(model, editor.tokenizer, make_cases(2), measured, out=tmp_path, exact=False)
     return re.search(r"its (.*) differ", str(caught.value)).group(1)
 
 
@@ -280,6 +292,11 @@ def test_a_run_on_other_weights_is_another_run_wherever_they_differ(tmp_path, un
             model.transformer.ln_f.bias[3] += 1e-3
 
     assert stale(tmp_path, editor, nudge, unedited=unedited) == "model"
+
+
+def test_a_run_with_another_tokenizer_is_another_run(tmp_path):
+    _, _, editor = make()
+    assert stale(tmp_path, editor, lambda: setattr(editor, "tokenizer", tokenizer("bos")), unedited=True) == "tokenizer"
 
 
 def test_weights_that_accelerate_keeps_elsewhere_count_too(tmp_path):

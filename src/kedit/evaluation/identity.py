@@ -44,15 +44,14 @@ def describe_weights(model: PreTrainedModel) -> str:
 
 
 def describe_editor(editor: Editor | None) -> dict[str, Any]:
-    """An editor's settings and what it reads beside the model; contexts and second moments are made where missing."""
+    """An editor by name, and what it reads beside the model; contexts and second moments are made where missing."""
     if editor is None:
-        return dict.fromkeys(("editor", "config", "contexts", "moments", "history"))
+        return dict.fromkeys(("editor", "contexts", "moments", "history"))
     moments = editor.moments if editor.needs_moments else {}
     history = getattr(editor, "history", None)
     keys = history.keys if isinstance(history, KeyHistory) and history.count else None
     return {
         "editor": editor.name,
-        "config": editor.config.to_dict(),
         "contexts": digest(list(editor.contexts)),
         "moments": {str(layer): tensor_fingerprint(moments[layer].matrix) for layer in moments},
         "history": keys and {str(layer): tensor_fingerprint(keys(layer, 0)) for layer in editor.config.layers},

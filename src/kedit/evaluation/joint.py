@@ -8,16 +8,15 @@ from contextlib import contextmanager
 
 from kedit.edit import Edit
 from kedit.editors.base import Editor
-from kedit.errors import ConfigError, DependencyError, EditError, KEditError, ProcessError
+from kedit.errors import EditError, KEditError
 from kedit.evaluation.cases import EditCase
 from kedit.evaluation.journal import Journal, Step
+from kedit.evaluation.single import HOPELESS
 from kedit.ledger import Ledger
 from kedit.patch import EditPatch
 from kedit.processes import here
 from kedit.progress import Progress
 from kedit.regularizers import Regularizer
-
-HOPELESS = (ConfigError, DependencyError, ProcessError)  # would fail for every case, or says nothing about this one
 
 
 class JointEdit:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from kedit.editors.base import Editor
-from kedit.errors import ConfigError, KEditError
+from kedit.errors import ConfigError
 from kedit.evaluation.cases import EditCase, drop_edited
 from kedit.evaluation.environment import describe_model, environment
 from kedit.evaluation.examine import Examiner, Extent, check_whole
 from kedit.evaluation.identity import describe_editor, describe_weights, digest, versions
-from kedit.evaluation.joint import HOPELESS, JointEdit
+from kedit.evaluation.joint import JointEdit
 from kedit.evaluation.journal import Journal
 from kedit.evaluation.metrics import Running
 from kedit.evaluation.scores import CaseRecord, CaseScore
+from kedit.evaluation.single import SingleEdits
 from kedit.fingerprint import tensor_fingerprint
 from kedit.patch import EditPatch
 from kedit.pipeline import describe
-from kedit.processes import alone, here
+from kedit.processes import here
 from kedit.progress import Progress
 from kedit.regularizers import Choice, resolve
+from kedit.stats import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +64,7 @@ class Run:
         self.cases = cases
         self.tokenizer = tokenizer
         self.base = self._fingerprints()
-        self.settings: dict[str, Any] = {}
+        self.settings = self._settings()
         self.seconds: dict[str, float] = {}
 
     def identity(self) -> dict[str, Any]:
@@ -74,8 +76,9 @@ class Run:
             "versions": versions(),
             "cases": digest([case.to_dict() for case in self.cases]),
             "model": describe_weights(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
             **editor,
-            "regularizers": [describe(item) for item in self.regularizers],
+            **self.settings,
             "mode": self.mode,
             "extent": {**asdict(self.extent), "texts": texts},
             "chunk": self.chunk,
@@ -86,8 +89,7 @@ class Run:
         """What a report says about the run, beside its figures."""
         return {
             "editor": None if self.editor is None else self.editor.name,
-            "regularizers": self.settings.get("regularizers", [describe(item) for item in self.regularizers]),
-            "config": self.settings.get("config", None if self.editor is None else self.editor.config.to_dict()),
+            **self.settings,
             "mode": self.mode,
             "cases": len(self.cases),
             "dropped_probes": self.dropped,
@@ -121,7 +123,6 @@ class Run:
                     progress.note(**running.figures())
                     progress.advance()
             done = {id: record for share in group.gather(done) for id, record in share.items()}
-            self.settings = next((found for found in group.gather(self.settings) if found), {})
         return [done[case.id] for case in self.cases]
 
     @property
@@ -130,24 +131,25 @@ class Run:
 
     def _single(self, examiner: Examiner, done: Mapping[str, CaseRecord]) -> Generator[CaseRecord, None, None]:
         """Chunks are the same in every run, so that a resumed one rounds alike; only what is missing is asked again."""
+        edits = None if self.editor is None else SingleEdits(self.editor, self.regularizers)
         for cases in self._chunks():
             if all(case.id in done for case in cases):
                 continue
             begin = time.perf_counter()
             before = dict(zip([case.id for case in cases], examiner.before(cases), strict=True))
             middle = time.perf_counter()
-            with alone():
-                patches = self._propose(cases)
+            patches = {} if edits is None else edits.propose(cases)
             shared = {
                 "before": (middle - begin) / len(cases),
                 "edit": (time.perf_counter() - middle) / len(cases),
             }
             for case in cases:
                 if case.id not in done:
-                    yield self._after(examiner, case, before[case.id], patches.get(case.id), shared)
+                    yield self._after(edits, examiner, case, before[case.id], patches.get(case.id), shared)
 
     def _after(
         self,
+        edits: SingleEdits | None,
         examiner: Examiner,
         case: EditCase,
         before: CaseScore,
@@ -155,61 +157,18 @@ class Run:
         shared: Mapping[str, float],
     ) -> CaseRecord:
         seconds = dict(shared)
-        if self.editor is None or isinstance(patch, str):
+        if edits is None or isinstance(patch, str):
             failure = patch if isinstance(patch, str) else None
             return CaseRecord(
                 id=case.id, prompt=_title(case), before=before, after=before, seconds=seconds, failure=failure
             )
         start = time.perf_counter()
-        with self._edited(case, patch) as failure:
+        with edits.in_place(case, patch) as failure:
             seconds["edit"] += time.perf_counter() - start
             start = time.perf_counter()
             after = before if failure else examiner.ask([case])[0]
         seconds["after"] = time.perf_counter() - start
         return CaseRecord(id=case.id, prompt=_title(case), before=before, after=after, seconds=seconds, failure=failure)
-
-    def _propose(self, cases: Sequence[EditCase]) -> dict[str, EditPatch | str]:
-        """A patch, or why there is none, for every case that writes one fact."""
-        alone = [case for case in cases if not case.more]
-        if self.editor is None or not alone:
-            return {}
-        try:
-            found = self.editor.propose([case.edit for case in alone], self.regularizers)
-            self._note(found[0])
-            return {case.id: patch for case, patch in zip(alone, found, strict=True)}
-        except HOPELESS:
-            raise
-        except KEditError:
-            pass
-        patches: dict[str, EditPatch | str] = {}
-        for case in alone:  # find the one that fails
-            try:
-                patches[case.id] = self.editor.propose(case.edit, self.regularizers)[0]
-            except KEditError as error:
-                patches[case.id] = str(error)
-        return patches
-
-    @contextmanager
-    def _edited(self, case: EditCase, patch: EditPatch | str | None) -> Iterator[str | None]:
-        """The edited model inside; yields why the edit failed, if it did."""
-        assert self.editor is not None
-        with ExitStack() as stack:
-            failure = None
-            try:
-                if patch is not None:
-                    assert isinstance(patch, EditPatch)
-                    patch.apply(self.model, force=True)
-                    stack.callback(patch.revert, self.model)
-                else:
-                    with alone():
-                        result = self.editor.apply(case.edits, self.regularizers)
-                    stack.callback(result.revert)
-                    self._note(result.patch)
-            except HOPELESS:
-                raise
-            except KEditError as error:
-                failure = str(error)
-            yield failure
 
     def _joint(
         self, examiner: Examiner, done: Mapping[str, CaseRecord], journal: Journal | None
@@ -225,7 +184,6 @@ class Run:
         steps = [self.cases[first : first + size] for first in range(0, len(self.cases), size)]
         edit = JointEdit(self.editor, self.regularizers, steps, journal)
         with edit.in_place():
-            self._note(edit.patches[0])
             shared["edit"] = edit.seconds / len(self.cases)
             for cases in self._chunks():
                 if all(case.id in done for case in cases):
@@ -255,9 +213,12 @@ class Run:
         weights = [weight for layer in self.editor.config.layers for weight in self.editor.arch.weights(layer)]
         return {weight.name: tensor_fingerprint(weight.stored) for weight in weights}
 
-    def _note(self, patch: EditPatch) -> None:
-        """Keep the hyper-parameters that were really used."""
-        self.settings = {key: patch.provenance[key] for key in ("config", "regularizers") if key in patch.provenance}
+    def _settings(self) -> dict[str, Any]:
+        """The hyper-parameters that are really used: a preset may change some for a regularizer."""
+        if self.editor is None:
+            return {"regularizers": [], "config": None}
+        used = self.editor._settings(self.regularizers)
+        return {"regularizers": [describe(item) for item in used.regularizers], "config": used.config.to_dict()}
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
