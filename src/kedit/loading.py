@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kedit.errors import ArchitectureError
+from kedit.errors import ArchitectureError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,14 @@ def load(
     Raises:
         ArchitectureError: nothing can be loaded from there as a causal language model, its weights do not fill it, or its
             tokenizer is missing.
+        ConfigError: options are given for the embedded model.
     """
     if name is None:
+        if options:
+            raise ConfigError(
+                f"{', '.join(sorted(options))} cannot be given for the embedded model, which ships with kedit. Name a model, or "
+                "drop it."
+            )
         from kedit import testbed
 
         return testbed.load(dtype=dtype)

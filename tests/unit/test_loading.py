@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kedit
-from kedit.errors import ArchitectureError
+from kedit.errors import ArchitectureError, ConfigError
 from models import MODEL_TYPES, tiny_model, tokenizer
 
 
@@ -48,6 +48,12 @@ def test_nothing_there(tmp_path):
         kedit.load(tmp_path)
     with pytest.raises(ArchitectureError, match="no/such/folder/at/all"):
         kedit.load(tmp_path / "no/such/folder/at/all", local_files_only=True)
+
+
+def test_options_belong_to_a_named_model(folder):
+    with pytest.raises(ConfigError, match="device_map, revision cannot be given for the embedded model"):
+        kedit.load(revision="main", device_map="auto")
+    assert kedit.load(folder(), device_map="cpu", attn_implementation="eager")[0].config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("damage", ["config", "weights", "truncated", "tokenizer", "no tokenizer", "type"])
