@@ -163,6 +163,16 @@ def test_errors_are_one_sentence_and_leave_nothing(here, capsys):
     assert sorted(os.listdir(folder)) == before
 
 
+def test_errors_do_nothing_in_a_terminal(here, capsys):
+    folder, _ = here
+    (folder / "odd\x1b[2J").write_text("x")
+    for words in (["show", folder / "odd\x1b[2J"], ["show", folder / "none\x1b]0;\x07"]):
+        assert main(["patch", *map(str, words)]) == 1
+        said = capsys.readouterr().err
+        assert "\\x1b" in said
+        assert "\x1b" not in said
+
+
 def test_force_is_explicit(here, capsys):
     folder, _ = here
     words = ["apply", folder / "base", "--patch", folder / "2.safetensors", "--out", folder / "out"]

@@ -14,6 +14,7 @@ ROOT = Path(kedit.__file__).parent
 # The stages in order: a module imports only what stands before it. A package stands for all its modules.
 ORDER = [
     "errors",
+    "text",
     "shapes",
     "fingerprint",
     "progress",

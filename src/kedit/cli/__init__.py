@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from contextlib import ExitStack, redirect_stdout
 
     from kedit.errors import ConfigError, KEditError
+    from kedit.text import printable_lines
 
     parser = _parser()
     args = parser.parse_args(argv)
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(_no_bars())
             status: int = args.run(args)
     except KEditError as error:
-        sys.stderr.write(f"kedit {args.command}: {error}\n")
+        sys.stderr.write(f"kedit {args.command}: {printable_lines(str(error))}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"kedit {args.command}: interrupted; nothing was left half done.\n")
@@ -114,4 +115,6 @@ def _no_bars() -> Iterator[None]:
 
 
 def _show_warning(message: object, category: type[Warning], *_: object, **__: object) -> None:
-    sys.stderr.write(f"warning: {message}\n")
+    from kedit.text import printable_lines
+
+    sys.stderr.write(f"warning: {printable_lines(str(message))}\n")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from kedit.cli import common
 from kedit.errors import ConfigError, ContextLengthError
+from kedit.text import printable
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
@@ -119,7 +120,8 @@ def _show(args: argparse.Namespace) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False)
         # what a terminal would act upon, as JSON writes it: only inside of texts is there any
         text = "\n".join(
-            "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line) for line in text.split("\n")
+            "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line)
+            for line in text.split("\n")
         )
     else:
         text = patch.show()
@@ -171,8 +173,6 @@ def _revert(args: argparse.Namespace) -> None:
 
 
 def _say(report: DiskReport) -> None:
-    from kedit.patch.show import printable
-
     lines = [f"checkpoint: {report.folder}"]
     lines.append(f"  {len(report.rewritten)} shard(s) rewritten, {len(report.kept)} taken over as they were")
     if report.left_out:

@@ -87,10 +87,12 @@ def attach(patch: EditPatch, model: PreTrainedModel, *, force: bool = False) -> 
 
 def check_not_attached(patch: EditPatch, model: PreTrainedModel) -> None:
     """Raise :class:`PatchMismatchError` where an update of the patch is a side branch of its layer already."""
-    modules = dict(unwrap(model).named_modules())
+    inner = unwrap(model)
     for name, delta in patch.deltas.items():
-        module = modules.get(name.rpartition(".")[0])
-        hooks = () if module is None else module._forward_hooks.values()
+        try:
+            hooks = inner.get_submodule(name.rpartition(".")[0])._forward_hooks.values()
+        except AttributeError:  # what comes next says that there is no such layer
+            continue
         if any(isinstance(hook, _Branch) and hook.adds(delta) for hook in hooks):
             raise PatchMismatchError(
                 f"The patch is attached to the model already ({name}), so it would count twice. Detach it first."

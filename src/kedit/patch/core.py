@@ -14,7 +14,7 @@ from kedit.fingerprint import has_fingerprint, tensor_fingerprint
 from kedit.ledger import Ledger
 from kedit.patch.format import FORMAT_VERSION as FORMAT_VERSION
 from kedit.patch.format import read_patch, write_patch
-from kedit.patch.show import printable
+from kedit.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

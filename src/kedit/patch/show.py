@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kedit.delta import Delta
+from kedit.text import printable
 
 if TYPE_CHECKING:
     from kedit.patch.core import EditPatch
@@ -32,11 +33,6 @@ def show(patch: EditPatch) -> str:
         lines.append("scores:")
         lines += [f"  {key}: {_figure(value)}" for key, value in scores.items()]
     return "\n".join(map(printable, lines))
-
-
-def printable(text: str) -> str:
-    """A text with everything that is no visible character written as its escape: a patch's author chooses no colours."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def weights(patch: EditPatch) -> list[dict[str, Any]]:
