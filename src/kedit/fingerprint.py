@@ -83,6 +83,8 @@ def checksum(tensor: Tensor) -> int:
     flat = tensor.detach().contiguous()
     if not flat.numel():
         return 0
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # words begin where the storage does
     rows = flat.shape[0] if flat.ndim > 1 else 1
     data = flat.view(-1).view(torch.uint8).view(rows, -1)
     size = next(size for size in (8, 4, 2, 1) if data.shape[1] % size == 0)

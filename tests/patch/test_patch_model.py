@@ -247,6 +247,8 @@ def test_a_checksum_sees_every_bit_and_every_place(shape, dtype):
     known = checksum(weight)
     assert checksum(weight.clone()) == known
     assert all(checksum(other) != known for other in others)
+    apart = torch.empty(weight.numel() + 3, dtype=dtype)[3:].view(shape).copy_(weight)  # not where its storage begins
+    assert checksum(apart) == known
     assert checksum(weight[:0]) == checksum(torch.empty(0)) == 0
     assert checksum(weight.sum(dtype=torch.float32)) == checksum(weight.sum(dtype=torch.float32).clone())
 
