@@ -22,8 +22,9 @@ from kedit.cli import common
 from kedit.errors import ConfigError, EditError, PatchError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kedit.edit import Edit
     from kedit.guard import Guard
 
 MAX_TEXTS = 100  # more than the guard reads
@@ -65,32 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Edit, report, save."""
-    from kedit.edit import Edit
-    from kedit.processes import here, launched
+    from kedit.processes import here
 
-    single = (args.prompt, args.subject, args.target_new)
-    if (args.edits is None) == all(part is None for part in single) or (args.edits and any(single)):
-        raise EditError("Give either --edits FILE, or --prompt, --subject and --target-new.")
-    if args.edits is None and None in single:
-        raise EditError("A single edit needs --prompt, --subject and --target-new, all three.")
-    edits = Edit.from_jsonl(args.edits) if args.edits else [Edit(*single)]
-    if args.out is None and not args.memory:
-        raise EditError("Give --out FILE, where the patch shall be written.")
-    if args.memory and args.journal:
-        raise ConfigError("--memory tells of edits that are made together. Drop --journal.")
-    if args.out is not None:
-        common.check_writable(args.out)
-    if args.batch_size is not None and not args.journal:
-        raise EditError("--batch-size belongs to a journal. Add --journal DIR.")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise ConfigError(f"--batch-size must be at least 1, not {args.batch_size}.")
-    if args.save_model:
-        common.check_folder(args.save_model, "--save-model")
-    common.choose_editor(args)
-    if args.keys:
-        common.check_writable(args.keys)
-    if args.journal and launched() > 1:
-        raise ConfigError("A journal is kept by one process. Start kedit without a launcher, or drop --journal.")
+    edits = _edits(args)
+    _check(args)
     guard = _guard(args)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)
@@ -120,13 +99,53 @@ def run(args: argparse.Namespace) -> int:
     if args.keys:
         sys.stdout.write(f"keys: {_save_keys(editor, args.keys)}\n")
     if args.save_model:
-        try:
-            model.save_pretrained(args.save_model)
-            tokenizer.save_pretrained(args.save_model)
-        except OSError as error:
-            raise EditError(f"Cannot write the model to {args.save_model}: {error}. The patch is kept.") from error
-        sys.stdout.write(f"model: {args.save_model}\n")
+        _save_model(model, tokenizer, args.save_model)
     return 0
+
+
+def _edits(args: argparse.Namespace) -> list[Edit]:
+    """The edits that the options name."""
+    from kedit.edit import Edit
+
+    single = (args.prompt, args.subject, args.target_new)
+    if (args.edits is None) == all(part is None for part in single) or (args.edits and any(single)):
+        raise EditError("Give either --edits FILE, or --prompt, --subject and --target-new.")
+    if args.edits is None and None in single:
+        raise EditError("A single edit needs --prompt, --subject and --target-new, all three.")
+    return Edit.from_jsonl(args.edits) if args.edits else [Edit(*single)]
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise now, not after the work, where options do not fit together or a file cannot be written."""
+    from kedit.processes import launched
+
+    if args.out is None and not args.memory:
+        raise EditError("Give --out FILE, where the patch shall be written.")
+    if args.memory and args.journal:
+        raise ConfigError("--memory tells of edits that are made together. Drop --journal.")
+    if args.out is not None:
+        common.check_writable(args.out)
+    if args.batch_size is not None and not args.journal:
+        raise EditError("--batch-size belongs to a journal. Add --journal DIR.")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, not {args.batch_size}.")
+    if args.save_model:
+        common.check_folder(args.save_model, "--save-model")
+    common.choose_editor(args)
+    if args.keys:
+        common.check_writable(args.keys)
+    if args.journal and launched() > 1:
+        raise ConfigError("A journal is kept by one process. Start kedit without a launcher, or drop --journal.")
+
+
+def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Write the edited model and its tokenizer."""
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise EditError(f"Cannot write the model to {folder}: {error}. The patch is kept.") from error
+    sys.stdout.write(f"model: {folder}\n")
 
 
 def _load_keys(editor: Any, path: str, journal: str | None) -> None:
