@@ -1,7 +1,5 @@
 """What the tests run, in one process or in several: ``python job.py TASK FOLDER``; prints and writes from the first."""
 
-import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -89,13 +87,6 @@ def run_error(folder):
             return torch.full((now.num_edits,), float("nan") if processes.here().rank == 1 else 0.0)
 
     editor.propose(ALL, regularizer=Breaks())
-
-
-def run_death(folder):
-    """The second process is killed while the first waits for it."""
-    if processes.here().rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run_moments(folder)
 
 
 def main():

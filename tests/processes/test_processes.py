@@ -1,50 +1,17 @@
-"""Two processes on the CPU give what one gives, and notice when the other is gone."""
+"""Two processes on the CPU give what one gives; an error in one is an error in both."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from launching import finish, start
 
 JOB = Path(__file__).with_name("job.py")
-LIMIT = 60.0  # seconds until a dead process must be an error
-
-
-def start(task, folder, size):
-    """Processes of one job; their output goes to files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    found = []
-    for rank in range(size):
-        place = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = os.environ | {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
-        with open(folder / f"log-{rank}", "w") as log:
-            found.append(
-                subprocess.Popen(
-                    [sys.executable, str(JOB), task, str(folder)], env=env, stdout=log, stderr=log, cwd=folder
-                )
-            )
-    return found
-
-
-def finish(started, limit=240.0):
-    """Exit codes."""
-    try:
-        return [process.wait(limit) for process in started]
-    finally:
-        for process in started:
-            process.kill()
 
 
 def run(task, folder, size):
     """What the first process found."""
-    codes = finish(start(task, folder, size))
+    codes = finish(start([JOB, task, folder], folder, size))
     assert codes == [0] * size, "\n".join((folder / f"log-{rank}").read_text() for rank in range(size))
     return torch.load(folder / "found.pt")
 
@@ -101,22 +68,9 @@ def test_a_shared_run_is_finished_by_one_process(both, tmp_path):
 
 
 def test_an_error_in_one_process_is_raised_in_all(tmp_path):
-    assert finish(start("error", tmp_path, 2)) == [1, 1]
+    assert finish(start([JOB, "error", tmp_path], tmp_path, 2)) == [1, 1]
     for rank in range(2):
         assert "NonFiniteError" in (tmp_path / f"log-{rank}").read_text()
-
-
-def test_a_killed_process_is_an_error_within_a_minute(tmp_path):
-    started = start("death", tmp_path, 2)
-    try:
-        assert started[1].wait(240) == -9
-        since = time.monotonic()
-        assert started[0].wait(LIMIT) == 1
-        assert time.monotonic() - since < LIMIT
-    finally:
-        finish(started)
-    assert "ProcessError: Another of the 2 processes of this job is gone" in (tmp_path / "log-0").read_text()
-    assert not (tmp_path / "found.pt").exists()
 
 
 def test_alone_nothing_is_shared(monkeypatch):
