@@ -38,7 +38,7 @@ def loaded(folder):
 @pytest.fixture
 def base(tmp_path):
     """A sharded checkpoint and a patch for it."""
-    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32)
+    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32, shard="200KB")
     return tmp_path / "base", patch_for(subject, {1: 2})
 
 

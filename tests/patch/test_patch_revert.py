@@ -35,7 +35,7 @@ def named(subject, ranks, editor, seed=0):
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_base_in_another_dtype_is_refused_even_when_forced(tmp_path, dtype, force):
-    subject = save_checkpoint(tmp_path / "base")
+    subject = save_checkpoint(tmp_path / "base", shard="200KB")
     patch = patch_for(subject, {1: 2})
     apply_to_checkpoint(tmp_path / "base", [patch], tmp_path / "edited")
     subject.to(dtype).save_pretrained(tmp_path / "other", max_shard_size="30KB")
@@ -46,7 +46,7 @@ def test_a_base_in_another_dtype_is_refused_even_when_forced(tmp_path, dtype, fo
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_bytes_that_do_not_fit_their_place_are_never_written(tmp_path, dtype):
-    save_checkpoint(tmp_path / "base", dtype=torch.float32)
+    save_checkpoint(tmp_path / "base", dtype=torch.float32, shard="200KB")
     source = Checkpoint.open(tmp_path / "base")
     key = "model.layers.1.mlp.down_proj.weight"
     wrong = {key: lambda: source.read(key).to(dtype)}
@@ -71,7 +71,7 @@ def in_runs(folder, runs):
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("runs", [(1, 1), (2, 1), (1, 2, 1)], ids=str)
 def test_patches_of_several_runs_on_a_16_bit_checkpoint_are_taken_away(tmp_path, runs, recorded):
-    before = bytes_of(save_checkpoint(tmp_path / "base"))
+    before = bytes_of(save_checkpoint(tmp_path / "base", shard="200KB"))
     patches, last = in_runs(tmp_path, runs)
     apply_to_checkpoint(tmp_path / "base", patches, tmp_path / "once", force=True)
     assert bytes_of(loaded(tmp_path / "once")) != bytes_of(loaded(last))  # rounded once, and once per run
@@ -86,7 +86,7 @@ def test_patches_of_several_runs_on_a_16_bit_checkpoint_are_taken_away(tmp_path,
 
 
 def test_other_changes_are_told_from_rounding(tmp_path):
-    save_checkpoint(tmp_path / "base")
+    save_checkpoint(tmp_path / "base", shard="200KB")
     patches, last = in_runs(tmp_path, (1, 1, 1))
     with pytest.raises(PatchMismatchError, match="carries other changes too"):
         revert_checkpoint(last, tmp_path / "base", patches[:2], tmp_path / "back")
@@ -95,7 +95,7 @@ def test_other_changes_are_told_from_rounding(tmp_path):
 
 
 def test_the_record_of_patches_that_stay_stays(tmp_path):
-    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32)
+    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32, shard="200KB")
     one, two = named(subject, {1: 2}, "one"), named(subject, {2: 1, 3: 1}, "two", 5)
     apply_to_checkpoint(tmp_path / "base", [one, two], tmp_path / "both")
     revert_checkpoint(tmp_path / "both", tmp_path / "base", [one], tmp_path / "second")
@@ -112,7 +112,7 @@ def test_the_record_of_patches_that_stay_stays(tmp_path):
 
 
 def test_the_record_of_the_base_stays_too(tmp_path):
-    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32)
+    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32, shard="200KB")
     one = named(subject, {1: 2, 2: 1}, "one")
     apply_to_checkpoint(tmp_path / "base", [one], tmp_path / "first")
     two = named(loaded(tmp_path / "first"), {1: 1}, "two", 7)
@@ -126,7 +126,7 @@ def test_the_record_of_the_base_stays_too(tmp_path):
 
 @pytest.mark.parametrize("content", ["[", "[]", "{}", '{"patches": {}}', '{"patches": [1]}', '{"patches": [{}]}'])
 def test_records_that_are_none_are_refused(tmp_path, content):
-    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32)
+    subject = save_checkpoint(tmp_path / "base", dtype=torch.float32, shard="200KB")
     (tmp_path / "base" / RECORD).write_text(content)
     with pytest.raises(PatchError, match=RECORD):
         apply_to_checkpoint(tmp_path / "base", [patch_for(subject, {1: 1})], tmp_path / "out")

@@ -58,7 +58,7 @@ class Checkpoint:
                 )
             if raw is None and not single.is_file():
                 raise PatchError(
-                    f"{folder} holds neither {INDEX} nor {SINGLE}. kedit edits safetensors checkpoints; convert others "
+                    f"{str(folder)!r} holds neither {INDEX} nor {SINGLE}. kedit edits safetensors checkpoints; convert others "
                     "with save_pretrained."
                 )
         if raw is None:
