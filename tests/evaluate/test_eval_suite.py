@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kedit.data.world import embedded_world, world_cases
 from models import tiny_model, tokenizer
@@ -114,6 +115,33 @@ def test_the_partner_at_equal_dns_is_the_nearest_within_its_interval(quality, ch
     bench, ran = bench_of(quality, outcome)
     assert bench.equal_dns("rome") == expected
     assert ("all", 30.0) not in ran
+
+
+def test_a_run_is_taken_up_only_where_all_that_it_depends_on_is_the_same(quality, tmp_path, monkeypatch):
+    from test_eval_runner import make, make_cases
+
+    model, tok, editor = make()
+    monkeypatch.setattr(quality.kedit, "evaluate", lambda *args, out, **extent: out.name)
+    bench = object.__new__(quality.Bench)
+    vars(bench).update(model=model, tokenizer=tok, runs=tmp_path, weights="a")
+
+    def place(cases=2, regularizer=None, **extent):
+        return bench.run(editor, regularizer, make_cases(cases), **extent)
+
+    names = [place(), place(3), place(regularizer="sadr"), place(mode="batch"), place(generate=3)]
+    bench.weights = "b"
+    names.append(place())
+    bench.weights = "a"
+    monkeypatch.setattr(quality, "versions", lambda: {"kedit": "0.0"})
+    names.append(place())
+    monkeypatch.undo()
+    monkeypatch.setattr(quality.kedit, "evaluate", lambda *args, out, **extent: out.name)
+    assert place() == names[0]
+    editor.moments = {1: torch.eye(112)}
+    names.append(place())
+    editor._contexts = ("{}",)
+    names.append(place())
+    assert len(set(names)) == len(names)
 
 
 def test_the_large_runs_take_all_the_edits_that_there_are(quality):
