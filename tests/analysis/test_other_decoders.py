@@ -11,7 +11,7 @@ from kedit.analysis.patched import EDITED, RESTORE
 from kedit.analysis.patching import patch_activations
 from kedit.arch import ModelArch
 from kedit.capture import capture_attention
-from kedit.errors import ConfigError
+from kedit.errors import CaptureError, ConfigError
 from kedit.evaluation.decode import continue_rows
 from kedit.evaluation.scoring import prompts_per_pass
 from made import made
@@ -49,6 +49,26 @@ def test_its_attention_is_found_and_read(model):
     q, k, _ = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in seen["out"].chunk(3, -1))
     rows = functional.softmax(q[:, :, 3:] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1)
     torch.testing.assert_close(capture.rows[1], rows)
+
+
+def test_heads_that_cannot_be_told_apart_are_an_error():
+    odd = made()
+
+    def folded(looker):
+        def forward(x, seen):
+            q, k, v = (
+                part.unflatten(-1, (4, -1)).transpose(1, 2).flatten(0, 1) for part in looker.look(x).chunk(3, -1)
+            )
+            rows = (q @ k.mT).masked_fill(~seen[:, 0], -torch.inf).softmax(-1)
+            return looker.tell((rows @ v).unflatten(0, (len(x), -1)).transpose(1, 2).flatten(2))
+
+        return forward
+
+    for stage in odd.stages:
+        stage.looker.forward = folded(stage.looker)
+    with pytest.raises(CaptureError, match="Looker has prompts and heads in one axis and no num_heads"):
+        with capture_attention(odd, torch.tensor([[3]])):
+            odd(torch.tensor([[5, 9, 2, 7]]))
 
 
 def test_edits_are_evaluated_guarded_and_restrained_by_sadr(model):

@@ -121,6 +121,17 @@ def _overheard(module: nn.Module, original: Callable[..., Any]) -> Callable[...,
     return forward
 
 
+def _num_heads(module: nn.Module) -> int:
+    """How many heads a module whose scores hold prompts and heads in one axis has."""
+    found = getattr(module, "num_heads", None)
+    if not isinstance(found, int):
+        raise CaptureError(
+            f"{type(module).__name__} has prompts and heads in one axis and no num_heads, so its heads cannot be told apart. "
+            "Edit without a regularizer that reads attention."
+        )
+    return found
+
+
 class _Overhear(TorchFunctionMode):
     """Records the rows of the first softmax or SDPA call, and puts others in their place where that is wanted."""
 
@@ -157,14 +168,14 @@ class _Overhear(TorchFunctionMode):
         """The softmax's output with the substituted rows."""
         split = weights
         if weights.dim() == 3:  # prompts and heads in one axis
-            split = weights.view(-1, int(self.module.num_heads), *weights.shape[1:])  # type: ignore[arg-type]
+            split = weights.view(-1, _num_heads(self.module), *weights.shape[1:])
         changed: Tensor = self.substitution.weights(self.module, split).view_as(weights)
         return changed
 
     def _from_scores(self, scores: Tensor) -> None:
         batch = self.capture.positions.shape[0]
         if scores.dim() == 3:  # prompts and heads in one axis
-            scores = scores.view(-1, int(self.module.num_heads), *scores.shape[1:])  # type: ignore[arg-type]
+            scores = scores.view(-1, _num_heads(self.module), *scores.shape[1:])
         if scores.shape[0] != batch:
             raise CaptureError(
                 f"positions has {batch} rows but the forward pass has a batch of {scores.shape[0]}. "
