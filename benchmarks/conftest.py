@@ -8,6 +8,11 @@ import torch
 HERE = Path(__file__).parent
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process: the suite's runs build on one another, and times must not be taken beside other work."""
+    return 0
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kedit quality suite")
     group.addoption("--model", help="folder or hub name (default: the embedded model)")
