@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kedit import locate
 from kedit.arch import ModelArch, Site, Weight
-from kedit.delta import Delta, LowRankDelta, check_finite
-from kedit.errors import KEditWarning, UnsupportedError
+from kedit.delta import Delta, DenseDelta, LowRankDelta, check_finite
+from kedit.errors import ConfigError, KEditWarning, UnsupportedError
 from kedit.ledger import Ledger
 from kedit.moments import SecondMoments
 from kedit.optimise import Values
@@ -138,13 +138,23 @@ def spread(
             share = method.share(config, layer) * _gain(arch, site, layer)
             weights = arch.weights(layer)
             insertion = Insertion(layer, keys, (residual / share).to(keys.device), weights, moments)
-            solution = method.solve(insertion, config).to(arch.device(layer), arch.work_dtype)
-            found = insertion.split(solution)
+            solution = check_solution(method, method.solve(insertion, config))
+            found = insertion.split(solution.to(arch.device(layer), arch.work_dtype))
             deltas |= {name: check_finite(name, delta) for name, delta in found.items()}
             if layer != layers[-1]:
                 keep([arch.weight_of(name) for name in found])
                 overwrite(arch, found)
     return deltas
+
+
+def check_solution(method: Method, solution: object) -> Delta:
+    """What a closed form returned, or :class:`ConfigError` where it is no update."""
+    if isinstance(solution, LowRankDelta | DenseDelta):
+        return solution
+    raise ConfigError(
+        f"{type(method).__name__}.solve() must return a kedit.delta.LowRankDelta or DenseDelta, not "
+        f"{type(solution).__name__}."
+    )
 
 
 def _gain(arch: ModelArch, site: Site, layer: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from kedit.edit import Edit
 from kedit.optimise import StepLog
@@ -25,6 +25,7 @@ class Watcher(Protocol):
         ...
 
 
+@runtime_checkable
 class Gate(Protocol):
     """What decides whether an edit is kept; :class:`kedit.Guard` is one."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kedit.errors import ConfigError
 from kedit.registry import Registry
 
 if TYPE_CHECKING:
@@ -27,4 +28,9 @@ EDITORS: Registry[type[Editor]] = Registry(
 
 def editor(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **config: Any) -> Editor:
     """An editor by name; raises :class:`~kedit.errors.UnknownNameError` with the nearest known name."""
-    return EDITORS[name](model, tokenizer, **config)
+    from kedit.editors.base import Editor
+
+    kind: object = EDITORS[name]
+    if not (isinstance(kind, type) and issubclass(kind, Editor)):
+        raise ConfigError(f"The editor {name!r} is {kind!r}, which is no class that derives from kedit.Editor.")
+    return kind(model, tokenizer, **config)

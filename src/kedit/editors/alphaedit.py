@@ -12,9 +12,9 @@ from torch import Tensor
 from kedit import locate
 from kedit.delta import Delta
 from kedit.demand import DOUBLE
-from kedit.editors.base import Settings
 from kedit.editors.config import EditorConfig
 from kedit.editors.memit import MEMIT, mixed_keys
+from kedit.editors.settings import Settings
 from kedit.history import KeyHistory
 from kedit.pipeline import Insertion
 from kedit.request import Request

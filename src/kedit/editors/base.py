@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 import torch
@@ -20,6 +18,7 @@ from kedit.delta import Delta, append, concatenate
 from kedit.demand import DOUBLE, Demand, demand
 from kedit.edit import Edit, as_edits
 from kedit.editors.config import EditorConfig
+from kedit.editors.settings import Settings, adapted, check_fields, check_sites, describe_model, filled
 from kedit.engine import Engine
 from kedit.errors import ConfigError
 from kedit.ledger import Ledger, check_writable
@@ -27,32 +26,16 @@ from kedit.memory import Footprint, HeapTrim
 from kedit.moments import RIDGE, Moment, SecondMoments
 from kedit.optimise import StepLog, Values
 from kedit.patch import EditPatch, fingerprints
-from kedit.pipeline import Insertion, Timer, describe, needs_of, overwrite, spread, warn_of_known
+from kedit.pipeline import Insertion, Timer, describe, overwrite, spread, warn_of_known
 from kedit.processes import here
-from kedit.progress import Progress, logger
+from kedit.progress import Progress
 from kedit.regularizers import Choice, resolve
-from kedit.regularizers.base import Needs, Regularizer
 from kedit.request import Request, encode_edits
 from kedit.result import EditResult, Gate
 from kedit.stats import estimate_moments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What holds for one call: hyper-parameters, regularizers with all their fields, sites, names of edited weights."""
-
-    config: Any
-    regularizers: Sequence[Regularizer]
-    sites: tuple[Site, ...]
-    names: tuple[str, ...]
-
-    @property
-    def needs(self) -> Needs:
-        """What the regularizers want to see."""
-        return needs_of(self.regularizers, self.sites)
 
 
 P = ParamSpec("P")
@@ -92,6 +75,7 @@ class Editor(ABC):
     context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((10, 5),)  # (tokens, how many)
     context_seed: ClassVar[int] = 0
     needs_moments: ClassVar[bool] = True
+    needs_sites: ClassVar[bool] = True  # values are optimised; not where the weights themselves are
 
     def __init__(
         self,
@@ -106,7 +90,11 @@ class Editor(ABC):
         self.arch = ModelArch(model)
         self.model = self.arch.model
         self.tokenizer = tokenizer
-        self._check_names(overrides)
+        if not isinstance(getattr(self, "name", None), str):
+            raise ConfigError(
+                f"{type(self).__name__} has no name: give the class a string of that name, as others have."
+            )
+        check_fields(type(self).__name__, self.Config, overrides)
         if config is not None and not isinstance(config, self.Config):
             raise ConfigError(f"config must be a {type(self).__name__}.Config, not {type(config).__name__}.")
         self._given: dict[str, Any] = {**({} if config is None else dict(vars(config))), **overrides}
@@ -179,6 +167,8 @@ class Editor(ABC):
         """
         chosen = as_edits(edits)
         settings = self._settings(regularizer)
+        if guard is not None and not isinstance(guard, Gate):
+            raise ConfigError(f"guard must be a kedit.Guard, not {guard!r}.")
         for name in settings.names:
             check_writable(self.arch.weight_of(name))
         requests = self._encode(chosen, settings)
@@ -267,7 +257,7 @@ class Editor(ABC):
         requests = self._encode(as_edits(edits), settings)
         self._prepare(Timer())
         wave = self.largest_wave(requests, settings)
-        return demand(self, requests, settings.config.layers, wave, trains=not settings.sites)
+        return demand(self, requests, settings.config.layers, wave, trains=not self.needs_sites)
 
     # What a child may replace
 
@@ -313,9 +303,10 @@ class Editor(ABC):
     def _settings(self, regularizer: Choice) -> Settings:
         found = resolve(regularizer)
         config = self._configure([item.name for item in found])
-        filled = [self._fill(item) for item in found]
+        complete = [filled(self.name, self.arch, item) for item in found]
         names = tuple(weight.name for layer in config.layers for weight in self.arch.weights(layer))
-        return Settings(config, filled, self.sites(config), names)
+        sites = check_sites(type(self).__name__, self.sites(config), optional=not self.needs_sites)
+        return Settings(config, complete, sites, names)
 
     def _prepare(self, timer: Timer) -> None:
         """Get what takes long and depends on the model alone, before anything is written."""
@@ -340,12 +331,7 @@ class Editor(ABC):
 
     def _configure(self, regularizers: Sequence[str]) -> EditorConfig:
         """User > preset of (editor, model, regularizer) > preset of (editor, model) > rule."""
-        changes: dict[str, Any] = {}
-        preset = presets.find(self.name, self.arch)
-        for name in regularizers:
-            found = {} if preset is None else preset.regularized.get(name, {})
-            changes |= {key: value for key, value in found.items() if key != "self"}
-        config = self._preset_config(self.arch, {**changes, **self._given})
+        config = self._preset_config(self.arch, {**adapted(self.name, self.arch, regularizers), **self._given})
         for layer in config.layers:
             self.arch.check_layer(layer)
         return config
@@ -361,28 +347,7 @@ class Editor(ABC):
         """The layers for a model without a preset."""
         return (presets.layer_rule(arch),)
 
-    def _fill(self, regularizer: Regularizer) -> Regularizer:
-        """Fill a regularizer's missing fields from the preset."""
-        preset = presets.find(self.name, self.arch)
-        values = {} if preset is None else preset.regularized.get(regularizer.name, {}).get("self", {})
-        missing = {key: value for key, value in values.items() if getattr(regularizer, key, 0) is None}
-        if missing and dataclasses.is_dataclass(regularizer) and not isinstance(regularizer, type):
-            filled = dataclasses.replace(regularizer, **missing)
-            logger.info("%s: %s from the preset.", filled.name, missing)
-            return filled
-        return regularizer
-
-    def _check_names(self, overrides: Mapping[str, Any]) -> None:
-        known = self.Config.field_names()
-        for name in overrides:
-            if name not in known:
-                raise ConfigError(
-                    f"{type(self).__name__} has no hyper-parameter {name!r}. It has {', '.join(sorted(known))}."
-                )
-
     def _provenance(self, edits: Sequence[Edit], settings: Settings) -> dict[str, Any]:
-        config = self.model.config
-        source = str(getattr(config, "_name_or_path", "") or "")
         return {
             "editor": self.name,
             "config": settings.config.to_dict(),
@@ -391,13 +356,7 @@ class Editor(ABC):
             "contexts": list(self.contexts),
             "budget": self.engine.used,
             "moments": {} if self._moments is None else {str(i): m.figures() for i, m in self._moments.items()},
-            "model": {
-                "name": Path(source).name if Path(source).exists() else source,
-                "type": self.arch.model_type,
-                "num_layers": self.arch.num_layers,
-                "hidden": self.arch.hidden,
-                "dtype": str(self.arch.dtype).removeprefix("torch."),
-            },
+            "model": describe_model(self.model, self.arch),
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -41,7 +41,7 @@ class EditorConfig:
     def __post_init__(self) -> None:
         """Check every field."""
         given: object = self.layers
-        layers = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+        layers = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else (given,)
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ConfigError(f"A layer must be a whole number from 0, not {layer!r}.")

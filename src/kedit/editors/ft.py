@@ -14,8 +14,9 @@ from torch.nn.functional import log_softmax
 from kedit.arch import Site
 from kedit.batch import pad
 from kedit.delta import Delta, DenseDelta, check_finite
-from kedit.editors.base import Editor, Settings
+from kedit.editors.base import Editor
 from kedit.editors.config import EditorConfig
+from kedit.editors.settings import Settings
 from kedit.errors import ConfigError, NonFiniteError, UnsupportedError
 from kedit.ledger import Ledger
 from kedit.memory import Footprint, LivePeak
@@ -35,6 +36,7 @@ class FT(Editor):
 
     name: ClassVar[str] = "ft"
     needs_moments: ClassVar[bool] = False
+    needs_sites: ClassVar[bool] = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
