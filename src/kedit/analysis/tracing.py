@@ -91,7 +91,7 @@ def trace(
         if not chosen:
             raise EditError(
                 f"The model's first choice is another answer in all {len(asked)} facts, so there is nothing to trace. "
-                "Give facts that it knows, or pass known_only=False."
+                "Give facts that it knows (in Python, known_only=False traces them all the same)."
             )
         scale = noise * embedding_deviation(arch, chosen)
         traces = []

@@ -163,9 +163,9 @@ def make_regularizers(args: argparse.Namespace) -> list[Any]:
 
 def choose_editor(args: argparse.Namespace) -> tuple[type[Editor], dict[str, Any]]:
     """The editor's class and hyper-parameters that the options name; asks for no model, so it can be called first."""
-    from kedit.editors import EDITORS
+    from kedit.editors import editor_class
 
-    kind, given = EDITORS[args.editor or EDITOR], overrides(args.set)
+    kind, given = editor_class(args.editor or EDITOR), overrides(args.set)
     known = kind.Config.field_names()
     for name in given:
         if name not in known:

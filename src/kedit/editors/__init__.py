@@ -26,11 +26,21 @@ EDITORS: Registry[type[Editor]] = Registry(
 )
 
 
-def editor(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **config: Any) -> Editor:
-    """An editor by name; raises :class:`~kedit.errors.UnknownNameError` with the nearest known name."""
+def editor_class(name: str) -> type[Editor]:
+    """The class of an editor by name.
+
+    Raises:
+        UnknownNameError: there is none; the nearest known name is given.
+        ConfigError: what is registered under the name is no editor.
+    """
     from kedit.editors.base import Editor
 
     kind: object = EDITORS[name]
     if not (isinstance(kind, type) and issubclass(kind, Editor)):
         raise ConfigError(f"The editor {name!r} is {kind!r}, which is no class that derives from kedit.Editor.")
-    return kind(model, tokenizer, **config)
+    return kind
+
+
+def editor(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **config: Any) -> Editor:
+    """An editor by name; raises as :func:`editor_class`."""
+    return editor_class(name)(model, tokenizer, **config)
