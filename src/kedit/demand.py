@@ -21,8 +21,8 @@ DOUBLE = 8  # bytes of a float64, in which everything is solved
 class Demand:
     """Bytes that one apply holds at its peak, and what stays afterwards.
 
-    Not in it: Python and its libraries, workspace inside a BLAS or LAPACK routine, the forward passes that estimate second
-    moments where there are none yet.
+    Not in it: Python and its libraries, workspace inside a BLAS or LAPACK routine, freed memory that the C library's heap
+    keeps (on the CPU up to about a third more), the forward passes that estimate second moments where there are none yet.
 
     Attributes:
         model: parameters and buffers, as far as they lie in memory.

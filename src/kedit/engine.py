@@ -13,7 +13,7 @@ import torch
 
 from kedit.arch import ModelArch, Site
 from kedit.errors import KEditError
-from kedit.memory import SHARE, Footprint, HeapTrim, UnitCosts, free_memory
+from kedit.memory import SHARE, TRIM_ABOVE, Footprint, HeapTrim, UnitCosts, free_memory
 from kedit.optimise import Objective, Values, optimise
 from kedit.partial import PartialRunner, first_block
 from kedit.processes import here
@@ -97,13 +97,14 @@ class Engine:
         self.used = self.budget
         pending: list[list[int]] | None = None  # not packed yet
         rest = list(order)
+        footprint: Footprint | None = None
         done: list[tuple[list[int], Values]] = []
         with Progress(len(order), "optimising") as progress:
             while rest:
                 numbers = rest[:1]
                 try:
                     if pending is None:
-                        self._fit(sites, requests, rest, needs)
+                        footprint = self._fit(sites, requests, rest, needs)
                         pending = self._waves(requests, rest)
                     numbers = pending[0]
                     runner = self.runner(sites, _wave(requests, numbers), needs)
@@ -119,8 +120,8 @@ class Engine:
                     done.append((numbers, values))
                     rest = [number for wave in pending[1:] for number in wave]
                     pending = pending[1:]
-                    if pending:
-                        HeapTrim.now()
+                    if footprint is not None and footprint.total > TRIM_ABOVE:
+                        HeapTrim.now()  # or the next stage would come on top of what this one no longer needs
                     continue
                 self._halve("Out of memory")
                 self.budget = self.used
@@ -128,8 +129,8 @@ class Engine:
                 pending = None
         return done
 
-    def _fit(self, sites: Sequence[Site], requests: Sequence[Request], order: Sequence[int], needs: Needs) -> None:
-        """Say what the largest wave will hold, and halve the budget until that is a fair share of the free memory."""
+    def _fit(self, sites: Sequence[Site], requests: Sequence[Request], order: Sequence[int], needs: Needs) -> Footprint:
+        """Say what the largest wave will hold and return it; halve the budget until that is a fair share of the free memory."""
         free = free_memory(self.arch.device(sites[0].layer))
         while True:
             waves = self._waves(requests, order)
@@ -140,6 +141,7 @@ class Engine:
             self._halve(f"{footprint} is more than {SHARE:.0%} of the {free / 2**20:,.0f} MiB that are free")
         level = logging.INFO if footprint.total > 1 << 28 else logging.DEBUG
         logger.log(level, "%d edits in %d wave(s); the largest holds %s.", len(requests), len(waves), footprint)
+        return footprint
 
     def largest_footprint(self, sites: Sequence[Site], requests: Sequence[Request], needs: Needs) -> Footprint:
         """What the largest of the waves of ``requests`` will hold in memory."""

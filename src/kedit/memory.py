@@ -157,6 +157,7 @@ def free_memory(device: torch.device) -> int:
     return 1 << 62  # not told: no limit of ours
 
 
+TRIM_ABOVE = 1 << 26  # bytes of a wave's footprint; below, a trim would take longer than it is worth
 TRIM_EVERY = 16  # applies; a trim costs as much as a small apply, mostly in pages that are touched anew
 
 
