@@ -102,11 +102,13 @@ class Row:
         ids: its tokens.
         lookup: position of the subject's last token.
         target: position of the target's first token; ``len(ids)`` without a target.
+        first: position of the subject's first token: a character of several bytes may be several tokens.
     """
 
     ids: tuple[int, ...]
     lookup: int
     target: int
+    first: int
 
     @property
     def prompt_last(self) -> int:
@@ -197,7 +199,7 @@ def _row(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]], spe
             f"One token covers both the subject's end and the target's beginning in {_short(text.string)!r}, so nothing stands "
             "between the fact's key and its value. Put words between them."
         )
-    return Row(tuple(ids[:end]), lookup[-1], target)
+    return Row(tuple(ids[:end]), lookup[-1], target, lookup[0])
 
 
 def _short(text: str, width: int = 60) -> str:

@@ -134,10 +134,7 @@ def _solving(editor: Solver, requests: Sequence[Request], places: Sequence[_Plac
 
 
 def _moment_bytes(editor: Solver, layer: int) -> int:
-    if not editor.needs_moments:
-        return 0
-    matrix = editor.moments[layer].matrix
-    return matrix.numel() * matrix.element_size()
+    return editor.moments[layer].matrix.nbytes if editor.needs_moments else 0
 
 
 def _reading(editor: Solver, requests: Sequence[Request], layer: int) -> int:

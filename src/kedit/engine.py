@@ -73,7 +73,7 @@ class Engine:
             KEditError: a single edit does not fit into memory.
         """
         group = here()
-        order = group.share(sorted(range(len(requests)), key=lambda number: (requests[number].span, number)))
+        order = group.share(_by_span(requests))
 
         def mine() -> list[tuple[list[int], Values]]:
             return self._optimise(sites, requests, order, objective, regularizers, needs) if order else []
@@ -145,9 +145,9 @@ class Engine:
 
     def largest_footprint(self, sites: Sequence[Site], requests: Sequence[Request], needs: Needs) -> Footprint:
         """What the largest of the waves of ``requests`` will hold in memory."""
-        order = sorted(range(len(requests)), key=lambda number: (requests[number].span, number))
         self.used = self.budget
-        return self.footprint(sites, _wave(requests, _largest(requests, self._waves(requests, order))), needs)
+        waves = self._waves(requests, _by_span(requests))
+        return self.footprint(sites, _wave(requests, _largest(requests, waves)), needs)
 
     def footprint(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Footprint:
         """What ``wave`` will hold in memory at its peak, beside the model."""
@@ -243,6 +243,11 @@ def _alike(requests: Sequence[Request], order: Sequence[int], fixed: int) -> lis
         found.append([number for group in groups[start:end] for number in group])
         end = start
     return found[::-1]
+
+
+def _by_span(requests: Sequence[Request]) -> list[int]:
+    """The edits' numbers, those of similar length side by side."""
+    return sorted(range(len(requests)), key=lambda number: (requests[number].span, number))
 
 
 def _largest(requests: Sequence[Request], waves: Sequence[list[int]]) -> list[int]:

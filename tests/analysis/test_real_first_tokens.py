@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoTokenizer
 
 import kedit
-from kedit.analysis.facts import first_tokens
 from kedit.batch import Text, encode, rewrite_texts
 from kedit.data import load_cases
 from kedit.evaluation.scoring import pair_text
@@ -26,7 +25,8 @@ def test_the_first_token_holds_the_first_byte_of_the_subject(test_data, folder, 
     """Checked by decoding: the tokens before it are the text before the subject, those up to it are more."""
     tokenizer = loaded(test_data / folder)
     texts = [Text.fill(prompt, subject) for subject in SUBJECTS]
-    for text, row, first in zip(texts, encode(tokenizer, texts), first_tokens(tokenizer, texts), strict=True):
+    for text, row in zip(texts, encode(tokenizer, texts), strict=True):
+        first = row.first
         before = text.string[: text.subject[0]].strip()
         ids = [token for token in row.ids if token not in tokenizer.all_special_ids]
         own = first - (len(row.ids) - len(ids))
@@ -41,7 +41,7 @@ def test_a_character_of_several_tokens_begins_with_the_first_of_them(test_data):
     ids = [tokenizer(text.string)["input_ids"] for text in texts]
     assert [tokenizer.decode(row[:3]) for row in ids] == ["The capital of"] * 2
     assert tokenizer.convert_ids_to_tokens(ids[0][3:5]) == ["ĠÅ", "ģ"]  # the two bytes of Ł
-    assert first_tokens(tokenizer, texts) == [3, 3]
+    assert [row.first for row in encode(tokenizer, texts)] == [3, 3]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -56,7 +56,7 @@ class Bigram:
 
 
 def row(ids, target):
-    return Row(tuple(ids), 0, target)
+    return Row(tuple(ids), 0, target, 0)
 
 
 def test_likelihoods_by_hand():

@@ -29,8 +29,7 @@ class Fact:
         prompt: the text before the answer.
         subject: the subject's text.
         answer: the answer's text.
-        row: prompt and answer as tokens; ``row.lookup`` is the subject's last token.
-        first: the subject's first token.
+        row: prompt and answer as tokens; ``row.first`` and ``row.lookup`` are the subject's first and last token.
         tokens: the prompt's tokens as text.
     """
 
@@ -38,7 +37,6 @@ class Fact:
     subject: str
     answer: str
     row: Row
-    first: int
     tokens: tuple[str, ...]
 
     @property
@@ -63,35 +61,14 @@ def as_facts(
     edits = _edits(facts)
     texts = [Text.fill(edit.prompt, edit.subject, edit.target_true) for edit in edits]
     rows = encode(tokenizer, texts, limit=context_limit(arch.model))
-    firsts = first_tokens(tokenizer, texts)
     unknown = [i for i, edit in enumerate(edits) if edit.target_true is None]
     for i, token in zip(unknown, next_tokens(arch, [rows[i].ids for i in unknown]), strict=True):
         rows[i] = replace(rows[i], ids=(*rows[i].ids, token))
     found = []
-    for edit, row, first in zip(edits, rows, firsts, strict=True):
+    for edit, row in zip(edits, rows, strict=True):
         tokens = tuple(str(tokenizer.decode([token])) for token in row.ids[: row.target])
         answer = edit.target_true or str(tokenizer.decode(list(row.labels))).strip()
-        found.append(Fact(edit.text, edit.subject, answer, row, first, tokens))
-    return found
-
-
-def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> list[int]:
-    """The position of each subject's first token: the first that covers a character of it.
-
-    A character of several bytes may be several tokens, which all cover it.
-    """
-    encoded = tokenizer(
-        [text.string for text in texts],
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    found = []
-    for text, offsets, special in zip(texts, encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True):
-        start, stop = text.subject
-        covers = (not own and low < stop and high > start for (low, high), own in zip(offsets, special, strict=True))
-        found.append(list(covers).index(True))  # encode has found one
+        found.append(Fact(edit.text, edit.subject, answer, row, tokens))
     return found
 
 

@@ -110,7 +110,7 @@ def embedding_deviation(arch: ModelArch, facts: Sequence[Fact]) -> float:
 
     What counts is what the embedding puts out, where the noise is added: Gemma scales its table by √H there.
     """
-    ids = [token for fact in facts for token in fact.row.ids[fact.first : fact.row.lookup + 1]]
+    ids = [token for fact in facts for token in fact.row.ids[fact.row.first : fact.row.lookup + 1]]
     embed: Any = arch.model.get_input_embeddings()
     with torch.no_grad():  # run, not read: the module may scale its rows, or keep them on another device
         return float(embed(torch.tensor([ids], device=arch.input_device)).double().std(correction=0))
@@ -120,13 +120,13 @@ def draw_noise(arch: ModelArch, fact: Fact, samples: int, scale: float, seed: in
     """Noise [S, subject tokens, H] in the work dtype; the same for all facts with as many subject tokens."""
     generator = torch.Generator().manual_seed(seed)
     table: Any = arch.model.get_input_embeddings()
-    shape = (samples, fact.row.lookup + 1 - fact.first, int(table.weight.shape[1]))
+    shape = (samples, fact.row.lookup + 1 - fact.row.first, int(table.weight.shape[1]))
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(arch.work_dtype)
 
 
 def restorations(fact: Fact, kinds: Sequence[str], num_layers: int) -> list[Restoration]:
     """Everything that is restored in a fact: kinds × tokens from the subject on × blocks."""
-    tokens, layers = range(fact.first, fact.num_prompt), range(num_layers)
+    tokens, layers = range(fact.row.first, fact.num_prompt), range(num_layers)
     return [Restoration(kind, token, layer) for kind in kinds for token in tokens for layer in layers]
 
 
@@ -145,15 +145,15 @@ def _trace_fact(arch: ModelArch, fact: Fact, kinds: Sequence[str], width: int, n
     effects = {}
     for i, kind in enumerate(kinds):
         effect = np.zeros((fact.num_prompt, arch.num_layers))
-        count = (fact.num_prompt - fact.first) * arch.num_layers
-        effect[fact.first :] = (means[1 + i * count : 1 + (i + 1) * count] - means[0]).reshape(-1, arch.num_layers)
+        count = (fact.num_prompt - fact.row.first) * arch.num_layers
+        effect[fact.row.first :] = (means[1 + i * count : 1 + (i + 1) * count] - means[0]).reshape(-1, arch.num_layers)
         effects[kind] = effect
     return FactTrace(
         fact.prompt,
         fact.subject,
         fact.answer,
         fact.tokens,
-        (fact.first, fact.row.lookup),
+        (fact.row.first, fact.row.lookup),
         clean,
         float(means[0]),
         effects,
@@ -176,7 +176,7 @@ def _run(
 
     def corrupt(embedded: Tensor) -> Tensor:
         changed = embedded.clone()
-        changed[1:, fact.first : fact.row.lookup + 1] += noise.to(embedded.device, embedded.dtype)
+        changed[1:, fact.row.first : fact.row.lookup + 1] += noise.to(embedded.device, embedded.dtype)
         return changed
 
     ids = torch.tensor([fact.fed]).expand(1 + len(todo), -1)

@@ -104,6 +104,14 @@ def check_folder(path: str, option: str) -> None:
         ) from error
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise now, not after the work, where ``--out`` or ``--figures`` cannot be written."""
+    if args.out:
+        check_writable(args.out)
+    if args.figures:
+        check_folder(args.figures, "--figures")
+
+
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that the options name."""
     import torch

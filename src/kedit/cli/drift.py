@@ -43,10 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Edit, compare, print."""
     from kedit.analysis.drifting import drift
 
-    if args.out:
-        common.check_writable(args.out)
-    if args.figures:
-        common.check_folder(args.figures, "--figures")
+    common.check_outputs(args)
     if args.patch and (args.editor or args.regularizer or args.set or args.moments_corpus):
         raise ConfigError(
             "--patch is written already. Drop it, or --editor, --regularizer, --set and --moments-corpus."

@@ -50,10 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Trace, print, propose."""
     from kedit.analysis.tracing import trace
 
-    if args.out:
-        common.check_writable(args.out)
-    if args.figures:
-        common.check_folder(args.figures, "--figures")
+    common.check_outputs(args)
     facts = _facts(args)
     model, tokenizer = common.load_model(args)
     result = trace(
