@@ -10,7 +10,8 @@ from torch import nn
 
 from kedit import locate, routing
 from kedit.arch import ModelArch
-from kedit.memory import Footprint, LivePeak
+from kedit.footprint import Footprint
+from kedit.memory import LivePeak
 from kedit.moments import SecondMoments
 from kedit.request import Request
 

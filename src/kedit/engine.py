@@ -13,7 +13,8 @@ import torch
 
 from kedit.arch import ModelArch, Site
 from kedit.errors import KEditError
-from kedit.memory import SHARE, TRIM_ABOVE, Footprint, HeapTrim, UnitCosts, free_memory
+from kedit.footprint import Footprint, UnitCosts
+from kedit.memory import SHARE, TRIM_ABOVE, HeapTrim, free_memory
 from kedit.optimise import Objective, Values, optimise
 from kedit.partial import PartialRunner, first_block
 from kedit.processes import here
@@ -80,7 +81,7 @@ class Engine:
 
         if group.size == 1:
             return _in_order(mine())
-        device = self.arch.device(sites[0].layer)
+        device = self.arch.input_device
         shares = group.attempt(lambda: [(numbers, values.to("cpu")) for numbers, values in mine()])
         return _in_order([wave for share in shares for wave in share]).to(device)
 
@@ -131,7 +132,8 @@ class Engine:
 
     def _fit(self, sites: Sequence[Site], requests: Sequence[Request], order: Sequence[int], needs: Needs) -> Footprint:
         """Say what the largest wave will hold and return it; halve the budget until that is a fair share of the free memory."""
-        free = free_memory(self.arch.device(sites[0].layer))
+        # Of a model on several devices, the fullest one decides: how a wave spreads over them is not known.
+        free = min(map(free_memory, self.arch.devices))
         while True:
             waves = self._waves(requests, order)
             largest = _largest(requests, waves)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kedit.arch import Experts, ModelArch
 from kedit.errors import ConfigError, KEditWarning, NonFiniteError, SingularMomentError
+from kedit.memory import roomy
 from kedit.solve import cholesky, whiten
 
 RIDGE = 1e-4
@@ -82,9 +83,12 @@ class SecondMoments(Mapping[int, Moment]):
     def __len__(self) -> int:
         return len(self._moments)
 
-    def factor(self, layer: int) -> Tensor:
-        """Lower Cholesky factor of C, [I, I] float64; raises ``SingularMomentError`` where there is none."""
-        return self._factor(layer, 0)
+    def factor(self, layer: int, device: torch.device | None = None) -> Tensor:
+        """Lower Cholesky factor of C, [I, I] float64; raises ``SingularMomentError`` where there is none.
+
+        It is computed and kept on ``device`` if that has room for it, otherwise (and by default) where C is.
+        """
+        return self._factor(layer, 0, device)
 
     def whiten(self, layer: int, keys: Tensor) -> Tensor:
         """C⁻¹ k for each key, [n, I] float64; of a mixture expert by expert, [n, N · I].
@@ -92,15 +96,20 @@ class SecondMoments(Mapping[int, Moment]):
         Raises:
             SingularMomentError: C, or that of an expert that some key uses, is not positive definite.
         """
-        return self.each_expert(layer, keys, lambda expert, part: whiten(self._factor(layer, expert), part))
+        return self.each_expert(
+            layer, keys, lambda expert, part: whiten(self._factor(layer, expert, part.device), part)
+        )
 
     def each_expert(self, layer: int, keys: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Apply ``function`` (number, keys [n, I]) to every expert's part of keys [n, N · I]; unused parts stay 0."""
+        """Apply ``function`` (number, keys [n, I]) to every expert's part of keys [n, N · I]; unused parts stay 0.
+
+        The result is where the keys are.
+        """
         width = self.matrices(layer).shape[-1]
         parts = list(keys.to(torch.float64).split(width, dim=1))
         for expert, part in enumerate(parts):
             if len(parts) == 1 or bool(part.any()):
-                parts[expert] = function(expert, part)
+                parts[expert] = function(expert, part).to(keys.device)
         return torch.cat(parts, 1)
 
     def matrices(self, layer: int) -> Tensor:
@@ -112,10 +121,16 @@ class SecondMoments(Mapping[int, Moment]):
         matrix = self._moments[layer].matrix
         return matrix if matrix.ndim == 3 else matrix[None]
 
-    def _factor(self, layer: int, expert: int) -> Tensor:
+    def matrix(self, layer: int, expert: int, device: torch.device | None) -> Tensor:
+        """C [I, I] on ``device``, if that has room to decompose it; otherwise (and by default) where it is."""
+        found = self.matrices(layer)[expert]
+        copies = 3 * found.numel() * torch.float64.itemsize  # itself, the result and what the decomposition needs
+        return found if device is None else found.to(roomy(device, found.device, copies))
+
+    def _factor(self, layer: int, expert: int, device: torch.device | None) -> Tensor:
         key = (layer, expert)
         if key not in self._factors:
-            self._factors[key] = cholesky(self.matrices(layer)[expert], layer)
+            self._factors[key] = cholesky(self.matrix(layer, expert, device), layer)
         return self._factors[key]
 
     @classmethod

@@ -124,8 +124,7 @@ class _State:
     """δ of all edits, and which of them are still at work."""
 
     def __init__(self, runner: Runner, names: Sequence[int], dtype: torch.dtype | None) -> None:
-        arch, num_edits = runner.arch, runner.wave.num_edits
-        device = arch.device(runner.sites[0].layer)
+        arch, num_edits, device = runner.arch, runner.wave.num_edits, runner.device
         shape = (num_edits, len(runner.sites), arch.hidden)
         self.runner = runner
         self.names = names
@@ -155,9 +154,9 @@ class _State:
         """The objective's terms, one value per active edit each."""
         dtype, device = self.delta.dtype, self.delta.device
         if step == 0:
-            self._initial = reading.initial.to(device, dtype)
+            self._initial = reading.initial.to(dtype)
         delta = self.delta[self.active]
-        nll, subject = self._read(reading.logits.to(device), count_misses=step == 0 or objective.settle)
+        nll, subject = self._read(reading.logits, count_misses=step == 0 or objective.settle)
         if step == 0:
             self._subject_log_probs = subject.detach()
         assert self._subject_log_probs is not None

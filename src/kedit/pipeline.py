@@ -59,7 +59,7 @@ class Insertion:
         if len(self.weights) > 1:
             return ridge_whitened(keys.to(torch.float64), self.whiten(keys), self.residual, weight)
         matrix = self.moments[self.layer].matrix
-        return ridge(keys, self.residual, matrix, weight, lambda: self.moments.factor(self.layer))
+        return ridge(keys, self.residual, matrix, weight, lambda: self.moments.factor(self.layer, keys.device))
 
     def split(self, delta: Delta) -> dict[str, Delta]:
         """A solution [O, I] as updates by name: of a mixture, one for every expert that it changes."""

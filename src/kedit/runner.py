@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -205,6 +205,16 @@ class Layout:
     context: Tensor
     bare: Tensor
     roles: dict[Role, Tensor]
+    _moved: dict[torch.device, Layout] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Layout:
+        """The same for a module on another device; the inputs and the roles stay."""
+        if device == self.lookup.device:
+            return self
+        if device not in self._moved:
+            names = ("keep", "lookup", "last", "column", "edit", "context", "bare")
+            self._moved[device] = replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return self._moved[device]
 
     @classmethod
     def of(
@@ -241,6 +251,8 @@ class Layout:
 
 class Runner:
     """Whole prompts through the whole model at every step: the plain way, which every model supports.
+
+    Of a model that lies on several devices, everything read is brought to the one that its input goes to (``device``).
 
     Use: ``with runner.installed(): reading = runner.run(delta)``, as often as wanted.
     """
@@ -314,10 +326,7 @@ class Runner:
         if self._capture is not None:
             self._capture.positions = layout.last[:, None]
             self._capture.columns = layout.column if self.needs.keys else None
-        if self.arch.keeps_logits:
-            logits = self.arch.model(**layout.inputs, logits_to_keep=layout.keep).logits
-        else:
-            logits = self.arch.model(**layout.inputs).logits[layout.keep]
+        logits = self.arch.logits(layout.keep, **layout.inputs)
         attention, keys = self._captured()
         last = logits[self.reads.last] if self.needs.logits else None
         rows = Rows(
@@ -325,7 +334,7 @@ class Runner:
             context=layout.context,
             subject=layout.column,
             attention=attention,
-            hidden=dict(self._hidden),
+            hidden={layer: hidden.to(self.device) for layer, hidden in self._hidden.items()},
             keys=keys,
             logits=last,
         )
@@ -340,7 +349,8 @@ class Runner:
         """Attention rows [P, A, Tk] and the subject's keys [P, A / G, D] of the last pass, by block."""
         if self._capture is None:
             return {}, {}
-        rows = {layer: rows[:, :, 0] for layer, rows in self._capture.rows.items() if layer in self.needs.attention}
+        found = self._capture.rows.items()
+        rows = {layer: rows[:, :, 0].to(self.device) for layer, rows in found if layer in self.needs.attention}
         keys = self._capture.keys
         missing = [layer for layer in self._layers(self.needs.keys) if layer not in keys]
         if missing:
@@ -348,7 +358,7 @@ class Runner:
                 f"The attention keys of {self.arch.model_type} cannot be read (blocks {missing}): its attention calls no "
                 "function that is handed them. Use a regularizer that needs none."
             )
-        return rows, {layer: keys[layer] for layer in self._layers(self.needs.keys)}
+        return rows, {layer: keys[layer].to(self.device) for layer in self._layers(self.needs.keys)}
 
     def _initial_values(self) -> Tensor:
         """v₀ [E, S, H] of the edits at work, as the last pass saw it."""
@@ -359,13 +369,13 @@ class Runner:
 
     def _inject(self, number: int, site: Site, output: Tensor) -> Tensor:
         assert self._delta is not None
-        layout = self._layout
+        layout = self._layout.on(output.device)
         tokens = by_prompt(output, len(layout.lookup))
         where = (torch.arange(len(layout.lookup), device=output.device), layout.lookup)
         self._initial[site] = tokens[layout.bare, layout.lookup[layout.bare]].detach()
-        added = self._delta[layout.edit, number].to(output.device, output.dtype)
+        added = self._delta[self._layout.edit, number].to(output.device, output.dtype)
         return tokens.index_put(where, added, accumulate=True).view_as(output)
 
     def _read_hidden(self, layer: int, output: Tensor) -> None:
-        layout = self._layout
+        layout = self._layout.on(output.device)
         self._hidden[layer] = output[torch.arange(len(layout.last), device=output.device), layout.last]

@@ -46,6 +46,9 @@ class Bigram:
         self.calls = []
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
 
+    def logits(self, keep, **inputs):
+        return self(**inputs, logits_to_keep=keep).logits
+
     def get_output_embeddings(self):
         return SimpleNamespace(weight=self.P)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kedit.arch.experts import Experts
 from kedit.arch.lookup import bare, part, weight_of
@@ -16,6 +16,7 @@ from kedit.arch.placement import device_of, unwrap
 from kedit.arch.table import ARCHITECTURES, ArchSpec
 from kedit.arch.weight import Weight
 from kedit.errors import ArchitectureError, ConfigError, UnsupportedError
+from kedit.hooks import on_input
 from kedit.progress import logger
 
 if TYPE_CHECKING:
@@ -163,6 +164,28 @@ class ModelArch:
     def input_device(self) -> torch.device:
         """Device that token ids go to."""
         return device_of(self.model.get_input_embeddings())
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Devices that the model computes on, the input's first."""
+        return tuple(dict.fromkeys([self.input_device, *map(self.device, range(self.num_layers))]))
+
+    def logits(self, keep: Tensor, **inputs: Any) -> Tensor:
+        """Run the model and give the logits [N, V] at the places marked in ``keep`` [P, T] (bool), prompt by prompt.
+
+        Where the model can, the head runs at these places only. ``inputs``, ``keep`` and what is returned are on the input's
+        device.
+        """
+        device = self.input_device
+        if not self.keeps_logits:
+            whole: Tensor = self.model(**inputs).logits
+            return whole[keep.to(whole.device)].to(device)
+        if len(set(getattr(self.model, "hf_device_map", {}).values())) < 2:
+            found: Tensor = self.model(**inputs, logits_to_keep=keep).logits
+        else:  # the model would mark its last hidden states with a tensor that is on another device
+            with on_input(self.head, lambda hidden: hidden[keep.to(hidden.device)]):
+                found = self.model(**inputs).logits
+        return found.to(device)
 
     def weight(self, layer: int) -> Weight:
         """The editable weight of a block: its down-projection's, with its stored layout.

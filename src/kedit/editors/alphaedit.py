@@ -65,12 +65,15 @@ class AlphaEdit(MEMIT):
         self._used: dict[tuple[int, float, bool, int], Tensor] = {}
         self._past: dict[tuple[int, float, bool], tuple[list[Tensor], Past]] = {}
 
-    def used_directions(self, layer: int, config: Any, expert: int = 0) -> Tensor:
-        """The directions of ordinary keys, which are not written: [I, d] float64; computed once per layer and expert."""
+    def used_directions(self, layer: int, config: Any, expert: int = 0, device: torch.device | None = None) -> Tensor:
+        """The directions of ordinary keys, which are not written: [I, d] float64; computed once per layer and expert.
+
+        On ``device`` if that has room for it, otherwise (and by default) where the second moment is.
+        """
         self._forget_other_moments()
         key = (layer, config.threshold, config.relative, expert)
         if key not in self._used:
-            matrix = self.moments.matrices(layer)[expert]
+            matrix = self.moments.matrix(layer, expert, device)
             self._used[key] = null_space(matrix, config.threshold, relative=config.relative)
         return self._used[key]
 
@@ -98,7 +101,7 @@ class AlphaEdit(MEMIT):
         """P k for each key [n, I] (of a mixture, expert by expert), float64."""
 
         def project(expert: int, part: Tensor) -> Tensor:
-            return projected(self.used_directions(layer, config, expert).to(part.device), part)
+            return projected(self.used_directions(layer, config, expert, part.device), part)
 
         return self.moments.each_expert(layer, keys, project)
 

@@ -21,8 +21,9 @@ from kedit.editors.config import EditorConfig
 from kedit.editors.settings import Settings, adapted, check_fields, check_sites, describe_model, filled
 from kedit.engine import Engine
 from kedit.errors import ConfigError
+from kedit.footprint import Footprint
 from kedit.ledger import Ledger, check_writable
-from kedit.memory import Footprint, HeapTrim
+from kedit.memory import HeapTrim
 from kedit.moments import RIDGE, Moment, SecondMoments
 from kedit.optimise import StepLog, Values
 from kedit.patch import EditPatch, fingerprints

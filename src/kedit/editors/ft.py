@@ -18,8 +18,9 @@ from kedit.editors.base import Editor
 from kedit.editors.config import EditorConfig
 from kedit.editors.settings import Settings
 from kedit.errors import ConfigError, NonFiniteError, UnsupportedError
+from kedit.footprint import Footprint
 from kedit.ledger import Ledger
-from kedit.memory import Footprint, LivePeak
+from kedit.memory import LivePeak
 from kedit.optimise import StepLog
 from kedit.pipeline import Insertion, Timer
 from kedit.regularizers import Choice

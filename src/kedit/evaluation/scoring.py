@@ -146,11 +146,7 @@ def last_logits(arch: ModelArch, ids: Tensor, mask: Tensor, keep: Tensor) -> Ten
     """Logits [N, V] at the marked places of a right-padded batch, row by row."""
     device = arch.input_device
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-    if not arch.keeps_logits:
-        whole: Tensor = arch.model(**inputs).logits
-        return whole[keep.to(whole.device)]
-    logits: Tensor = arch.model(**inputs, logits_to_keep=keep.to(device)).logits
-    return logits.reshape(-1, logits.shape[-1])
+    return arch.logits(keep.to(device), **inputs)
 
 
 def _read(logits: Tensor, number: Tensor, labels: Tensor) -> tuple[list[float], list[int]]:

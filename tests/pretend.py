@@ -1,0 +1,195 @@
+"""Devices that a machine does not have: tensors that say ``cuda:0`` or ``cuda:1`` and are computed in main memory.
+
+What breaks on a GPU and not on a CPU is mostly a tensor that stays behind: an operation gets one input from the device and
+one from the CPU, or inputs from two devices. Here such an operation raises what torch raises, while every value is computed
+as on the CPU, so an edit on pretended devices must end in the very same bits as the edit of the same model on the CPU.
+
+Not pretended: kernels of Triton, streams, the size of a device's memory (it is plenty) and how it rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import accelerate
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from kedit.arch import ModelArch
+
+CPU = torch.device("cpu")
+DEVICES = 2
+MOVES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from"}
+INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+
+
+class Away(torch.Tensor):
+    """A tensor on a pretended device."""
+
+    @staticmethod
+    def __new__(cls, plain: torch.Tensor, where: torch.device) -> Away:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            plain.size(),
+            strides=plain.stride(),
+            storage_offset=plain.storage_offset(),
+            dtype=plain.dtype,
+            layout=plain.layout,
+            # For what torch decides in C++; what reads past the dispatcher finds no values there.
+            device=torch.device("meta", where.index),
+        )
+
+    def __init__(self, plain: torch.Tensor, where: torch.device) -> None:
+        self.plain, self.where = plain.detach(), where
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def device(self) -> torch.device:
+        return self.where
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+    @property
+    def is_meta(self) -> bool:
+        return False
+
+    def tolist(self) -> Any:
+        return self.plain.tolist()
+
+    def data_ptr(self) -> int:
+        return self.plain.data_ptr()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if force:
+            return self.plain.numpy(force=True)
+        raise TypeError(f"can't convert {self.where} device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def __repr__(self) -> str:
+        return f"Away({self.plain}, {self.where})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return compute(func, args, kwargs or {})
+
+
+def place(tensor: torch.Tensor) -> torch.device:
+    return tensor.where if isinstance(tensor, Away) else CPU
+
+
+def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation in main memory, refuse mixed devices, and let its result say where it would be."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    kwargs = dict(kwargs)
+    asked = kwargs.get("device")
+    if asked is not None:
+        asked = torch.device(asked)
+        if asked.type == "cuda" or (asked.type == "meta" and asked.index is not None):
+            asked = torch.device("cuda", asked.index or 0)
+            kwargs["device"] = CPU
+    name = func._schema.name
+    if name in MOVES:
+        where = place(args[0])
+    else:
+        # An index may come from the CPU, and so may a number in the form of a tensor.
+        count = [t for t in tensors if t.dim() or t is tensors[0]]
+        if name in INDEXED and place(args[0]) != CPU:
+            count = [
+                t for t in count if place(t) != CPU or not any(t is index for index in args[1] if index is not None)
+            ]
+        places = {place(tensor) for tensor in count}
+        if len(places) == 2 and CPU in places and tensors and not tensors[0].dim() and place(tensors[0]) == CPU:
+            places.discard(CPU)
+        if len(places) > 1:
+            listed = " and ".join(sorted(map(str, places)))
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found {listed} in {name}!")
+        where = next(iter(places), CPU)
+    if asked is not None:
+        where = asked
+    given = {id(t.plain): t for t in tensors if isinstance(t, Away)}
+    args, kwargs = tree_map(plain, args), tree_map(plain, kwargs)
+    if name == "aten::histc" and not args[0].is_floating_point():  # a CPU counts no whole numbers
+        result = func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+    else:
+        result = func(*args, **kwargs)
+
+    def wrap(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) in given:
+            wrapper = given[id(leaf)]
+            if wrapper.shape != leaf.shape:
+                raise NotImplementedError(f"{name} changes a tensor's shape in place")
+            return wrapper
+        return leaf if where.type != "cuda" else Away(leaf, where)
+
+    return tree_map(wrap, result)
+
+
+def plain(leaf: Any) -> Any:
+    return leaf.plain if isinstance(leaf, Away) else leaf
+
+
+class Devices(TorchDispatchMode):
+    """Makes what is asked of a pretended device there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return compute(func, args, kwargs or {})
+
+
+@contextlib.contextmanager
+def devices() -> Iterator[None]:
+    """As if two GPUs were there."""
+    free = 1 << 34
+    fakes = {
+        "_lazy_init": lambda: None,
+        "mem_get_info": lambda device=None: (free, free),
+        "memory_reserved": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
+        "device_count": lambda: DEVICES,
+        "is_available": lambda: True,
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_name": lambda device=None: "pretended",
+    }
+    patches = [mock.patch.object(torch.cuda, name, fake) for name, fake in fakes.items()]
+    swap = torch.__future__.get_overwrite_module_params_on_conversion()
+    with contextlib.ExitStack() as stack:
+        patches.append(mock.patch("kedit.capture.dispatch._obstacle", return_value="the device is pretended"))
+        for patch in patches:
+            stack.enter_context(patch)
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes them on the CPU and moves them
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, swap)
+        stack.enter_context(Devices())
+        yield
+
+
+def home(module: nn.Module) -> nn.Module:
+    """Bring a module back, for comparing."""
+    return module.to("cpu")
+
+
+def spread(model: Any, first: int = 1) -> Any:
+    """The model over both devices, as ``device_map="auto"`` lays it: ``first`` blocks and what comes before, then the rest."""
+    arch = ModelArch(model)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    later = [arch.spec.final_norm] + [arch.spec.head] * (not tied)
+    place: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if name.startswith(f"{arch.spec.blocks}."):
+            number = name.removeprefix(f"{arch.spec.blocks}.")
+            if number.isdigit():
+                place[name] = f"cuda:{int(int(number) >= first)}"
+        elif not list(module.children()):
+            place[name] = f"cuda:{int(name in later)}"
+    for name, where in place.items():
+        model.get_submodule(name).to(where)
+    return accelerate.dispatch_model(model, place, main_device="cuda:0", force_hooks=True)
