@@ -16,7 +16,6 @@ from unittest import mock
 
 import accelerate
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -24,8 +23,9 @@ from kedit.arch import ModelArch
 
 CPU = torch.device("cpu")
 DEVICES = 2
-MOVES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from"}
+MOVES = {"aten::_to_copy", "aten::copy_"}
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+TAKES_NUMBERS = {"aten::masked_fill", "aten::masked_fill_", "aten::index_put", "aten::index_put_"}
 
 
 class Away(torch.Tensor):
@@ -87,35 +87,15 @@ def place(tensor: torch.Tensor) -> torch.device:
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation in main memory, refuse mixed devices, and let its result say where it would be."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    kwargs = dict(kwargs)
-    asked = kwargs.get("device")
-    if asked is not None:
-        asked = torch.device(asked)
-        if asked.type == "cuda" or (asked.type == "meta" and asked.index is not None):
-            asked = torch.device("cuda", asked.index or 0)
-            kwargs["device"] = CPU
-    name = func._schema.name
-    if name in MOVES:
-        where = place(args[0])
-    else:
-        # An index may come from the CPU, and so may a number in the form of a tensor.
-        count = [t for t in tensors if t.dim() or t is tensors[0]]
-        if name in INDEXED and place(args[0]) != CPU:
-            count = [
-                t for t in count if place(t) != CPU or not any(t is index for index in args[1] if index is not None)
-            ]
-        places = {place(tensor) for tensor in count}
-        if len(places) == 2 and CPU in places and tensors and not tensors[0].dim() and place(tensors[0]) == CPU:
-            places.discard(CPU)
-        if len(places) > 1:
-            listed = " and ".join(sorted(map(str, places)))
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found {listed} in {name}!")
-        where = next(iter(places), CPU)
-    if asked is not None:
-        where = asked
-    given = {id(t.plain): t for t in tensors if isinstance(t, Away)}
+    where = meeting_place(func, args, tensors)
+    if (asked := kwargs.get("device")) is not None:
+        where = torch.device(asked)
+        if where.type == "cuda" or (where.type == "meta" and where.index is not None):  # the latter: chosen in C++
+            where = torch.device("cuda", where.index or 0)
+            kwargs = {**kwargs, "device": CPU}
+    wrappers = {id(t.plain): t for t in tensors if isinstance(t, Away)}
     args, kwargs = tree_map(plain, args), tree_map(plain, kwargs)
-    if name == "aten::histc" and not args[0].is_floating_point():  # a CPU counts no whole numbers
+    if func is torch.ops.aten.histc.default and not args[0].is_floating_point():  # a CPU counts no whole numbers
         result = func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
     else:
         result = func(*args, **kwargs)
@@ -123,14 +103,30 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def wrap(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        if id(leaf) in given:
-            wrapper = given[id(leaf)]
-            if wrapper.shape != leaf.shape:
-                raise NotImplementedError(f"{name} changes a tensor's shape in place")
-            return wrapper
-        return leaf if where.type != "cuda" else Away(leaf, where)
+        if id(leaf) in wrappers:  # written in place
+            assert wrappers[id(leaf)].shape == leaf.shape, f"{func} changes a tensor's shape in place"
+            return wrappers[id(leaf)]
+        return Away(leaf, where) if where.type == "cuda" else leaf
 
     return tree_map(wrap, result)
+
+
+def meeting_place(func: Any, args: Any, tensors: list[torch.Tensor]) -> torch.device:
+    """The one device of an operation's tensors, by torch's rules."""
+    name = func._schema.name
+    if name in MOVES:
+        return place(args[0])
+    here = tensors
+    if torch.Tag.pointwise in func.tags or name in TAKES_NUMBERS:  # a number may come as a tensor on the CPU
+        kept = tensors[0] if name.endswith("_") else None
+        here = [t for t in here if t.dim() or place(t) != CPU or t is kept]
+    if name in INDEXED and place(args[0]) != CPU:  # indices may come from the CPU
+        here = [t for t in here if place(t) != CPU or all(t is not index for index in args[1])]
+    places = {place(tensor) for tensor in here}
+    if len(places) > 1:
+        listed = " and ".join(sorted(map(str, places)))
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {listed} in {name}!")
+    return next(iter(places), CPU)
 
 
 def plain(leaf: Any) -> Any:
@@ -170,11 +166,6 @@ def devices() -> Iterator[None]:
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, swap)
         stack.enter_context(Devices())
         yield
-
-
-def home(module: nn.Module) -> nn.Module:
-    """Bring a module back, for comparing."""
-    return module.to("cpu")
 
 
 def spread(model: Any, first: int = 1) -> Any:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kedit.placement import stored
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -54,10 +56,11 @@ def has_fingerprint(tensor: Tensor, expected: str | None) -> bool:
 def model_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of what a model computes with, as ``"sha256:..."``: its configuration, parameters and stored buffers.
 
-    Of the configuration, everything counts but where the model came from and what it is asked to return.
+    Of the configuration, everything counts but where the model came from and what it is asked to return. Where the model
+    lies does not count; of offloaded weights, what accelerate keeps is read.
     """
     digest = hashlib.sha256(json.dumps(_computing(model.config.to_dict()), sort_keys=True, default=repr).encode())
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+    for name, tensor in stored(model).items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         _update(digest, tensor)
     return f"sha256:{digest.hexdigest()}"

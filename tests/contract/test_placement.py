@@ -12,10 +12,11 @@ from torch import nn
 
 import kedit
 from kedit.arch import ModelArch
+from kedit.fingerprint import model_fingerprint
 from kedit.ledger import Ledger
 from models import CONTEXTS, tiny_model, tokenizer
 
-from .common import ADA, FRENCH, LAYER, bare_output, digest, make, zoo_model
+from .common import ADA, EDITS, FRENCH, LAYER, bare_output, digest, make, zoo_model
 
 SADR = kedit.SADR(gamma=0.3)
 
@@ -91,6 +92,39 @@ def test_an_offloaded_model_is_edited_as_it_would_be_on_the_device(model_type, n
     assert not torch.allclose(after, before, atol=1e-3)
     result.revert()
     assert torch.equal(away(ids).logits, before)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])  # GPT-2's head is tied
+def test_an_offloaded_models_fingerprint_is_that_of_the_model_and_sees_every_weight(model_type, where, tmp_path):
+    model, other = tiny_model(model_type), tiny_model(model_type)
+    with torch.no_grad():
+        next(weight for name, weight in other.named_parameters() if "norm" in name or "ln_" in name)[3] += 1e-3
+    known = [model_fingerprint(model), model_fingerprint(other)]
+    assert known[0] != known[1]
+    away = [offload(model, where, tmp_path / "a"), offload(other, where, tmp_path / "b")]
+    assert [model_fingerprint(each) for each in away] == known
+    with pytest.raises(kedit.errors.ArchitectureError, match="is on the meta device and holds no numbers"):
+        model_fingerprint(tiny_model(model_type).to("meta"))
+
+
+def test_second_moments_and_runs_of_an_offloaded_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
+    texts = ["The capital of France is Paris, and the capital of Italy is Rome."] * 8
+    plain, away = tiny_model("llama"), offload(tiny_model("llama"), "disk", tmp_path / "weights")
+    found = [kedit.second_moments(model, tokenizer(), layers=[LAYER], corpus=texts) for model in (away, plain)]
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1, "the same weights: read from the cache"
+    assert torch.equal(found[0][LAYER].matrix, found[1][LAYER].matrix)
+    results = [
+        make("rome", model, moments=moments).apply(FRENCH) for model, moments in zip((away, plain), found, strict=True)
+    ]
+    wanted, got = ([*result.patch.deltas.values()][0].dense for result in results[::-1])
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    Ledger.of(away).revert_all()
+    run = kedit.run_journal(tmp_path / "run", make("rome", away), EDITS)
+    assert len(run.patches) == len(EDITS)
+    Ledger.of(away).revert_all()
+    assert kedit.run_journal(tmp_path / "run", make("rome", away), EDITS).resumed == len(EDITS)
 
 
 def test_what_offloading_rules_out_is_refused(tmp_path):

@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     "text",
     "shapes",
+    "placement",
     "fingerprint",
     "progress",
     "processes",

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit.arch.placement import device_of
 from kedit.arch.structure import PLACE, Block, Call, chain, others, probe, put, refused, width_of
 from kedit.arch.table import ArchSpec
 from kedit.errors import ArchitectureError
+from kedit.placement import device_of
 
 _LINEAR = 1e-3  # how far from a multiple of the change the answer may be
 

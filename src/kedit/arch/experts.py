@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit.arch.placement import offloaded
 from kedit.arch.weight import Weight
 from kedit.errors import ArchitectureError, UnsupportedError
+from kedit.placement import offloaded
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from kedit.arch.experts import Experts
-from kedit.arch.placement import offloaded
 from kedit.arch.weight import Weight
 from kedit.errors import ArchitectureError
+from kedit.placement import offloaded
 
 _NAME = re.compile(r"(?P<path>.*?)\.?(?P<leaf>[^.\[\]]*)(\[(?P<index>[0-9]+)\])?", re.ASCII)
 

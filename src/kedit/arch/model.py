@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from kedit.arch.experts import Experts
 from kedit.arch.lookup import bare, part, weight_of
-from kedit.arch.placement import device_of, unwrap
 from kedit.arch.table import ARCHITECTURES, ArchSpec
 from kedit.arch.weight import Weight
 from kedit.errors import ArchitectureError, ConfigError, UnsupportedError
 from kedit.hooks import on_input
+from kedit.placement import device_of, unwrap
 from kedit.progress import logger
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit.arch.placement import device_of
 from kedit.arch.table import ARCHITECTURES
 from kedit.errors import ArchitectureError
+from kedit.placement import device_of
 
 TOKENS = 6
 PLACE = 2  # the token whose values are changed

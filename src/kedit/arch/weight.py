@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kedit.arch.placement import Offloaded
+from kedit.placement import Offloaded
 
 
 @dataclass(frozen=True)

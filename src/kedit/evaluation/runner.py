@@ -8,18 +8,19 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
+from kedit.arch import unwrap
 from kedit.editors.base import Editor
 from kedit.errors import ConfigError
 from kedit.evaluation.cases import EditCase, drop_edited
 from kedit.evaluation.environment import describe_model, environment
 from kedit.evaluation.examine import Examiner, Extent, check_whole
-from kedit.evaluation.identity import describe_editor, describe_weights, digest, versions
+from kedit.evaluation.identity import describe_editor, digest, versions
 from kedit.evaluation.joint import JointEdit
 from kedit.evaluation.journal import Journal
 from kedit.evaluation.metrics import Running
 from kedit.evaluation.scores import CaseRecord, CaseScore
 from kedit.evaluation.single import SingleEdits
-from kedit.fingerprint import tensor_fingerprint
+from kedit.fingerprint import model_fingerprint, tensor_fingerprint
 from kedit.patch import EditPatch
 from kedit.pipeline import describe
 from kedit.processes import here
@@ -75,7 +76,7 @@ class Run:
         return {
             "versions": versions(),
             "cases": digest([case.to_dict() for case in self.cases]),
-            "model": describe_weights(self.model),
+            "model": model_fingerprint(unwrap(self.model)),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             **editor,
             **self.settings,

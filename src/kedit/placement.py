@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit.errors import ArchitectureError
+
 
 def unwrap(model: Any) -> Any:
     """The model inside the wrappers of ``torch.compile`` and PEFT; adapters stay where they are and act as before."""
@@ -57,6 +59,27 @@ def offloaded(module: nn.Module, leaf: str) -> Offloaded | None:
             key, store = f"{store.prefix}{key}", store.dataset
         return Offloaded(store, key, torch.device(hook.execution_device))
     return None
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """Every stored tensor of a model by name, sorted, wherever accelerate keeps it.
+
+    Raises:
+        ArchitectureError: a tensor is on the meta device and kept nowhere.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if tensor.is_meta:
+            path, _, leaf = name.rpartition(".")
+            away = offloaded(model.get_submodule(path), leaf)
+            if away is None:
+                raise ArchitectureError(
+                    f"{name} is on the meta device and holds no numbers. Load the model's weights, or let accelerate offload "
+                    "them (device_map)."
+                )
+            tensor = away.read()
+        found[name] = tensor
+    return found
 
 
 def device_of(module: nn.Module, leaf: str = "weight") -> torch.device:

@@ -1,0 +1,189 @@
+"""Models on a device and on several: pretended ones (:mod:`pretend`), where a tensor that stays behind is an error."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kedit
+import zoo
+from kedit.analysis.patching import patch_activations
+from kedit.arch import ModelArch
+from kedit.data.world import embedded_world, world_cases
+from kedit.fingerprint import model_fingerprint
+from kedit.ledger import Ledger
+from kedit.regularizers.keynorm import KeyNorm
+from kedit.runner import Layout
+from models import tiny_model, tokenizer
+from pretend import Away, devices, spread
+
+from .common import ADA, EDITS, FRENCH, LAYER, make
+from .test_model_types import EDITORS, editor_of, model_of
+
+QUICK = ("gpt2", "llama", "mixtral")  # with a tied head, grouped queries, experts
+FAR = 5e-4  # FT's Adam takes steps of one size however small a gradient is, so its rounding shows
+NEAR = 5e-6
+
+
+def cells():
+    """Every type with every editor; with ROME for all of them, with the others for some unless slow tests run."""
+    for name in zoo.EDITABLE:
+        for editor in EDITORS:
+            quick = name in QUICK or (editor == "rome" and name != "bloom")
+            yield pytest.param(name, editor, marks=[pytest.mark.slow] * (not quick))
+
+
+def edited(model, name):
+    editor = editor_of(name, model)
+    edits = [FRENCH, ADA] if editor.joint else [FRENCH]
+    return editor, editor.apply(edits, None if name == "ft" else kedit.SADR(gamma=0.3))
+
+
+def apart(found, wanted):
+    """The largest difference of two results' updates, relative to the largest entry."""
+    assert found.patch.deltas.keys() == wanted.patch.deltas.keys()
+    pairs = [(found.patch.deltas[key].dense.cpu(), delta.dense) for key, delta in wanted.patch.deltas.items()]
+    return max(float((got - known).abs().max() / known.abs().max()) for got, known in pairs)
+
+
+@pytest.mark.parametrize(("model_type", "name"), list(cells()))
+def test_every_editor_on_one_device_and_on_two(model_type, name):
+    plain = model_of(model_type)
+    with sdpa_kernel(SDPBackend.MATH):  # what a pretended device has
+        _, wanted = edited(plain, name)
+    for model, bound in ((model_of(model_type), 0.0), (model_of(model_type), FAR if name == "ft" else NEAR)):
+        before = model_fingerprint(model)
+        with devices():
+            placed = spread(model) if bound else model.to("cuda:0")
+            editor, found = edited(placed, name)
+            homes = {layer: ModelArch(placed).device(layer) for layer in range(2)}
+            assert {str(home) for home in homes.values()} == ({"cuda:0", "cuda:1"} if bound else {"cuda:0"})
+            for key, delta in found.patch.deltas.items():
+                layer = next(i for i in homes if f".{i}." in key)
+                assert {tensor.device for tensor in delta.tensors().values()} == {homes[layer]}
+            assert name == "ft" or all(editor.engine._verdicts.values()), "the partial way passes its check"
+            assert apart(found, wanted) <= bound
+            assert found.patch.fingerprints == wanted.patch.fingerprints
+            found.revert()
+            assert model_fingerprint(placed) == before
+
+
+@pytest.mark.parametrize("first", [0, 9])  # all blocks on the second device; all on the first, the last norm apart
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt-normalised"])
+def test_wherever_a_model_is_cut(model_type, first):
+    _, wanted = edited(model_of(model_type), "memit")
+    with devices():
+        placed = spread(model_of(model_type), first)
+        assert apart(edited(placed, "memit")[1], wanted) <= NEAR
+
+
+@pytest.mark.parametrize("regularizer", [kedit.SADR(gamma=0.3), KeyNorm(gamma=0.3)], ids=lambda each: each.name)
+def test_the_plain_way_and_every_regularizer_on_two_devices(regularizer):
+    wanted = make("memit", tiny_model("llama")).apply(EDITS, regularizer)
+    with devices():
+        editor = make("memit", spread(tiny_model("llama"), 2))
+        editor.engine.mode = "plain"
+        assert apart(editor.apply(EDITS, regularizer), wanted) <= NEAR
+
+
+def test_what_follows_an_edit_on_two_devices(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
+    texts = ["The capital of France is Paris, and the capital of Italy is Rome."] * 8
+    plain = tiny_model("llama")
+    known = kedit.second_moments(plain, tokenizer(), layers=[LAYER], corpus=texts)
+    options = {"threshold": 0.5, "l2": 1e-2}
+    wanted = [make("alphaedit", plain, moments=known, **options)]
+    wanted += [wanted[0].apply(edit) for edit in EDITS]
+    with devices():
+        model = spread(tiny_model("llama"), LAYER)
+        found = kedit.second_moments(model, tokenizer(), layers=[LAYER], corpus=texts, cache=False)
+        torch.testing.assert_close(found[LAYER].matrix.cpu(), known[LAYER].matrix)
+        editor = make("alphaedit", model, moments=known, **options)
+        results = [editor.apply(edit) for edit in EDITS]  # with the keys of the earlier ones
+        assert apart(results[-1], wanted[-1]) <= 1e-4
+        patch = kedit.EditPatch.merge([result.patch for result in results])
+        loaded = kedit.EditPatch.load(patch.save(tmp_path / "edits.safetensors"))
+        Ledger.of(model).revert_all()
+        ids = torch.tensor([[5, 17, 90, 3, 44]])
+        loaded.apply(model)
+        written = model(ids.to("cuda:0")).logits.cpu()
+        torch.testing.assert_close(written, plain(ids).logits, atol=1e-4, rtol=1e-4)
+        loaded.revert(model)
+        with loaded.attach(model):
+            torch.testing.assert_close(model(ids.to("cuda:0")).logits.cpu(), written, atol=1e-5, rtol=1e-5)
+        limits = kedit.Guard(**dict.fromkeys(kedit.Guard.limits()) | {"kl": 1e3})
+        run = kedit.run_journal(tmp_path / "run", make("rome", model), EDITS, guard=limits)
+        assert len(run.patches) == len(EDITS)
+
+
+def test_an_edit_is_judged_and_looked_into_on_two_devices():
+    model, tok = kedit.load()
+    cases = world_cases(embedded_world(), "test", 1)
+
+    def look(model):
+        editor = kedit.ROME(model, tok, contexts=["{}"], steps=4)
+        sadr = kedit.SADR(gamma=2.0)
+        report = kedit.evaluate(model, tok, cases, editor, sadr, generate=4, attention=True, texts=("Ada is here.",))
+        patch = editor.propose(cases[0].edit, sadr)[0]
+        drift = kedit.drift(model, tok, cases[:1], patch)
+        patched = patch_activations(model, tok, cases[0], patch)
+        traced = kedit.trace(model, tok, cases[0], samples=1, known_only=False)
+        return report, drift, patched, traced
+
+    wanted = look(model)
+    with devices():
+        found = look(spread(copy.deepcopy(model), 2))
+    assert [record.failure for record in found[0].records] == [None]
+    for got, known in zip(found[0].records, wanted[0].records, strict=True):
+        for probe, other in zip(got.after.probes, known.after.probes, strict=True):
+            assert probe.text == other.text
+            assert [answer and answer.nll for answer in (probe.right, probe.wrong)] == [
+                answer and pytest.approx(answer.nll, abs=1e-3) for answer in (other.right, other.wrong)
+            ]
+    assert found[1].probes[0].kl == pytest.approx(wanted[1].probes[0].kl, abs=1e-3)
+    assert found[2].probabilities == pytest.approx(wanted[2].probabilities, abs=1e-3)
+    for kind, effects in wanted[3].facts[0].effects.items():
+        assert found[3].facts[0].effects[kind] == pytest.approx(effects, abs=1e-3)
+
+
+def test_closed_forms_are_solved_on_the_layers_device_if_it_has_room():
+    for room, place in ((1 << 34, "cuda:0"), (1 << 10, "cpu")):
+        with devices():
+            editor = make("alphaedit", tiny_model("gpt2").to("cuda:0"), threshold=0.5, l2=1e-2)
+            with mock.patch("kedit.memory.free_memory", return_value=room):
+                used = editor.used_directions(LAYER, editor.config, 0, torch.device("cuda:0"))
+                factor = editor.moments.factor(LAYER, torch.device("cuda:0"))
+                assert editor._projected(LAYER, factor[:3], editor.config).device == factor.device
+            assert str(used.device) == str(factor.device) == place
+
+
+# The devices themselves
+
+
+def test_a_pretended_device_refuses_what_a_real_one_refuses():
+    with devices():
+        here, there, away = torch.ones(3), torch.ones(3, device="cuda:0"), torch.ones(3).to("cuda:1")
+        for left, right in ((here, there), (there, away)):
+            for operation in (torch.add, torch.dot, lambda a, b: torch.cat([a, b]), lambda a, b: a.add_(b)):
+                with pytest.raises(RuntimeError, match="same device"):
+                    operation(left, right)
+        with pytest.raises(RuntimeError, match="same device"):
+            there[torch.tensor([1], device="cuda:1")]
+        with pytest.raises(TypeError, match="can't convert cuda:0"):
+            there.numpy()
+        assert there[torch.tensor([1])].device == (there * torch.tensor(2.0)).device == there.device
+        view = there.view(3, 1)[1:]
+        view += 4
+        weight = away.clone().requires_grad_(True)
+        (weight * 3).to("cuda:0").sum().backward()
+        assert isinstance(weight.grad, Away)
+        assert (there.tolist(), weight.grad.tolist(), str(weight.grad.device)) == ([1, 5, 5], [3, 3, 3], "cuda:1")
+        assert float(there.sum()) == 11
+
+
+def test_a_tensor_left_behind_is_found():
+    with devices(), mock.patch.object(Layout, "on", lambda self, device: self):
+        with pytest.raises(RuntimeError, match="found cuda:0 and cuda:1"):
+            make("rome", spread(tiny_model("llama"))).apply(FRENCH)
