@@ -140,9 +140,20 @@ class Devices(TorchDispatchMode):
         return compute(func, args, kwargs or {})
 
 
+def launch(function: Any, grid: tuple[int, int], *args: Any, device: torch.device, **constants: Any) -> None:
+    """Launch an interpreted kernel as on a GPU: whatever it is handed has to be there."""
+    assert device.type == "cuda"
+    assert {place(each) for each in args if isinstance(each, torch.Tensor)} == {device}
+    function[grid](*map(plain, args), num_warps=4, num_stages=2, **constants)
+
+
 @contextlib.contextmanager
-def devices() -> Iterator[None]:
-    """As if two GPUs were there."""
+def devices(*, kernels: bool = False) -> Iterator[None]:
+    """As if two GPUs were there.
+
+    Args:
+        kernels: attention rows come from the Triton kernels, which must be interpreted (TRITON_INTERPRET=1).
+    """
     free = 1 << 34
     fakes = {
         "_lazy_init": lambda: None,
@@ -155,9 +166,12 @@ def devices() -> Iterator[None]:
         "get_device_name": lambda device=None: "pretended",
     }
     patches = [mock.patch.object(torch.cuda, name, fake) for name, fake in fakes.items()]
+    if kernels:
+        patches.append(mock.patch("kedit.capture.triton_rows._launch", launch))
+    else:
+        patches.append(mock.patch("kedit.capture.dispatch._obstacle", return_value="the device is pretended"))
     swap = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
-        patches.append(mock.patch("kedit.capture.dispatch._obstacle", return_value="the device is pretended"))
         for patch in patches:
             stack.enter_context(patch)
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())

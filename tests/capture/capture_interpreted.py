@@ -12,9 +12,12 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 MODELS = ("gpt2", "llama", "mistral-window", "gemma2-softcap", "gpt_oss-sinks", "gptj")
+EDITED = ("gpt2", "llama", "gemma2-softcap")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -22,7 +25,11 @@ from capture_cases import CASES, Case, build, errors, passes  # noqa: E402
 from capture_faults import FAULTS  # noqa: E402
 from capture_zoo import eager_rows, eager_twin, inputs, make  # noqa: E402
 
+import kedit  # noqa: E402
+import pretend  # noqa: E402
+from kedit.arch import ModelArch  # noqa: E402
 from kedit.capture import capture_attention, kernel, triton_rows  # noqa: E402
+from models import tokenizer  # noqa: E402
 
 
 def checked(case: Case) -> dict[str, object]:
@@ -83,12 +90,41 @@ def through_model(name: str) -> float:
     return max(worst, ((grad - want_grad).abs().max() / want_grad.abs().max()).item())
 
 
+def through_an_edit(name: str) -> tuple[float, int]:
+    """An edit with SADR on two pretended devices: its update's error against the CPU's, and how often kernels ran."""
+    edit = kedit.Edit("The mother tongue of {} is", "Danielle Darrieux", "English")
+    found, launches = [], 0
+
+    def updates(model: Any) -> list[torch.Tensor]:
+        options = {"layers": 1, "steps": 3, "stop_loss": 0.0, "lr": 0.5, "weight_decay": 0.5, "clamp": 4.0}
+        moments = {1: torch.eye(ModelArch(model).memory_width(1))}
+        editor = kedit.ROME(model, tokenizer("bos"), **options, contexts=["{}", "So. {}"], moments=moments)
+        [result] = editor.propose(edit, kedit.SADR(gamma=0.3))
+        return [delta.dense.cpu() for delta in result.deltas.values()]
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        nonlocal launches
+        launches += 1
+        pretend.launch(*args, **kwargs)
+
+    for away in (False, True):
+        model = make(name, vocab_size=len(tokenizer("bos")))
+        if away:
+            with pretend.devices(kernels=True), mock.patch.object(triton_rows, "_launch", counted):
+                found.append(updates(pretend.spread(model, 2)))
+        else:
+            found.append(updates(model))
+    apart = max((a - b).abs().max() / b.abs().max() for a, b in zip(*found, strict=True))
+    return float(apart), launches
+
+
 def main() -> dict[str, object]:
     torch.set_num_threads(1)
     np.seterr(all="ignore")  # some faults overflow
     return {
         "cases": {str(case): checked(case) for case in CASES},
         "models": {name: through_model(name) for name in MODELS},
+        "edits": {name: through_an_edit(name) for name in EDITED},
         "accumulates": accumulates(),
         "caught": {name: not with_change(fault.old, fault.new, fault.case) for name, fault in FAULTS.items()},
         "control": {str(case): with_change("KH", "KH", case) for case in {fault.case for fault in FAULTS.values()}},

@@ -23,6 +23,7 @@ INTERPRET = "capture_interpreted.py"
 COMPILE = "capture_aot.py"
 HERE = Path(__file__).parent
 MODELS = ("gpt2", "llama", "mistral-window", "gemma2-softcap", "gpt_oss-sinks", "gptj")
+EDITED = ("gpt2", "llama", "gemma2-softcap")
 ARCHS = (80, 90, 100)
 KERNELS = ("rows_fwd_kernel", "rows_bwd_dq_kernel", "rows_bwd_dk_kernel")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -258,6 +259,14 @@ def test_interpreted_kernel_adds_to_gradients_in_place(workers: Callable[[str], 
 @pytest.mark.parametrize("name", MODELS)
 def test_interpreted_kernel_through_a_model(workers: Callable[[str], Any], name: str) -> None:
     assert workers(INTERPRET)["models"][name] <= 2e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("name", EDITED)
+def test_an_edit_through_interpreted_kernels_on_pretended_devices(workers: Callable[[str], Any], name: str) -> None:
+    apart, launches = workers(INTERPRET)["edits"][name]
+    assert launches >= 7  # three forward passes, dq and dk in two backward ones
+    assert apart <= 1e-5
 
 
 @needs_triton
