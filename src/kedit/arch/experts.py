@@ -70,7 +70,13 @@ class Experts:
     @property
     def width(self) -> int:
         """Width of one expert's key, I."""
-        return int(self.fused.shape[1 if self.transposed else 2])
+        return self.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I) of an expert's matrix."""
+        rows, columns = self.fused.shape[1:]
+        return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def names(self) -> list[str]:
@@ -84,7 +90,6 @@ class Experts:
         away = offloaded(self.module, self.leaf) if self.fused.is_meta else None
         return Weight(self.names[index], self.fused, self.transposed, index, away)
 
-    @torch.no_grad()
     def expert_keys(self, hidden: Tensor, expert: int) -> Tensor:
         """k_e: what one expert's down-projection sees of hidden states [n, H]; [n, I]."""
         module = self.module
@@ -101,6 +106,7 @@ class Experts:
         away = offloaded(self.module, leaf) if parameter.is_meta else None
         return parameter if away is None else away.read()
 
+    @torch.no_grad()
     def keys(self, hidden: Tensor, chosen: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """κ of some tokens.
 

@@ -218,8 +218,7 @@ class ModelArch:
         """(O, I) of a block's down-projection, or of each expert's; also where the weight is quantized."""
         experts = self.experts(layer)
         if experts is not None:
-            rows, columns = experts.fused.shape[1:]
-            return (columns, rows) if experts.transposed else (rows, columns)
+            return experts.shape
         down: Any = bare(self.down(layer))
         if hasattr(down, "in_features"):
             return int(down.out_features), int(down.in_features)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kedit.arch import ModelArch, unwrap
+from kedit.arch import Experts, ModelArch, unwrap
 from kedit.delta import Delta, LowRankDelta
-from kedit.errors import ArchitectureError, KEditWarning, PatchMismatchError, UnsupportedError
+from kedit.errors import ArchitectureError, KEditWarning, PatchMismatchError
 from kedit.fingerprint import has_fingerprint
 from kedit.ledger import WRITABLE, Ledger
+from kedit.patch.files import numbered
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -58,17 +59,19 @@ def attach(patch: EditPatch, model: PreTrainedModel, *, force: bool = False) -> 
     if Ledger.of(model).carries(patch):
         raise PatchMismatchError("The model carries this patch in its weights already. Revert it before attaching it.")
     check_not_attached(patch, model)
-    found: list[tuple[nn.Module, Delta]] = []
+    found: list[tuple[nn.Module, _Branch]] = []
     unknown = []
     for name, delta in patch.deltas.items():
         module = _module(model, name)
-        patch.check_shape(name, delta, _shape(module, name))
-        weight: Any = getattr(module, "weight", None)
+        experts, number = _expert(module, name)
+        branch = _Branch(name, delta) if experts is None else _ExpertBranch(name, delta, experts, number)
+        weight: Any = getattr(module, "weight", None) if experts is None else experts.weight(number).stored
+        patch.check_shape(name, delta, _shape(module, name) if experts is None else experts.shape)
         if not _plain(weight, delta):
             unknown.append(name)
         elif not force and not has_fingerprint(weight, patch.fingerprints.get(name)):
             raise patch.mismatch(name)
-        found.append((module, delta))
+        found.append((module, branch))
     if unknown and not force:
         warnings.warn(
             f"{', '.join(unknown)}: stored quantized or elsewhere, so kedit cannot check that the patch was made for it.",
@@ -77,8 +80,8 @@ def attach(patch: EditPatch, model: PreTrainedModel, *, force: bool = False) -> 
         )
     attachment = Attachment([])
     try:
-        for module, delta in found:
-            attachment._handles.append(module.register_forward_hook(_Branch(delta)))
+        for module, branch in found:
+            attachment._handles.append(module.register_forward_hook(branch))
     except BaseException:
         attachment.detach()
         raise
@@ -93,7 +96,7 @@ def check_not_attached(patch: EditPatch, model: PreTrainedModel) -> None:
             hooks = inner.get_submodule(name.rpartition(".")[0])._forward_hooks.values()
         except AttributeError:  # what comes next says that there is no such layer
             continue
-        if any(isinstance(hook, _Branch) and hook.adds(delta) for hook in hooks):
+        if any(isinstance(hook, _Branch) and hook.adds(name, delta) for hook in hooks):
             raise PatchMismatchError(
                 f"The patch is attached to the model already ({name}), so it would count twice. Detach it first."
             )
@@ -102,45 +105,70 @@ def check_not_attached(patch: EditPatch, model: PreTrainedModel) -> None:
 class _Branch:
     """A forward hook that adds ΔW x; factors follow the activations to their device."""
 
-    def __init__(self, delta: Delta) -> None:
+    def __init__(self, name: str, delta: Delta) -> None:
+        self._leaf = name.rpartition(".")[2]
         self._delta = delta
         self._there: dict[torch.device, Delta] = {}
 
-    def adds(self, delta: Delta) -> bool:
+    def adds(self, name: str, delta: Delta) -> bool:
         """Whether the branch is this update, also where both were loaded from one file."""
         mine, other = self._delta.tensors(), delta.tensors()
-        return mine.keys() == other.keys() and all(torch.equal(mine[key], other[key].to(mine[key])) for key in mine)
+        alike = self._leaf == name.rpartition(".")[2] and mine.keys() == other.keys()
+        return alike and all(torch.equal(mine[key], other[key].to(mine[key])) for key in mine)
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        device = output.device
+        branch = self._of(inputs[0], output.device)
+        return (output.to(branch.dtype) + branch).to(output.dtype)
+
+    def _of(self, x: Tensor, device: torch.device) -> Tensor:
+        """ΔW x."""
         if device not in self._there:
             dtype = next(iter(self._delta.tensors().values())).dtype
             self._there[device] = self._delta.to(device, dtype)
         delta = self._there[device]
         if isinstance(delta, LowRankDelta):
-            x = inputs[0].to(device, delta.left.dtype)
-            branch = (x @ delta.right) @ delta.left.T
-        else:
-            branch = inputs[0].to(device, delta.matrix.dtype) @ delta.matrix.T
-        return (output.to(branch.dtype) + branch).to(output.dtype)
+            return (x.to(device, delta.left.dtype) @ delta.right) @ delta.left.T
+        return x.to(device, delta.matrix.dtype) @ delta.matrix.T
+
+
+class _ExpertBranch(_Branch):
+    """The same for one expert of a mixture: the router's weight times ΔW k, at the tokens that the expert serves."""
+
+    def __init__(self, name: str, delta: Delta, experts: Experts, number: int) -> None:
+        super().__init__(name, delta)
+        self._experts, self._number = experts, number
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        hidden, chosen, weights = (tensor.to(output.device) for tensor in inputs)
+        row, place = torch.where(chosen == self._number)
+        branch = self._of(self._experts.expert_keys(hidden[row], self._number), output.device)
+        share = weights[row, place, None].to(branch.dtype)
+        return output.to(branch.dtype).index_add(0, row, share * branch).to(output.dtype)
 
 
 def _module(model: PreTrainedModel, name: str) -> nn.Module:
     path, _, leaf = name.rpartition(".")
-    if leaf.endswith("]"):
-        raise UnsupportedError(
-            f"{name} is one expert of a fused tensor, which no side branch can be put beside. Apply the patch to the weights."
-        )
     try:
         module: nn.Module | None = unwrap(model).get_submodule(path)
     except AttributeError:
         module = None
-    if module is None or leaf != "weight" or not path:
+    if module is None or not (leaf == "weight" or leaf.endswith("]")) or not path:
         raise PatchMismatchError(
             f"The patch changes {name}, and this {ModelArch(model).model_type} has no layer whose weight is called so. "
             "The patch was made for another model."
         )
     return module
+
+
+def _expert(module: nn.Module, name: str) -> tuple[Experts | None, int]:
+    """The experts and the number of the one that is meant, where it is one."""
+    fused, number = numbered(name)
+    if number is None:
+        return None, 0
+    path, _, leaf = fused.rpartition(".")
+    experts = Experts(module, path, leaf)
+    experts.weight(number)  # there is one of that number
+    return experts, number
 
 
 def _shape(module: nn.Module, name: str) -> tuple[int, int]:
@@ -160,6 +188,6 @@ def _shape(module: nn.Module, name: str) -> tuple[int, int]:
 
 def _plain(weight: Any, delta: Delta) -> bool:
     """Whether a weight is stored as numbers that a fingerprint can be taken of."""
-    if not isinstance(weight, nn.Parameter) or weight.is_meta or weight.dtype not in WRITABLE:
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.dtype not in WRITABLE:
         return False
     return tuple(weight.shape) in (delta.shape, delta.shape[::-1])

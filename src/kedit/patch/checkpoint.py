@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kedit.arch import weight_of
 from kedit.errors import ArchitectureError, PatchError, PatchMismatchError
-from kedit.patch.files import Header, parse_json, read_header, reading
+from kedit.patch.files import Header, numbered, parse_json, read_header, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,9 +76,18 @@ class Checkpoint:
                     raise PatchError(f"{name} holds {tensor}, which {INDEX} does not place there. It is damaged.")
         return cls(where, shards, files)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
-        return self.shards[self.files[name]].read(name)
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model that the folder's configuration describes, without numbers (:func:`skeleton`)."""
+        return skeleton(self.folder)
+
+    def file_of(self, key: str) -> str:
+        """The file that holds a tensor, or the tensor that ``key`` with ``[n]`` at its end is a part of."""
+        return self.files[key] if key in self.files else self.files[numbered(key)[0]]
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, or a part of one."""
+        return self.shards[self.file_of(key)].read(key)
 
     def same_bytes(self, name: str, other: Checkpoint, step: int = 1 << 24) -> bool:
         """Whether a tensor of the same size has the same bytes in another checkpoint."""
@@ -97,11 +107,17 @@ class Checkpoint:
     def key_of(self, parameter: str) -> str:
         """The name under which a model's parameter is stored: its own, or without (with) the base model's prefix.
 
+        One expert of a fused tensor is a part of it, ``name[n]``, or a tensor of its own, as the model's type is stored.
+
         Raises:
             PatchMismatchError: it is not there, or could be several.
+            ArchitectureError: it is an expert, and the folder's configuration is of no use.
         """
         if parameter in self.files:
             return parameter
+        fused, number = numbered(parameter)
+        if number is not None:
+            return self._key_of_expert(fused, number)
         found = [key for key in self.files if parameter.endswith(f".{key}") or key.endswith(f".{parameter}")]
         if len(found) != 1:
             what = f"several that could be it ({', '.join(sorted(found)[:3])})" if found else "nothing of that name"
@@ -111,9 +127,24 @@ class Checkpoint:
             )
         return found[0]
 
-    def like(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Dtype and shape of a tensor as stored."""
-        info = self.shards[self.files[name]].tensors[name]
+    def _key_of_expert(self, fused: str, number: int) -> str:
+        apart = stored_experts(self.model, fused)
+        if apart:
+            count, key = len(apart), apart[number] if number < len(apart) else ""
+        else:
+            key = self.key_of(fused)
+            shape = self.like(key)[1]
+            count, key = shape[0] if len(shape) == 3 else 0, f"{key}[{number}]"
+        if number >= count:
+            raise PatchMismatchError(
+                f"The patch changes expert {number} of {fused}, and {self.folder} holds {count} experts there. The patch was made "
+                "for another model."
+            )
+        return self.key_of(key) if apart else key
+
+    def like(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of a tensor, or of a part of one, as stored."""
+        info = self.shards[self.file_of(key)].info(key)
         return info.dtype, info.shape
 
 
@@ -164,19 +195,41 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
     return model
 
 
-def weight_in(checkpoint: Checkpoint, model: PreTrainedModel, parameter: str) -> tuple[str, Weight]:
+def stored_experts(model: PreTrainedModel, fused: str) -> list[str]:
+    """What checkpoints of a model's type call the matrices that are fused into one tensor, in order.
+
+    Empty where a checkpoint holds the fused tensor, or the matrices in another form. transformers says what it does to a
+    tensor when it saves it; a small tensor of known numbers shows whether that is to take it apart and nothing else.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        count = len(model.get_parameter(fused))
+    except (AttributeError, TypeError):
+        return []
+    probe = torch.arange(count * 6.0).view(count, 2, 3)
+    try:
+        parts = revert_weight_conversion(model, {fused: probe})
+    except Exception:  # whatever a conversion does that expects other shapes
+        return []
+    taken_apart = len(parts) == count and all(map(torch.equal, parts.values(), probe))
+    return list(parts) if taken_apart else []
+
+
+def weight_in(checkpoint: Checkpoint, parameter: str) -> tuple[str, Weight]:
     """A parameter's name in the checkpoint, and how it is stored; raises unless the shapes agree."""
     try:
-        weight = weight_of(model, parameter)
+        weight = weight_of(checkpoint.model, parameter)
     except ArchitectureError as error:
         raise PatchMismatchError(
             f"The patch changes {parameter}, which this model does not have as a plain weight. {error}"
         ) from error
     key = checkpoint.key_of(parameter)
     _, stored = checkpoint.like(key)
-    if stored != tuple(weight.parameter.shape):
+    wanted = tuple(weight.parameter.shape)[0 if weight.index is None else 1 :]
+    if stored != wanted:
         raise PatchMismatchError(
-            f"{key} in {checkpoint.folder} has shape {list(stored)}; its config.json describes "
-            f"{list(weight.parameter.shape)}. The checkpoint is damaged."
+            f"{key} in {checkpoint.folder} has shape {list(stored)}; its config.json describes {list(wanted)}. The checkpoint "
+            "is damaged."
         )
     return key, weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from kedit.arch import unwrap, weight_of
 from kedit.delta import Delta, LowRankDelta, check_finite, is_finite
 from kedit.errors import ArchitectureError, ConfigError, NonFiniteError, PatchError, PatchMismatchError
 from kedit.fingerprint import tensor_fingerprint
-from kedit.patch.checkpoint import Checkpoint, skeleton
+from kedit.patch.checkpoint import Checkpoint, stored_experts
 from kedit.patch.combine import check_tolerance, choose_rank, from_svd
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def _pairs(base: Any, edited: Any) -> tuple[PreTrainedModel, Iterator[_Pair]]:
     """The base model, empty where it is a folder, and what differs."""
     on_disk = [isinstance(item, str | Path) for item in (base, edited)]
     if all(on_disk):
-        one, other, model = Checkpoint.open(base), Checkpoint.open(edited), skeleton(base)
-        return model, _disk_pairs(model, one, other)
+        one, other = Checkpoint.open(base), Checkpoint.open(edited)
+        return one.model, _disk_pairs(one, other)
     if any(on_disk):
         raise ConfigError(
             "diff compares two models or two folders, not one of each. Load the folder with kedit.load()."
@@ -116,31 +116,59 @@ def _memory_pairs(base: PreTrainedModel, edited: PreTrainedModel) -> Iterator[_P
     for name in before:
         old, new = before[name].detach(), after[name].detach()
         _check_alike(name, (tuple(old.shape), str(old.dtype)), (tuple(new.shape), str(new.dtype)))
-        if not torch.equal(old, new.to(old.device)):
-            yield _Pair(name, old, new.to(old.device))
+        if torch.equal(old, new.to(old.device)):
+            continue
+        parts = zip(_matrices(name, tuple(old.shape)), *map(_as_matrices, (old, new.to(old.device))), strict=True)
+        yield from (_Pair(*part) for part in parts if not torch.equal(*part[1:]))
 
 
-def _disk_pairs(model: PreTrainedModel, base: Checkpoint, edited: Checkpoint) -> Iterator[_Pair]:
+def _disk_pairs(base: Checkpoint, edited: Checkpoint) -> Iterator[_Pair]:
+    names = _Names(base.model)
     _check_same_names(set(base.files), set(edited.files), str(base.folder), str(edited.folder))
     for key in base.files:
         old, new = base.shards[base.files[key]].tensors[key], edited.shards[edited.files[key]].tensors[key]
         _check_alike(key, (old.shape, old.dtype), (new.shape, new.dtype))
         if base.same_bytes(key, edited):
             continue
-        pair = _Pair(_parameter(model, key), base.read(key), edited.read(key))
-        if not torch.equal(pair.before, pair.after):  # 0.0 and -0.0 differ in their bytes alone
-            yield pair
+        for part, name in zip(_matrices(key, old.shape), _matrices(names.of(key), old.shape), strict=True):
+            pair = _Pair(name, base.read(part), edited.read(part))
+            if not torch.equal(pair.before, pair.after):  # 0.0 and -0.0 differ in their bytes alone
+                yield pair
 
 
-def _parameter(model: PreTrainedModel, key: str) -> str:
-    """The model's name for a stored tensor."""
-    names = [name for name, _ in model.named_parameters() if name == key]
-    names = names or [name for name, _ in model.named_parameters() if name.endswith(f".{key}")]
-    if len(names) != 1:
-        raise PatchMismatchError(
-            f"{key} differs, and is no parameter of the {model.config.model_type} that config.json describes."
-        )
-    return names[0]
+def _matrices(name: str, shape: tuple[int, ...]) -> list[str]:
+    """A tensor's name, or those of the matrices that are fused into it."""
+    return [f"{name}[{number}]" for number in range(shape[0])] if len(shape) == 3 else [name]
+
+
+def _as_matrices(tensor: Tensor) -> Sequence[Tensor]:
+    return tensor.unbind() if tensor.ndim == 3 else [tensor]
+
+
+class _Names:
+    """A model's names for the tensors of a checkpoint."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        parameters = dict(model.named_parameters())
+        self._own = list(parameters)
+        self._experts = {
+            key: f"{name}[{number}]"
+            for name, parameter in parameters.items()
+            if parameter.ndim == 3
+            for number, key in enumerate(stored_experts(model, name))
+        }
+
+    def of(self, key: str) -> str:
+        """The model's name for a stored tensor."""
+        if key in self._experts:
+            return self._experts[key]
+        names = [name for name in self._own if name == key] or [name for name in self._own if name.endswith(f".{key}")]
+        if len(names) != 1:
+            raise PatchMismatchError(
+                f"{key} differs, and is no parameter of the {self.model.config.model_type} that config.json describes."
+            )
+        return names[0]
 
 
 def _check_same_names(before: set[str], after: set[str], one: str, other: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from kedit.delta import add_delta, sum_dtype
-from kedit.errors import PatchError, PatchMismatchError, UnsupportedError
+from kedit.errors import PatchError, PatchMismatchError
 from kedit.fingerprint import has_fingerprint
 from kedit.ledger import cast_checked
-from kedit.patch.checkpoint import Checkpoint, skeleton, weight_in
+from kedit.patch.checkpoint import Checkpoint, weight_in
 from kedit.patch.record import appended, ways_of_running, without
 from kedit.patch.rewrite import DiskReport, Stage, quiet, write_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from kedit.patch.core import EditPatch
 
 
@@ -54,9 +52,8 @@ def apply_to_checkpoint(
     if not patches:
         raise PatchError("There is no patch to apply. Name at least one.")
     source = Checkpoint.open(base)
-    model = cache(partial(skeleton, base))  # built when it is first asked for: while shards are copied already
     keys = _keys(source, patches)
-    changes = {keys[name]: partial(_edited, source, model, name, patches, force=force) for name in keys}
+    changes = {keys[name]: partial(_edited, source, name, patches, force=force) for name in keys}
     record = appended(source.folder, patches)
     return write_folder(source, changes, Path(out), link=link, record=record, stage=on_stage or quiet)
 
@@ -91,12 +88,11 @@ def revert_checkpoint(
     if not patches:
         raise PatchError("There is no patch to take away. Name at least one.")
     source, origin = Checkpoint.open(edited), Checkpoint.open(base)
-    model = cache(partial(skeleton, edited))
     keys = _keys(source, patches)
     runs = ways_of_running(source.folder, patches)
 
     def original(name: str) -> Tensor:
-        there, here = weight_in(source, model(), name)[0], weight_in(origin, model(), name)[0]
+        there, here = weight_in(source, name)[0], weight_in(origin, name)[0]
         if source.like(there) != origin.like(here):  # else its bytes would not fit their place
             raise PatchMismatchError(
                 f"{there} is {source.like(there)[0]} in {edited} and {origin.like(here)[0]} in {base}. Give the folder "
@@ -104,7 +100,7 @@ def revert_checkpoint(
             )
         if not force:
             found = source.read(there)
-            _check_carried(found, (partial(_edited, origin, model, name, patches, runs=way) for way in runs), there)
+            _check_carried(found, (partial(_edited, origin, name, patches, runs=way) for way in runs), there)
         return origin.read(here)
 
     changes = {keys[name]: partial(original, name) for name in keys}
@@ -135,16 +131,10 @@ def _keys(source: Checkpoint, patches: Sequence[EditPatch]) -> dict[str, str]:
 
     Raises:
         PatchMismatchError: a parameter is not there, or two names stand for one tensor.
-        UnsupportedError: a parameter is a part of a tensor.
     """
     keys: dict[str, str] = {}
     owners: dict[str, str] = {}
     for name in dict.fromkeys(name for patch in patches for name in patch.deltas):
-        if name.endswith("]"):
-            raise UnsupportedError(
-                f"{name} is one expert of a fused tensor, which checkpoints store in another form. Load the model, apply the "
-                "patch to it, and save it with save_pretrained."
-            )
         keys[name] = key = source.key_of(name)
         if owners.setdefault(key, name) != name:
             raise PatchMismatchError(
@@ -156,7 +146,6 @@ def _keys(source: Checkpoint, patches: Sequence[EditPatch]) -> dict[str, str]:
 
 def _edited(
     source: Checkpoint,
-    model: Callable[[], PreTrainedModel],
     name: str,
     patches: Sequence[EditPatch],
     *,
@@ -167,13 +156,12 @@ def _edited(
 
     Args:
         source: where W₀ is.
-        model: says how it is stored.
         name: the parameter.
         patches: in order.
         force: leave the checks out.
         runs: by patch, the run that applies it; between two runs the sum is rounded to the stored dtype. Missing: one run.
     """
-    key, weight = weight_in(source, model(), name)
+    key, weight = weight_in(source, name)
     stored = source.read(key)
     dtype, total = stored.dtype, stored.to(sum_dtype(stored.dtype), copy=True)
     last: int | None = None

@@ -40,6 +40,12 @@ NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(\[[0-9]{1,6}\])?", re.ASCI
 """What a parameter may be called: dotted words, with an index at the end for one matrix of a fused tensor."""
 
 
+def numbered(name: str) -> tuple[str, int | None]:
+    """The name of a fused tensor and the number of one matrix of it; ``None`` for a tensor that is meant as a whole."""
+    fused, _, number = name.removesuffix("]").rpartition("[")
+    return (fused, int(number)) if fused and name.endswith("]") else (name, None)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a safetensors file: what it is and where its bytes are."""
@@ -59,13 +65,25 @@ class Header:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
+    def info(self, name: str) -> TensorInfo:
+        """What a tensor is and where; with ``[n]`` at the end of its name, the n-th part of it along its first axis."""
+        if name in self.tensors:
+            return self.tensors[name]
+        whole_name, number = numbered(name)
+        whole = self.tensors[whole_name]
+        assert number is not None
+        assert number < whole.shape[0]
+        size = (whole.stop - whole.start) // whole.shape[0]
+        start = whole.start + number * size
+        return TensorInfo(name, whole.dtype, whole.shape[1:], start, start + size)
+
     def read(self, name: str) -> Tensor:
-        """One floating-point tensor of the file, without mapping the file into memory.
+        """One floating-point tensor of the file (or a part of one, as for ``info``), without mapping the file into memory.
 
         Raises:
             PatchError: the tensor is not floating point, or the file ended early.
         """
-        info = self.tensors[name]
+        info = self.info(name)
         if info.dtype not in DTYPES:
             raise PatchError(
                 f"{name} in {self.path} is stored as {info.dtype}; kedit edits {', '.join(DTYPES)}. "

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kedit.errors import PatchError, PatchMismatchError
+from kedit.errors import ArchitectureError, PatchError, PatchMismatchError
 from kedit.patch.checkpoint import Checkpoint
 from kedit.patch.files import parse_json
 from kedit.patch.format import plain
@@ -97,5 +97,5 @@ def _key(checkpoint: Checkpoint, name: str) -> str:
     """Where a parameter is stored; its own name where it is not."""
     try:
         return checkpoint.key_of(name)
-    except PatchMismatchError:
+    except (PatchMismatchError, ArchitectureError):
         return name

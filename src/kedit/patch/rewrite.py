@@ -81,7 +81,7 @@ def write_folder(
     """
     out = Path(os.path.abspath(out))
     _check_target(source.folder, out)
-    edited = dict.fromkeys(source.files[key] for key in changes)
+    edited = dict.fromkeys(map(source.file_of, changes))
     kept = [shard for shard in source.shards if shard not in edited]
     report = DiskReport(out, sorted(edited), sorted(kept))
     stage("checked")
@@ -112,8 +112,8 @@ def write_folder(
 
 def _rewrite(source: Checkpoint, key: str, tensor: Tensor, folder: Path, copies: Copies) -> None:
     """Replace one tensor's bytes in the copy of its shard, once that is there."""
-    shard = source.files[key]
-    place, left = source.shards[shard].tensors[key], to_bytes(tensor)
+    shard = source.file_of(key)
+    place, left = source.shards[shard].info(key), to_bytes(tensor)
     if len(left) != place.stop - place.start:  # more would overwrite the neighbour, fewer leave a mixture
         raise PatchError(
             f"{key} takes {place.stop - place.start} bytes in {shard}, and its new value has {len(left)}. Nothing is "
