@@ -17,6 +17,7 @@ from kedit.footprint import Footprint, UnitCosts
 from kedit.memory import SHARE, TRIM_ABOVE, HeapTrim, free_memory
 from kedit.optimise import Objective, Values, optimise
 from kedit.partial import PartialRunner, first_block
+from kedit.parts import InParts
 from kedit.processes import here
 from kedit.progress import Progress, logger
 from kedit.regularizers.base import Needs, Regularizer
@@ -67,11 +68,11 @@ class Engine:
         """The values of all edits, in the order of ``requests``; of several processes each optimises its share.
 
         Edits of similar length go into one wave, which stays together for all its steps. Where memory runs out, the
-        budget is halved and the wave begins again in smaller ones.
+        budget is halved and the wave begins again in smaller ones; an edit that exceeds it alone runs in parts.
 
         Raises:
             NonFiniteError: a loss is not finite.
-            KEditError: a single edit does not fit into memory.
+            KEditError: a single prompt does not fit into memory.
         """
         group = here()
         order = group.share(_by_span(requests))
@@ -111,11 +112,12 @@ class Engine:
                     runner = self.runner(sites, _wave(requests, numbers), needs)
                     values = optimise(runner, objective, regularizers, numbers=numbers, progress=progress)
                 except torch.OutOfMemoryError as error:
-                    if len(numbers) == 1:
-                        tokens = sum(len(prompt.tokens) for prompt in requests[numbers[0]].prompts(0))
+                    alone = len(numbers) == 1
+                    if alone and self.used <= requests[numbers[0]].span:  # its prompts run one by one already
+                        tokens = max(len(prompt.tokens) for prompt in requests[numbers[0]].prompts(0))
                         raise KEditError(
-                            f"Edit {numbers[0]} alone ({tokens} tokens) does not fit into the device's memory. Use fewer or "
-                            "shorter contexts, or a dtype of 16 bits."
+                            f"Edit {numbers[0]} does not fit into the device's memory, not even one prompt after the other (the "
+                            f"longest has {tokens} tokens). Use shorter contexts, or a dtype of 16 bits."
                         ) from error
                 else:
                     done.append((numbers, values))
@@ -124,7 +126,7 @@ class Engine:
                     if footprint is not None and footprint.total > TRIM_ABOVE:
                         HeapTrim.now()  # or the next stage would come on top of what this one no longer needs
                     continue
-                self._halve("Out of memory")
+                self._halve("Out of memory", _tokens(requests[numbers[0]]) if alone else None)
                 self.budget = self.used
                 torch.cuda.empty_cache()
                 pending = None
@@ -138,9 +140,11 @@ class Engine:
             waves = self._waves(requests, order)
             largest = _largest(requests, waves)
             footprint = self.footprint(sites, _wave(requests, largest), needs)
-            if footprint.total <= SHARE * free or len(largest) == 1:
+            alone = requests[largest[0]] if len(largest) == 1 else None
+            if footprint.total <= SHARE * free or (alone is not None and self.used <= alone.span):
                 break
-            self._halve(f"{footprint} is more than {SHARE:.0%} of the {free / 2**20:,.0f} MiB that are free")
+            reason = f"{footprint} is more than {SHARE:.0%} of the {free / 2**20:,.0f} MiB that are free"
+            self._halve(reason, None if alone is None else _tokens(alone))
         level = logging.INFO if footprint.total > 1 << 28 else logging.DEBUG
         logger.log(level, "%d edits in %d wave(s); the largest holds %s.", len(requests), len(waves), footprint)
         return footprint
@@ -154,6 +158,12 @@ class Engine:
     def footprint(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Footprint:
         """What ``wave`` will hold in memory at its peak, beside the model."""
         runner = self.runner(sites, wave, needs)
+        if isinstance(runner, InParts):
+            return Footprint.in_parts([self._footprint(sites, part) for part in runner.parts])
+        return self._footprint(sites, runner)
+
+    def _footprint(self, sites: Sequence[Site], runner: Runner) -> Footprint:
+        wave, needs = runner.wave, runner.needs
         # What a token costs depends on how many it attends to, so lengths that differ by more are measured anew.
         length = round(math.log(runner.width + runner.prefix, 1.2))
         key = (tuple(sites), type(runner), needs, length)
@@ -161,13 +171,22 @@ class Engine:
             self._costs[key] = UnitCosts.measure(self.arch, sites, wave, needs, type(runner))
         return self._costs[key].footprint(wave, runner.width, runner.prefix)
 
-    def _halve(self, reason: str) -> None:
-        self.used //= 2
+    def _halve(self, reason: str, tokens: int | None = None) -> None:
+        """Halve the budget; where one edit of so many tokens runs already, at least so that it runs in two parts."""
+        self.used = (self.used if tokens is None else min(self.used, tokens)) // 2
         self.halved += 1
         logger.warning("%s: waves now hold %d tokens.", reason, self.used)
 
     def runner(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
-        """What executes ``wave``, by the mode and, for ``"auto"``, by the check of the model."""
+        """What executes ``wave``, by the mode and, for ``"auto"``, by the check of the model.
+
+        One edit that exceeds the budget alone runs in parts.
+        """
+        whole = self._whole(sites, wave, needs)
+        rows = max(1, self.used // whole.width)
+        return InParts(whole, rows) if wave.num_edits == 1 and rows < len(wave.prompts) else whole
+
+    def _whole(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
         if self.mode == "plain":
             return Runner(self.arch, sites, wave, needs)
         first = first_block(self.arch, sites)
@@ -250,6 +269,11 @@ def _alike(requests: Sequence[Request], order: Sequence[int], fixed: int) -> lis
 def _by_span(requests: Sequence[Request]) -> list[int]:
     """The edits' numbers, those of similar length side by side."""
     return sorted(range(len(requests)), key=lambda number: (requests[number].span, number))
+
+
+def _tokens(request: Request) -> int:
+    """Tokens that one edit runs, padding included."""
+    return request.span * len(request.prompts(0))
 
 
 def _largest(requests: Sequence[Request], waves: Sequence[list[int]]) -> list[int]:

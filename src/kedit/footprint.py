@@ -41,6 +41,17 @@ class Footprint:
         """All of it."""
         return self.stored + self.activations + self.logits
 
+    @classmethod
+    def in_parts(cls, parts: Sequence[Footprint]) -> Footprint:
+        """What prompts hold that run one part after the other: when the objective is computed, or while a part runs.
+
+        All logits are there for the objective with their copies, for a part with their gradient alone.
+        """
+        stored, logits = sum(part.stored for part in parts), sum(part.logits for part in parts)
+        kept = 2 * logits // LOGIT_COPIES
+        running = max(part.activations + 2 * part.logits // LOGIT_COPIES for part in parts)
+        return cls(stored, running, kept) if running + kept > logits else cls(stored, 0, logits)
+
     def __str__(self) -> str:
         parts = {"stored": self.stored, "activations": self.activations, "logits": self.logits}
         listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())

@@ -220,6 +220,7 @@ class _State:
             self._adam = torch.optim.Adam([self.delta], lr=objective.lr)
         self._adam.zero_grad()
         total[goes_on].sum().backward()
+        self.runner.pass_on()
         frozen = torch.ones(len(self.delta), dtype=torch.bool, device=self.delta.device)
         frozen[self.active[goes_on]] = False
         kept = self.delta.detach()[frozen].clone()

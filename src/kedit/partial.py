@@ -79,14 +79,16 @@ class PartialRunner(Runner):
     above and the edited block does not run either (``start`` is then the block above).
     """
 
-    def __init__(self, arch: ModelArch, sites: Sequence[Site], wave: Wave, needs: Needs) -> None:
+    def __init__(
+        self, arch: ModelArch, sites: Sequence[Site], wave: Wave, needs: Needs, *, width: int = 0, prefix: int = 0
+    ) -> None:
         self._gain = _gain_above(arch, sites)
         self.start = first_block(arch, sites)
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
         self._entering: Tensor | None = None
         self._initials: Tensor | None = None
         self._tuples: set[int] = set()  # blocks that return a tuple
-        super().__init__(arch, sites, wave, needs)
+        super().__init__(arch, sites, wave, needs, width=width, prefix=prefix)
 
     def _lay_out(self) -> Layout:
         prompts = self.wave.prompts

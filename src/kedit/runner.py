@@ -174,10 +174,19 @@ class Reads:
             if prompt.role is Role.KL or prompt.subject:
                 subject.append(count)
             count += len(prompt.reads)
-        lists = (target, label, edit, bare, subject, last)
-        target_t, label_t, edit_t, bare_t, subject_t, last_t = (torch.tensor(x, device=device) for x in lists)
-        weight_t = torch.tensor(weight, dtype=torch.float64, device=device)
-        return cls(target_t, label_t, edit_t, weight_t, bare_t, subject_t, last_t)
+
+        def tensor(values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)  # with its dtype also where there are none
+
+        return cls(
+            tensor(target),
+            tensor(label),
+            tensor(edit),
+            tensor(weight, torch.float64),
+            tensor(bare, torch.bool),
+            tensor(subject),
+            tensor(last),
+        )
 
 
 @dataclass
@@ -257,7 +266,9 @@ class Runner:
     Use: ``with runner.installed(): reading = runner.run(delta)``, as often as wanted.
     """
 
-    def __init__(self, arch: ModelArch, sites: Sequence[Site], wave: Wave, needs: Needs) -> None:
+    def __init__(
+        self, arch: ModelArch, sites: Sequence[Site], wave: Wave, needs: Needs, *, width: int = 0, prefix: int = 0
+    ) -> None:
         self.arch = arch
         self.sites = tuple(sites)
         self.wave = wave
@@ -268,8 +279,8 @@ class Runner:
         self._hidden: dict[int, Tensor] = {}
         self._capture: Capture | None = None
         # Tokens per prompt and stored keys before them; they stay when edits leave, so that rows captured at
-        # different steps line up.
-        self.width = self.prefix = 0
+        # different steps line up. Given, they are at least so many.
+        self.width, self.prefix = width, prefix
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -320,6 +331,12 @@ class Runner:
 
     def run(self, delta: Tensor) -> Reading:
         """One forward pass with δ [E, S, H] added at each edit's subject-last tokens; gradient flows to δ."""
+        logits, rows, initial = self.forward(delta)
+        roles = self._layout.roles
+        return Reading(logits, rows.take(roles[Role.REWRITE]), rows.take(roles[Role.EXTRA]), initial)
+
+    def forward(self, delta: Tensor) -> tuple[Tensor, Rows, Tensor]:
+        """The same before it is taken apart by roles: logits, what was captured of all prompts, and v₀."""
         layout = self._layout
         self._delta = delta
         self._hidden.clear()
@@ -338,12 +355,10 @@ class Runner:
             keys=keys,
             logits=last,
         )
-        return Reading(
-            logits,
-            rows.take(layout.roles[Role.REWRITE]),
-            rows.take(layout.roles[Role.EXTRA]),
-            self._initial_values(),
-        )
+        return logits, rows, self._initial_values()
+
+    def pass_on(self) -> None:
+        """Called after the backward pass of what :meth:`run` gave, to get the gradient to δ where that has not happened."""
 
     def _captured(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Attention rows [P, A, Tk] and the subject's keys [P, A / G, D] of the last pass, by block."""

@@ -41,6 +41,7 @@ ORDER = [
     "moments",
     "stats",
     "partial",
+    "parts",
     "footprint",
     "request",
     "optimise",
