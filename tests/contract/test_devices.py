@@ -20,7 +20,7 @@ from models import tiny_model, tokenizer
 from pretend import Away, devices, spread
 
 from .common import ADA, EDITS, FRENCH, LAYER, make
-from .test_model_types import EDITORS, editor_of, model_of
+from .test_model_types import ALIKE, EDITORS, VARIANTS, editor_of, model_of
 
 QUICK = ("gpt2", "llama", "mixtral")  # with a tied head, grouped queries, experts
 FAR = 5e-4  # FT's Adam takes steps of one size however small a gradient is, so its rounding shows
@@ -28,10 +28,10 @@ NEAR = 5e-6
 
 
 def cells():
-    """Every type with every editor; with ROME for all of them, with the others for some unless slow tests run."""
+    """Every type with every editor; what another cell covers up to a detail runs with the slow tests."""
     for name in zoo.EDITABLE:
         for editor in EDITORS:
-            quick = name in QUICK or (editor == "rome" and name != "bloom")
+            quick = name in QUICK or (editor == "rome" and name not in (*VARIANTS, *ALIKE))
             yield pytest.param(name, editor, marks=[pytest.mark.slow] * (not quick))
 
 
