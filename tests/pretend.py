@@ -10,12 +10,13 @@ Not pretended: kernels of Triton, streams, the size of a device's memory (it is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import accelerate
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -32,7 +33,11 @@ class Away(torch.Tensor):
     """A tensor on a pretended device."""
 
     @staticmethod
-    def __new__(cls, plain: torch.Tensor, where: torch.device) -> Away:
+    def __new__(
+        cls, plain: torch.Tensor, where: torch.device | None = None, requires_grad: bool = False
+    ) -> torch.Tensor:
+        if where is None:  # accelerate makes a parameter anew by its class
+            return nn.Parameter(plain, requires_grad)
         return torch.Tensor._make_wrapper_subclass(
             cls,
             plain.size(),
@@ -44,8 +49,9 @@ class Away(torch.Tensor):
             device=torch.device("meta", where.index),
         )
 
-    def __init__(self, plain: torch.Tensor, where: torch.device) -> None:
-        self.plain, self.where = plain.detach(), where
+    def __init__(self, plain: torch.Tensor, where: torch.device | None = None, requires_grad: bool = False) -> None:
+        if where is not None:
+            self.plain, self.where = plain.detach(), where
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -88,11 +94,14 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation in main memory, refuse mixed devices, and let its result say where it would be."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     where = meeting_place(func, args, tensors)
+    drawn = kwargs.get("generator")
     if (asked := kwargs.get("device")) is not None:
         where = torch.device(asked)
         if where.type == "cuda" or (where.type == "meta" and where.index is not None):  # the latter: chosen in C++
             where = torch.device("cuda", where.index or 0)
             kwargs = {**kwargs, "device": CPU}
+    if drawn is not None and where.type == "cuda":
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{drawn.device}' in {func}!")
     wrappers = {id(t.plain): t for t in tensors if isinstance(t, Away)}
     args, kwargs = tree_map(plain, args), tree_map(plain, kwargs)
     if func is torch.ops.aten.histc.default and not args[0].is_floating_point():  # a CPU counts no whole numbers
@@ -182,19 +191,30 @@ def devices(*, kernels: bool = False) -> Iterator[None]:
         yield
 
 
-def spread(model: Any, first: int = 1) -> Any:
-    """The model over both devices, as ``device_map="auto"`` lays it: ``first`` blocks and what comes before, then the rest."""
+def spread(model: Any, first: int | Sequence[str] = 1, folder: str | None = None) -> Any:
+    """The model over both devices, as ``device_map="auto"`` lays it.
+
+    Args:
+        model: may be wrapped by PEFT.
+        first: how many blocks are on the first device, with what comes before them; the others, and what comes behind, are on
+            the second. Or the place of every block: "cuda:0", "cuda:1", "cpu" or "disk"; what comes behind is on the second.
+        folder: where weights on "disk" go.
+    """
     arch = ModelArch(model)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is arch.model)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     later = [arch.spec.final_norm] + [arch.spec.head] * (not tied)
-    place: dict[str, str] = {}
-    for name, module in model.named_modules():
+    if isinstance(first, int):
+        first = [f"cuda:{int(number >= first)}" for number in range(arch.num_layers)]
+    places: dict[str, str] = {}
+    for name, module in arch.model.named_modules():
         if name.startswith(f"{arch.spec.blocks}."):
             number = name.removeprefix(f"{arch.spec.blocks}.")
             if number.isdigit():
-                place[name] = f"cuda:{int(int(number) >= first)}"
+                places[prefix + name] = first[int(number)]
         elif not list(module.children()):
-            place[name] = f"cuda:{int(name in later)}"
-    for name, where in place.items():
-        model.get_submodule(name).to(where)
-    return accelerate.dispatch_model(model, place, main_device="cuda:0", force_hooks=True)
+            places[prefix + name] = f"cuda:{int(name in later)}"
+    for name, where in places.items():
+        if where.startswith("cuda"):
+            model.get_submodule(name).to(where)
+    return accelerate.dispatch_model(model, places, main_device="cuda:0", offload_dir=folder, force_hooks=True)

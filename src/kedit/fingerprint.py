@@ -60,7 +60,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     lies does not count; of offloaded weights, what accelerate keeps is read.
     """
     digest = hashlib.sha256(json.dumps(_computing(model.config.to_dict()), sort_keys=True, default=repr).encode())
-    for name, tensor in stored(model).items():
+    for name, tensor in stored(model):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         _update(digest, tensor)
     return f"sha256:{digest.hexdigest()}"

@@ -31,11 +31,14 @@ def free_memory(device: torch.device) -> int:
     return 1 << 62  # not told: no limit of ours
 
 
-def roomy(preferred: torch.device, otherwise: torch.device, size: int) -> torch.device:
-    """``preferred`` where ``size`` bytes are a fair share of what is free there, else ``otherwise``."""
-    if preferred == otherwise or size <= SHARE * free_memory(preferred):
-        return preferred
-    return otherwise
+def roomy(device: torch.device, size: int) -> torch.device:
+    """The device, if ``size`` bytes are a fair share of what is free there; the CPU if not."""
+    return device if device.type == "cpu" or size <= SHARE * free_memory(device) else torch.device("cpu")
+
+
+def at_most_on(device: torch.device | None, tensor: Tensor) -> Tensor:
+    """The tensor, brought to main memory if that is where it is wanted: the device may have run out of room."""
+    return tensor.cpu() if device is not None and device.type == "cpu" else tensor
 
 
 class LivePeak(TorchDispatchMode):

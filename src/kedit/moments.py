@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kedit.arch import Experts, ModelArch
 from kedit.errors import ConfigError, KEditWarning, NonFiniteError, SingularMomentError
-from kedit.memory import roomy
+from kedit.memory import at_most_on, roomy
 from kedit.solve import cholesky, whiten
 
 RIDGE = 1e-4
@@ -64,6 +64,9 @@ class Moment:
         }
 
 
+COPIES = 5  # of C in float64 that its decomposition may take: itself, the result, and room to work (eigenvectors: two)
+
+
 class SecondMoments(Mapping[int, Moment]):
     """Second moments by layer; their Cholesky factors are computed once and kept."""
 
@@ -86,7 +89,8 @@ class SecondMoments(Mapping[int, Moment]):
     def factor(self, layer: int, device: torch.device | None = None) -> Tensor:
         """Lower Cholesky factor of C, [I, I] float64; raises ``SingularMomentError`` where there is none.
 
-        It is computed and kept on ``device`` if that has room for it, otherwise (and by default) where C is.
+        It is computed once, for the first ``device`` that is asked for (where C is, if none), and kept there; in main memory
+        if the device has no room for it, or as soon as it is asked for there.
         """
         return self._factor(layer, 0, device)
 
@@ -122,15 +126,15 @@ class SecondMoments(Mapping[int, Moment]):
         return matrix if matrix.ndim == 3 else matrix[None]
 
     def matrix(self, layer: int, expert: int, device: torch.device | None) -> Tensor:
-        """C [I, I] on ``device``, if that has room to decompose it; otherwise (and by default) where it is."""
+        """C [I, I] on ``device`` (where it is, if none), or in main memory if that has no room to decompose it."""
         found = self.matrices(layer)[expert]
-        copies = 3 * found.numel() * torch.float64.itemsize  # itself, the result and what the decomposition needs
-        return found if device is None else found.to(roomy(device, found.device, copies))
+        return found.to(roomy(device or found.device, COPIES * found.numel() * torch.float64.itemsize))
 
     def _factor(self, layer: int, expert: int, device: torch.device | None) -> Tensor:
         key = (layer, expert)
         if key not in self._factors:
             self._factors[key] = cholesky(self.matrix(layer, expert, device), layer)
+        self._factors[key] = at_most_on(device, self._factors[key])
         return self._factors[key]
 
     @classmethod

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from kedit.errors import ConfigError, KEditWarning, UnsupportedError
 from kedit.ledger import Ledger
 from kedit.moments import SecondMoments
 from kedit.optimise import Values
+from kedit.progress import logger
 from kedit.regularizers.base import needs_of as needs_of
 from kedit.request import Request
 from kedit.solve import ridge, ridge_whitened
@@ -138,13 +139,28 @@ def spread(
             share = method.share(config, layer) * _gain(arch, site, layer)
             weights = arch.weights(layer)
             insertion = Insertion(layer, keys, (residual / share).to(keys.device), weights, moments)
-            solution = check_solution(method, method.solve(insertion, config))
+            solution = check_solution(method, _solved(method, insertion, config))
             found = insertion.split(solution.to(arch.device(layer), arch.work_dtype))
             deltas |= {name: check_finite(name, delta) for name, delta in found.items()}
             if layer != layers[-1]:
                 keep([arch.weight_of(name) for name in found])
                 overwrite(arch, found)
     return deltas
+
+
+def _solved(method: Method, insertion: Insertion, config: Any) -> Delta:
+    """The method's solution, in main memory where the layer's device has no room for it."""
+    try:
+        return method.solve(insertion, config)
+    except torch.OutOfMemoryError:
+        if insertion.keys.device.type == "cpu":
+            raise
+    logger.warning(
+        "%s has no room to solve for layer %d: solved in main memory.", insertion.keys.device, insertion.layer
+    )
+    torch.cuda.empty_cache()
+    here = replace(insertion, keys=insertion.keys.cpu(), residual=insertion.residual.cpu())
+    return method.solve(here, config)
 
 
 def check_solution(method: Method, solution: object) -> Delta:

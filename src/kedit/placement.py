@@ -61,25 +61,32 @@ def offloaded(module: nn.Module, leaf: str) -> Offloaded | None:
     return None
 
 
-def stored(model: nn.Module) -> dict[str, Tensor]:
-    """Every stored tensor of a model by name, sorted, wherever accelerate keeps it.
+def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every stored tensor of a model with its name, sorted; an offloaded one is read when its turn comes.
 
     Raises:
         ArchitectureError: a tensor is on the meta device and kept nowhere.
     """
-    found: dict[str, Tensor] = {}
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if tensor.is_meta:
-            path, _, leaf = name.rpartition(".")
-            away = offloaded(model.get_submodule(path), leaf)
-            if away is None:
-                raise ArchitectureError(
-                    f"{name} is on the meta device and holds no numbers. Load the model's weights, or let accelerate offload "
-                    "them (device_map)."
-                )
-            tensor = away.read()
-        found[name] = tensor
-    return found
+        yield name, read(model, name, tensor)
+
+
+def read(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A model's tensor, or what accelerate keeps in its place.
+
+    Raises:
+        ArchitectureError: it is on the meta device and kept nowhere.
+    """
+    if not tensor.is_meta:
+        return tensor
+    path, _, leaf = name.rpartition(".")
+    away = offloaded(model.get_submodule(path), leaf)
+    if away is None:
+        raise ArchitectureError(
+            f"{name} is on the meta device and holds no numbers. Load the model's weights, or let accelerate offload "
+            "them (device_map)."
+        )
+    return away.read()
 
 
 def device_of(module: nn.Module, leaf: str = "weight") -> torch.device:

@@ -167,6 +167,12 @@ class Past:
     keys: Tensor | None = None
     gram: Tensor | None = None
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where they are; ``None`` where there are none."""
+        held = self.keys if self.gram is None else self.gram
+        return None if held is None else held.device
+
     def plus(self, keys: Tensor) -> Past:
         """The same with more projected keys [n, I]."""
         if self.gram is not None:

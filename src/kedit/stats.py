@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,8 @@ def estimate_moments(
         logger.info("Second moments of layers %s from %s tokens of %s.", missing, f"{budget:,}", texts.name)
         checkpoint = _checkpoint_path([paths[layer] for layer in missing], group) if paths else None
         for layer, accumulator in accumulate(arch, tokenizer, missing, texts, budget, checkpoint).items():
-            found[layer] = accumulator.moment(layer, ridge)
+            made = accumulator.moment(layer, ridge)
+            found[layer] = replace(made, matrix=made.matrix.cpu())  # as one that is read from the cache
             if layer in paths and group.leads:
                 _write(paths[layer], found[layer])
         if checkpoint is not None:

@@ -1,8 +1,11 @@
 """Models on a device and on several: pretended ones (:mod:`pretend`), where a tensor that stays behind is an error."""
 
+import contextlib
 import copy
+import warnings
 from unittest import mock
 
+import peft
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,6 +17,7 @@ from kedit.arch import ModelArch
 from kedit.data.world import embedded_world, world_cases
 from kedit.fingerprint import model_fingerprint
 from kedit.ledger import Ledger
+from kedit.regularizers.base import Needs, blocks_from
 from kedit.regularizers.keynorm import KeyNorm
 from kedit.runner import Layout
 from models import tiny_model, tokenizer
@@ -44,7 +48,7 @@ def edited(model, name):
 def apart(found, wanted):
     """The largest difference of two results' updates, relative to the largest entry."""
     assert found.patch.deltas.keys() == wanted.patch.deltas.keys()
-    pairs = [(found.patch.deltas[key].dense.cpu(), delta.dense) for key, delta in wanted.patch.deltas.items()]
+    pairs = [(found.patch.deltas[key].dense.cpu(), delta.dense.cpu()) for key, delta in wanted.patch.deltas.items()]
     return max(float((got - known).abs().max() / known.abs().max()) for got, known in pairs)
 
 
@@ -79,7 +83,22 @@ def test_wherever_a_model_is_cut(model_type, first):
         assert apart(edited(placed, "memit")[1], wanted) <= NEAR
 
 
-@pytest.mark.parametrize("regularizer", [kedit.SADR(gamma=0.3), KeyNorm(gamma=0.3)], ids=lambda each: each.name)
+class Still:
+    """Holds the hidden states of the last token."""
+
+    name = "still"
+
+    def needs(self, site):
+        return Needs(hidden=blocks_from(site.layer + 1), logits=True)
+
+    def penalty(self, now, before):
+        moved = sum((rows - before.rewrite.hidden[i]).square().mean(-1) for i, rows in now.rewrite.hidden.items())
+        return 0.1 * now.rewrite.mean_per_edit(moved + now.rewrite.logits.var(-1), now.num_edits)
+
+
+@pytest.mark.parametrize(
+    "regularizer", [kedit.SADR(gamma=0.3), KeyNorm(gamma=0.3), Still()], ids=lambda each: each.name
+)
 def test_the_plain_way_and_every_regularizer_on_two_devices(regularizer):
     wanted = make("memit", tiny_model("llama")).apply(EDITS, regularizer)
     with devices():
@@ -148,15 +167,115 @@ def test_an_edit_is_judged_and_looked_into_on_two_devices():
         assert found[3].facts[0].effects[kind] == pytest.approx(effects, abs=1e-3)
 
 
-def test_closed_forms_are_solved_on_the_layers_device_if_it_has_room():
+CLOSED = ("rome", "rrome", "memit", "emmet", "alphaedit")
+
+
+def solved_on(editor):
+    """Where an editor keeps what it decomposed."""
+    kept = [*editor.moments._factors.values(), *getattr(editor, "_used", {}).values()]
+    return {str(tensor.device) for tensor in kept}
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [*((name, "llama") for name in CLOSED), ("memit", "mixtral"), ("alphaedit", "mixtral")],
+)
+def test_closed_forms_are_solved_on_the_layers_device_if_it_has_room(name, model_type):
+    with sdpa_kernel(SDPBackend.MATH):
+        _, wanted = edited(model_of(model_type), name)
     for room, place in ((1 << 34, "cuda:0"), (1 << 10, "cpu")):
-        with devices():
-            editor = make("alphaedit", tiny_model("gpt2").to("cuda:0"), threshold=0.5, l2=1e-2)
-            with mock.patch("kedit.memory.free_memory", return_value=room):
-                used = editor.used_directions(LAYER, editor.config, 0, torch.device("cuda:0"))
-                factor = editor.moments.factor(LAYER, torch.device("cuda:0"))
-                assert editor._projected(LAYER, factor[:3], editor.config).device == factor.device
-            assert str(used.device) == str(factor.device) == place
+        for at_home in (True, False):  # second moments in main memory, or on the device
+            with devices(), mock.patch("kedit.memory.free_memory", return_value=room):
+                editor = editor_of(name, model_of(model_type).to("cuda:0"))
+                if not at_home:
+                    moved = {layer: moment.matrix.to("cuda:0") for layer, moment in editor.moments.items()}
+                    editor.moments = kedit.SecondMoments(moved)
+                edits = [FRENCH, ADA] if editor.joint else [FRENCH]
+                found = editor.apply(edits, kedit.SADR(gamma=0.3))
+                assert apart(found, wanted) == 0.0
+                assert solved_on(editor) == {place}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_device_that_runs_out_of_memory_leaves_the_solve_to_main_memory(name, caplog):
+    def scarce(function):
+        def wrapped(matrix, *args, **kwargs):
+            if isinstance(matrix, Away):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return function(matrix, *args, **kwargs)
+
+        return wrapped
+
+    results = []
+    for full in (False, True):
+        with devices(), contextlib.ExitStack() as stack:
+            editor = editor_of(name, model_of("llama").to("cuda:0"))
+            editor.apply(FRENCH)
+            for each in ("cholesky_ex", "solve_triangular", "eigh") * full:
+                stack.enter_context(mock.patch.object(torch.linalg, each, scarce(getattr(torch.linalg, each))))
+            results.append(editor.apply(ADA))  # AlphaEdit's earlier keys are on the device
+            assert ("has no room to solve" in caplog.text) == full
+    assert apart(*results) == 0.0
+
+
+def test_the_fullest_device_decides_how_large_waves_are(monkeypatch, caplog):
+    with devices():
+        model = spread(tiny_model("llama"), 9)  # only the last norm and the head are on the second device
+        assert [str(device) for device in ModelArch(model).devices] == ["cuda:0", "cuda:1"]
+        monkeypatch.setattr("kedit.engine.free_memory", lambda device: 1 << 20 if str(device) == "cuda:1" else 1 << 34)
+        editor = make("memit", model)
+        editor.apply(EDITS * 4)
+    assert editor.engine.used < editor.engine.budget
+    assert "MiB that are free" in caplog.text
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_model_with_adapters_over_two_devices(outside):
+    def wrapped(model):
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT asks transformers for what it renamed
+            config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+            return peft.get_peft_model(model, config).eval()
+
+    wanted = make("rome", wrapped(tiny_model("llama"))).apply(FRENCH, kedit.SADR(gamma=0.3))
+    with devices():
+        model = wrapped(tiny_model("llama"))
+        placed = spread(model, 2) if outside else (spread(model.get_base_model(), 2), model)[1]
+        assert apart(make("rome", placed).apply(FRENCH, kedit.SADR(gamma=0.3)), wanted) <= NEAR
+
+
+PLACES = [["cuda:0", "cpu", "cuda:1"], ["cuda:0", "disk", "cuda:1"], ["cpu", "cuda:1", "disk"]]
+
+
+@pytest.mark.parametrize("places", PLACES, ids=", ".join)
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mixtral"])
+def test_devices_memory_and_disk_together(model_type, places, tmp_path):
+    plain = model_of(model_type)
+    _, wanted = edited(plain, "memit")
+    wanted.revert()
+    count = ModelArch(plain).num_layers
+    with devices():
+        placed = spread(model_of(model_type), (places * count)[:count], tmp_path)
+        assert model_fingerprint(placed) == model_fingerprint(plain)
+        editor, found = edited(placed, "memit")
+        assert all(editor.engine._verdicts.values())
+        assert apart(found, wanted) <= NEAR
+        found.revert()
+        assert model_fingerprint(placed) == model_fingerprint(plain)
+
+
+def test_patches_of_experts_on_two_devices():
+    plain = model_of("mixtral")
+    _, wanted = edited(plain, "memit")
+    ids = torch.tensor([[5, 17, 90, 3, 44]])
+    known = plain(ids).logits
+    with devices():
+        placed = spread(model_of("mixtral"))
+        with wanted.patch.attach(placed):
+            torch.testing.assert_close(placed(ids.to("cuda:0")).logits.cpu(), known, atol=1e-4, rtol=1e-4)
+        difference = kedit.EditPatch.diff(placed, plain)
+    assert difference.deltas.keys() == wanted.patch.deltas.keys()
 
 
 # The devices themselves
@@ -171,6 +290,8 @@ def test_a_pretended_device_refuses_what_a_real_one_refuses():
                     operation(left, right)
         with pytest.raises(RuntimeError, match="same device"):
             there[torch.tensor([1], device="cuda:1")]
+        with pytest.raises(RuntimeError, match="device type for generator"):
+            torch.randn(3, generator=torch.Generator(), device="cuda:0")
         with pytest.raises(TypeError, match="can't convert cuda:0"):
             there.numpy()
         assert there[torch.tensor([1])].device == (there * torch.tensor(2.0)).device == there.device

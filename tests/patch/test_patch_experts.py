@@ -90,8 +90,8 @@ def test_what_is_not_there_is_refused(tmp_path, name):
     [(known, delta)] = patch_of(subject, {(1, 3): 1}).deltas.items()
     for other, message in (
         (known.replace("[3]", "[4]"), "expert 4 of .* holds 4 experts there"),
-        (known.replace("down_proj", "up_proj"), "nothing of that name"),
-        (known.replace("layers.1", "layers.7"), "nothing of that name"),
+        (known.replace("down_proj", "up_proj"), "no experts of that name, together or apart"),
+        (known.replace("layers.1", "layers.7"), "no experts of that name, together or apart"),
         ("model.norm.weight[3]", "expert 3 of model.norm.weight"),
     ):
         with pytest.raises(PatchMismatchError, match=message):
@@ -135,7 +135,9 @@ def test_attaching_to_experts_that_are_others_or_not_there_is_refused():
     for other, message in (
         (known.replace("[3]", "[4]"), "no number 4"),
         (known.replace("experts", "router"), "no layer"),
-        ("model.norm.weight[3]", "edits experts"),
+        ("model.norm.weight[3]", "no down-projection"),
+        ("model.norm.down_proj[3]", "edits experts"),
+        (known.replace("down_proj", "gate_up_proj"), "no down-projection"),
     ):
         subject = zoo.make("mixtral")
         with pytest.raises(KEditError, match=message):

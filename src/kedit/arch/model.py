@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -168,7 +169,16 @@ class ModelArch:
     @property
     def devices(self) -> tuple[torch.device, ...]:
         """Devices that the model computes on, the input's first."""
-        return tuple(dict.fromkeys([self.input_device, *map(self.device, range(self.num_layers))]))
+        return tuple(dict.fromkeys([self.input_device, *map(self.device, range(self.num_layers)), *self._at_the_end()]))
+
+    def _at_the_end(self) -> list[torch.device]:
+        """Devices of the last block, of the final norm (some types have none) and of the head."""
+        found = [self.device(self.num_layers - 1)]
+        for path in (self.spec.final_norm, self.spec.head):
+            with suppress(ArchitectureError):
+                module = bare(self._part(path))
+                found += [device_of(module)] if getattr(module, "weight", None) is not None else []
+        return found
 
     def logits(self, keep: Tensor, **inputs: Any) -> Tensor:
         """Run the model and give the logits [N, V] at the places marked in ``keep`` [P, T] (bool), prompt by prompt.
@@ -180,7 +190,7 @@ class ModelArch:
         if not self.keeps_logits:
             whole: Tensor = self.model(**inputs).logits
             return whole[keep.to(whole.device)].to(device)
-        if len(set(getattr(self.model, "hf_device_map", {}).values())) < 2:
+        if set(self._at_the_end()) == {device}:
             found: Tensor = self.model(**inputs, logits_to_keep=keep).logits
         else:  # the model would mark its last hidden states with a tensor that is on another device
             with on_input(self.head, lambda hidden: hidden[keep.to(hidden.device)]):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kedit.capture.context import Capture, opened
 from kedit.capture.install import decoder_of, use_capture_attention
 from kedit.errors import CaptureError
+from kedit.placement import device_of
 
 
 class Record(Capture):
@@ -32,8 +33,7 @@ class Record(Capture):
         heads = int(config.get_text_config(decoder=True).num_attention_heads)  # type: ignore[union-attr, operator]
         shape = (steps, batch, heads, queries, keys)
         self.buffers = {
-            layer: torch.zeros(shape, device=device or next(module.parameters()).device)
-            for layer, module in self.modules.items()
+            layer: torch.zeros(shape, device=device or _device(module)) for layer, module in self.modules.items()
         }
         self.num_keys: list[int] = []
         self._fresh = False
@@ -69,6 +69,12 @@ class Record(Capture):
             self.num_keys.append(rows.shape[3])
             self._fresh = False
         self.buffers[layer][self.num_steps - 1, ..., : rows.shape[3]] = rows
+
+
+def _device(attention: nn.Module) -> torch.device:
+    """Where an attention module computes, be its weights offloaded."""
+    parts = ((part, leaf) for part in attention.modules() for leaf, _ in part.named_parameters(recurse=False))
+    return device_of(*next(parts))
 
 
 @contextmanager

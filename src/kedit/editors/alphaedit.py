@@ -16,6 +16,7 @@ from kedit.editors.config import EditorConfig
 from kedit.editors.memit import MEMIT, mixed_keys
 from kedit.editors.settings import Settings
 from kedit.history import KeyHistory
+from kedit.memory import at_most_on
 from kedit.pipeline import Insertion
 from kedit.request import Request
 from kedit.solve import Past, null_space, null_space_update, projected
@@ -68,13 +69,14 @@ class AlphaEdit(MEMIT):
     def used_directions(self, layer: int, config: Any, expert: int = 0, device: torch.device | None = None) -> Tensor:
         """The directions of ordinary keys, which are not written: [I, d] float64; computed once per layer and expert.
 
-        On ``device`` if that has room for it, otherwise (and by default) where the second moment is.
+        They are kept like a factor of C (:meth:`kedit.SecondMoments.factor`).
         """
         self._forget_other_moments()
         key = (layer, config.threshold, config.relative, expert)
         if key not in self._used:
             matrix = self.moments.matrix(layer, expert, device)
             self._used[key] = null_space(matrix, config.threshold, relative=config.relative)
+        self._used[key] = at_most_on(device, self._used[key])
         return self._used[key]
 
     def _forget_other_moments(self) -> None:
@@ -110,6 +112,8 @@ class AlphaEdit(MEMIT):
         parts = self.history.parts(layer)
         key = (layer, config.threshold, config.relative)
         known, past = self._past.get(key, ([], Past()))
+        if past.device not in (None, like.device):
+            known, past = [], Past()
         if len(known) > len(parts) or any(old is not new for old, new in zip(known, parts, strict=False)):
             known, past = [], Past()  # something was taken back
         fresh = parts[len(known) :]

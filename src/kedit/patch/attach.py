@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kedit.arch import Experts, ModelArch, unwrap
+from kedit.arch import ARCHITECTURES, ArchSpec, Experts, ModelArch, unwrap
 from kedit.delta import Delta, LowRankDelta
-from kedit.errors import ArchitectureError, KEditWarning, PatchMismatchError
+from kedit.errors import ArchitectureError, KEditWarning, PatchMismatchError, UnsupportedError
 from kedit.fingerprint import has_fingerprint
 from kedit.ledger import WRITABLE, Ledger
 from kedit.patch.files import numbered
@@ -63,7 +63,7 @@ def attach(patch: EditPatch, model: PreTrainedModel, *, force: bool = False) -> 
     unknown = []
     for name, delta in patch.deltas.items():
         module = _module(model, name)
-        experts, number = _expert(module, name)
+        experts, number = _expert(model, module, name)
         branch = _Branch(name, delta) if experts is None else _ExpertBranch(name, delta, experts, number)
         weight: Any = getattr(module, "weight", None) if experts is None else experts.weight(number).stored
         patch.check_shape(name, delta, _shape(module, name) if experts is None else experts.shape)
@@ -160,12 +160,18 @@ def _module(model: PreTrainedModel, name: str) -> nn.Module:
     return module
 
 
-def _expert(module: nn.Module, name: str) -> tuple[Experts | None, int]:
-    """The experts and the number of the one that is meant, where it is one."""
+def _expert(model: PreTrainedModel, module: nn.Module, name: str) -> tuple[Experts | None, int]:
+    """The experts and the number of the one whose down-projection is meant, where it is one."""
     fused, number = numbered(name)
     if number is None:
         return None, 0
     path, _, leaf = fused.rpartition(".")
+    down = ARCHITECTURES.get(unwrap(model).config.model_type, ArchSpec).fused_down
+    if leaf != down:
+        raise UnsupportedError(
+            f"{name} is no down-projection ({path}.{down}[...]), and kedit attaches to no other part of an expert. Apply the patch "
+            "to the weights."
+        )
     experts = Experts(module, path, leaf)
     experts.weight(number)  # there is one of that number
     return experts, number

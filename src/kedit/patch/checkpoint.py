@@ -32,15 +32,21 @@ class Checkpoint:
         folder: where it is.
         shards: headers by file name.
         files: the file that holds a tensor, by the tensor's name.
+        described_by: another checkpoint of the same model, whose configuration counts.
     """
 
     folder: Path
     shards: dict[str, Header]
     files: dict[str, str]
+    described_by: Checkpoint | None = None
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
+    def open(cls, folder: str | Path, *, described_by: Checkpoint | None = None) -> Checkpoint:
         """Read the index and all headers.
+
+        Args:
+            folder: where it is.
+            described_by: another checkpoint of the same model, whose configuration says what this one holds.
 
         Raises:
             PatchError: no checkpoint, a shard that is missing, truncated or disagrees with the index, or a file name
@@ -64,7 +70,7 @@ class Checkpoint:
                 )
         if raw is None:
             header = read_header(single)
-            return cls(where, {SINGLE: header}, dict.fromkeys(header.tensors, SINGLE))
+            return cls(where, {SINGLE: header}, dict.fromkeys(header.tensors, SINGLE), described_by)
         files = _weight_map(index, parse_json(raw, str(index)))
         shards = {name: read_header(where / name) for name in sorted(set(files.values()))}
         for tensor, name in files.items():
@@ -74,12 +80,12 @@ class Checkpoint:
             for tensor in header.tensors:
                 if files.get(tensor) != name:
                     raise PatchError(f"{name} holds {tensor}, which {INDEX} does not place there. It is damaged.")
-        return cls(where, shards, files)
+        return cls(where, shards, files, described_by)
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model that the folder's configuration describes, without numbers (:func:`skeleton`)."""
-        return skeleton(self.folder)
+        """The model that the configuration describes, without numbers (:func:`skeleton`)."""
+        return skeleton(self.folder) if self.described_by is None else self.described_by.model
 
     def file_of(self, key: str) -> str:
         """The file that holds a tensor, or the tensor that ``key`` with ``[n]`` at its end is a part of."""
@@ -113,12 +119,10 @@ class Checkpoint:
             PatchMismatchError: it is not there, or could be several.
             ArchitectureError: it is an expert, and the folder's configuration is of no use.
         """
-        if parameter in self.files:
-            return parameter
         fused, number = numbered(parameter)
         if number is not None:
             return self._key_of_expert(fused, number)
-        found = [key for key in self.files if parameter.endswith(f".{key}") or key.endswith(f".{parameter}")]
+        found = self._keys_like(parameter)
         if len(found) != 1:
             what = f"several that could be it ({', '.join(sorted(found)[:3])})" if found else "nothing of that name"
             raise PatchMismatchError(
@@ -128,19 +132,25 @@ class Checkpoint:
         return found[0]
 
     def _key_of_expert(self, fused: str, number: int) -> str:
-        apart = stored_experts(self.model, fused)
-        if apart:
-            count, key = len(apart), apart[number] if number < len(apart) else ""
-        else:
-            key = self.key_of(fused)
-            shape = self.like(key)[1]
-            count, key = shape[0] if len(shape) == 3 else 0, f"{key}[{number}]"
-        if number >= count:
+        keys: list[str] = []
+        found = self._keys_like(fused)
+        if not found:
+            keys = [key for name in stored_experts(self.model, fused) for key in self._keys_like(name)]
+        elif len(found) == 1 and len(shape := self.like(found[0])[1]) == 3:
+            keys = [f"{found[0]}[{n}]" for n in range(shape[0])]
+        if number >= len(keys):
+            held = f"{len(keys)} experts there" if keys else "no experts of that name, together or apart"
             raise PatchMismatchError(
-                f"The patch changes expert {number} of {fused}, and {self.folder} holds {count} experts there. The patch was made "
-                "for another model."
+                f"The patch changes expert {number} of {fused}, and {self.folder} holds {held}. The patch was made for another "
+                "model, or the checkpoint stores its layers otherwise; load it, apply the patch and use save_pretrained."
             )
-        return self.key_of(key) if apart else key
+        return keys[number]
+
+    def _keys_like(self, parameter: str) -> list[str]:
+        """Stored names that could be a parameter's: its own, or those without (with) the base model's prefix."""
+        if parameter in self.files:
+            return [parameter]
+        return [key for key in self.files if parameter.endswith(f".{key}") or key.endswith(f".{parameter}")]
 
     def like(self, key: str) -> tuple[str, tuple[int, ...]]:
         """Dtype and shape of a tensor, or of a part of one, as stored."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from kedit.arch import unwrap, weight_of
 from kedit.delta import Delta, LowRankDelta, check_finite, is_finite
-from kedit.errors import ArchitectureError, ConfigError, NonFiniteError, PatchError, PatchMismatchError
+from kedit.errors import ArchitectureError, ConfigError, KEditError, NonFiniteError, PatchError, PatchMismatchError
 from kedit.fingerprint import tensor_fingerprint
 from kedit.patch.checkpoint import Checkpoint, stored_experts
 from kedit.patch.combine import check_tolerance, choose_rank, from_svd
+from kedit.placement import read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,11 +115,14 @@ def _memory_pairs(base: PreTrainedModel, edited: PreTrainedModel) -> Iterator[_P
     before, after = dict(base.named_parameters()), dict(edited.named_parameters())
     _check_same_names(set(before), set(after), "the base model", "the edited model")
     for name in before:
-        old, new = before[name].detach(), after[name].detach()
+        old, new = read(base, name, before[name]).detach(), read(edited, name, after[name]).detach()
         _check_alike(name, (tuple(old.shape), str(old.dtype)), (tuple(new.shape), str(new.dtype)))
         if torch.equal(old, new.to(old.device)):
             continue
-        parts = zip(_matrices(name, tuple(old.shape)), *map(_as_matrices, (old, new.to(old.device))), strict=True)
+        if not _is_fused(base, name):
+            yield _Pair(name, old, new.to(old.device))
+            continue
+        parts = zip(_matrices(name, len(old)), old, new.to(old.device), strict=True)
         yield from (_Pair(*part) for part in parts if not torch.equal(*part[1:]))
 
 
@@ -130,19 +134,26 @@ def _disk_pairs(base: Checkpoint, edited: Checkpoint) -> Iterator[_Pair]:
         _check_alike(key, (old.shape, old.dtype), (new.shape, new.dtype))
         if base.same_bytes(key, edited):
             continue
-        for part, name in zip(_matrices(key, old.shape), _matrices(names.of(key), old.shape), strict=True):
-            pair = _Pair(name, base.read(part), edited.read(part))
+        name = names.of(key)
+        count = old.shape[0] if _is_fused(base.model, name) else None
+        for part, matrix in zip(_matrices(key, count), _matrices(name, count), strict=True):
+            pair = _Pair(matrix, base.read(part), edited.read(part))
             if not torch.equal(pair.before, pair.after):  # 0.0 and -0.0 differ in their bytes alone
                 yield pair
 
 
-def _matrices(name: str, shape: tuple[int, ...]) -> list[str]:
+def _matrices(name: str, count: int | None) -> list[str]:
     """A tensor's name, or those of the matrices that are fused into it."""
-    return [f"{name}[{number}]" for number in range(shape[0])] if len(shape) == 3 else [name]
+    return [name] if count is None else [f"{name}[{number}]" for number in range(count)]
 
 
-def _as_matrices(tensor: Tensor) -> Sequence[Tensor]:
-    return tensor.unbind() if tensor.ndim == 3 else [tensor]
+def _is_fused(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter is the matrices of a mixture's experts in one tensor."""
+    try:
+        weight_of(model, f"{name}[0]")
+    except KEditError:
+        return False
+    return True
 
 
 class _Names:
@@ -155,15 +166,14 @@ class _Names:
         self._experts = {
             key: f"{name}[{number}]"
             for name, parameter in parameters.items()
-            if parameter.ndim == 3
+            if parameter.ndim == 3 and _is_fused(model, name)
             for number, key in enumerate(stored_experts(model, name))
         }
 
     def of(self, key: str) -> str:
         """The model's name for a stored tensor."""
-        if key in self._experts:
-            return self._experts[key]
-        names = [name for name in self._own if name == key] or [name for name in self._own if name.endswith(f".{key}")]
+        known = {**self._experts, **{name: name for name in self._own}}
+        names = [known[key]] if key in known else [known[name] for name in known if name.endswith(f".{key}")]
         if len(names) != 1:
             raise PatchMismatchError(
                 f"{key} differs, and is no parameter of the {self.model.config.model_type} that config.json describes."

@@ -87,7 +87,8 @@ def revert_checkpoint(
     """
     if not patches:
         raise PatchError("There is no patch to take away. Name at least one.")
-    source, origin = Checkpoint.open(edited), Checkpoint.open(base)
+    source = Checkpoint.open(edited)
+    origin = Checkpoint.open(base, described_by=source)
     keys = _keys(source, patches)
     runs = ways_of_running(source.folder, patches)
 
