@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,11 @@ def load(
     except torch.OutOfMemoryError:
         raise  # says nothing about the files
     except (*refused, SafetensorError, StrictDataclassError) as error:
+        if _is_encoder_decoder(str(name), options):
+            raise ArchitectureError(
+                f"The model in {str(name)!r} is an encoder-decoder, where no decoder-only prompt holds a fact. kedit edits causal "
+                "language models."
+            ) from error
         said = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         raise ArchitectureError(
             f"Cannot load a causal language model and tokenizer from {str(name)!r}: {said}. "
@@ -62,6 +68,16 @@ def load(
         ) from error
     model.eval()
     return model, tokenizer
+
+
+def _is_encoder_decoder(name: str, options: dict[str, Any]) -> bool:
+    """Whether a configuration says so; not where it cannot be read."""
+    from transformers import AutoConfig
+
+    with suppress(Exception):
+        where = {key: value for key, value in options.items() if key in _WHERE}
+        return bool(AutoConfig.from_pretrained(name, **where).is_encoder_decoder)
+    return False
 
 
 def _model(name: str, options: dict[str, Any]) -> PreTrainedModel:

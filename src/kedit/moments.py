@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kedit.arch import Experts, ModelArch
+from kedit.delta import is_finite
 from kedit.errors import ConfigError, KEditWarning, NonFiniteError, SingularMomentError
 from kedit.memory import at_most_on, roomy
 from kedit.solve import cholesky, whiten
@@ -178,6 +179,11 @@ class SecondMoments(Mapping[int, Moment]):
     def _check_symmetric(self, layer: int, matrix: Tensor) -> None:
         if layer in self._symmetric:
             return
+        if not matrix.is_floating_point() or not is_finite(matrix):
+            raise ConfigError(
+                f"The second moment of layer {layer} ({matrix.dtype}) is not made of finite real numbers, so it is no E[k kᵀ]. "
+                "Check where it comes from; NaN in it means NaN in the keys."
+            )
         skew = float((matrix - matrix.mT).abs().max())
         if skew > 1e-3 * float(matrix.abs().max()):
             raise ConfigError(

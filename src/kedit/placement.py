@@ -79,6 +79,17 @@ def read(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """
     if not tensor.is_meta:
         return tensor
+    return _kept(model, name).read()
+
+
+def check_held(model: nn.Module) -> None:
+    """Raise :class:`ArchitectureError` where a parameter holds no numbers and is kept nowhere."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            _kept(model, name)
+
+
+def _kept(model: nn.Module, name: str) -> Offloaded:
     path, _, leaf = name.rpartition(".")
     away = offloaded(model.get_submodule(path), leaf)
     if away is None:
@@ -86,7 +97,7 @@ def read(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
             f"{name} is on the meta device and holds no numbers. Load the model's weights, or let accelerate offload "
             "them (device_map)."
         )
-    return away.read()
+    return away
 
 
 def device_of(module: nn.Module, leaf: str = "weight") -> torch.device:

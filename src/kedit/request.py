@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kedit.arch import ModelArch
 from kedit.batch import Row, Text, context_limit, encode, rewrite_texts
@@ -51,7 +51,8 @@ def encode_edits(
     Raises:
         EditError: an edit does not fit the tokenizer or the context window; its number is named.
     """
-    limit = context_limit(arch.model)
+    table: Any = arch.model.get_input_embeddings().weight
+    limit, size = context_limit(arch.model), int(table.shape[0])
     requests = []
     for number, edit in enumerate(edits):
         texts = rewrite_texts(edit, contexts)
@@ -62,6 +63,11 @@ def encode_edits(
             if len(edits) == 1:
                 raise
             raise type(error)(f"Edit {number}: {error}") from error
+        if (largest := max(max(row.ids) for row in rows)) >= size:
+            raise EditError(
+                f"Edit {number}: the tokenizer gives token {largest}, and the model knows {size} tokens. Use the model's own "
+                "tokenizer."
+            )
         count = len(contexts)
         requests.append(Request(edit, tuple(rows[:count]), rows[count], tuple(rows[count + 1 :])))
     return requests

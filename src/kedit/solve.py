@@ -142,8 +142,17 @@ def null_space(moment: Tensor, threshold: float, *, relative: bool = True) -> Te
 
     Returns:
         The *used* directions, [I, d] float64: the projection on the free ones is P = 1 − U Uᵀ.
+
+    Raises:
+        SingularMomentError: C is negative in some direction (or not finite).
     """
     values, vectors = torch.linalg.eigh(moment.to(torch.float64))
+    # Rounding of a float32 moment makes eigenvalues of 0 a little negative; more is no second moment.
+    if not bool(values[0] >= -1e-4 * values[-1].abs()):
+        raise SingularMomentError(
+            f"The second moment has a negative eigenvalue ({float(values[0]):.3g}), so it is no E[k kᵀ] and does not tell which "
+            "directions are free to be written. Estimate it anew."
+        )
     bound = threshold * float(values.mean()) if relative else threshold
     used: Tensor = vectors[:, values >= bound].contiguous()
     return used

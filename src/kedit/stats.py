@@ -150,6 +150,8 @@ def accumulate(
             bar.advance(int(mask.sum()))
     if seen == 0:
         raise ConfigError("The corpus for the second moments holds no text.")
+    if seen < budget:
+        logger.info("The corpus ended after %s of %s tokens.", f"{seen:,}", f"{budget:,}")
     if group.size > 1:
         for total in sums.values():
             total.restore({name: group.sum(part) for name, part in total.state().items()})

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification
 
 import kedit
 from kedit import pipeline
@@ -22,12 +23,13 @@ from kedit.errors import (
     SingularMomentError,
     TokenizerError,
     UnknownNameError,
+    UnsupportedError,
 )
 from kedit.ledger import Ledger
 from kedit.regularizers import Needs
 from models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
 
-from .common import ADA, FRENCH, LAYER, make, state
+from .common import ADA, FRENCH, LAYER, make, state, zoo_model
 
 WEIGHT = "transformer.h.2.mlp.c_proj.weight"
 
@@ -151,16 +153,80 @@ def test_moments_that_do_not_fit(model):
         make("rome", model, moments={1: torch.eye(112)})
 
 
-@pytest.mark.parametrize("moment", ["zero", "rank one", "nan"])
+@pytest.mark.parametrize("moment", ["zero", "rank one"])
 @pytest.mark.parametrize("name", ["rome", "rrome"])
 def test_singular_second_moment(model, moment, name):
     matrices = {
         "zero": torch.zeros(112, 112),
         "rank one": torch.ones(112, 112),
-        "nan": torch.eye(112) * torch.nan,
     }
     with pytest.raises(SingularMomentError, match="of layer 2 is not positive definite"):
         make(name, model, moments={2: matrices[moment]}).apply([FRENCH, ADA])
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "emmet", "alphaedit"])
+def test_second_moments_of_no_real_keys(model, name):
+    eye, one = torch.eye(112), torch.eye(112)
+    one[3, 3] = torch.nan
+    for matrix in (one, eye * torch.inf, torch.eye(112, dtype=torch.int64), torch.eye(112, dtype=torch.complex64)):
+        with pytest.raises(ConfigError, match="layer 2 .* is not made of finite real numbers"):
+            make(name, model, moments={2: matrix}).apply(FRENCH)
+    experts = torch.eye(64).repeat(4, 1, 1)
+    experts[3, 5, 5] = torch.nan  # an expert that need not serve the subject
+    mixture = zoo_model("mixtral")
+    with pytest.raises(ConfigError, match="layer 1 .* is not made of finite real numbers"):
+        make(name, mixture, layer=1, moments={1: experts}).apply(FRENCH)
+    with pytest.raises(SingularMomentError, match="negative eigenvalue|not positive definite"):
+        make(name, model, moments={2: -eye}).apply(FRENCH)
+
+
+def test_an_update_of_nothing_is_said_and_taken_back():
+    for kind, eye in (("llama", torch.eye(80)), ("mixtral", torch.eye(64).repeat(4, 1, 1))):
+        model = tiny_model("llama") if kind == "llama" else zoo_model("mixtral")
+        with pytest.warns(KEditWarning, match="update is 0.*ordinary keys use every direction") as seen:
+            result = make("alphaedit", model, layer=1, moments={1: eye}, threshold=0.02).apply(FRENCH)
+        assert len(seen) == 1, "no word of the router"
+        assert not result.routes
+        result.revert()
+        assert not kedit.Ledger.of(model).touched
+
+
+def test_blocks_that_share_their_weights_are_refused():
+    model = tiny_model("gpt2")
+    model.transformer.h[1].mlp = model.transformer.h[2].mlp
+    for name in ("rome", "memit", "ft"):
+        editor = make(name, model, **({"kl_factor": 0.0} if name == "ft" else {}))
+        with pytest.raises(UnsupportedError, match="Blocks 1, 2 of this gpt2 share one down-projection"):
+            editor.apply(FRENCH)
+    make("rome", model, layer=3).apply(FRENCH)
+
+
+def test_a_model_without_numbers_is_refused_in_one_sentence(tmp_path):
+    patch = make("rome", tiny_model("llama")).propose(FRENCH)[0]
+    empty = tiny_model("llama").to("meta")
+    for do in (
+        lambda: make("rome", empty),
+        lambda: patch.apply(empty),
+        lambda: patch.attach(empty),
+        lambda: kedit.EditPatch.diff(empty, tiny_model("llama")),
+    ):
+        with pytest.raises(ArchitectureError, match="on the meta device and holds no numbers"):
+            do()
+
+
+def test_what_is_no_causal_language_model():
+    with pytest.raises(ArchitectureError, match="found NoneType"):
+        kedit.ROME(None, tokenizer())
+    judge = AutoModelForSequenceClassification.from_config(tiny_model("llama").config)
+    with pytest.raises(ArchitectureError, match="no module 'lm_head'"):
+        kedit.ROME(judge, tokenizer(), layers=1)
+
+
+def test_a_tokenizer_larger_than_the_model():
+    model = tiny_model("llama")
+    model.resize_token_embeddings(97)
+    with pytest.raises(EditError, match=r"Edit 0: the tokenizer gives token \d+, and the model knows 97 tokens"):
+        make("rome", model).apply(FRENCH)
 
 
 def test_target_that_the_model_says_already_is_a_warning_only():

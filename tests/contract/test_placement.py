@@ -133,7 +133,7 @@ def test_what_offloading_rules_out_is_refused(tmp_path):
         kedit.FT(away, tokenizer(), layers=1).apply(FRENCH)
     empty = tiny_model("llama")
     empty.model.layers[LAYER].mlp.down_proj.to("meta")
-    with pytest.raises(kedit.KEditError, match="is stored on another device"):
+    with pytest.raises(kedit.KEditError, match="is on the meta device and holds no numbers"):
         make("rome", empty).apply(FRENCH)
 
 
@@ -166,6 +166,46 @@ def test_a_model_with_adapters_is_edited_with_them(targets, values, tmp_path):
     kedit.EditPatch.load(result.patch.save(tmp_path / "edit.safetensors")).apply(plain)  # the same weight without them
     result.revert()
     assert {key: digest(tensor) for key, tensor in wrapped.state_dict().items()} == before
+
+
+ADAPTERS = {
+    "lora": peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False),
+    "loha": peft.LoHaConfig(r=2, target_modules=["down_proj"], init_weights=False),
+    "vera": peft.VeraConfig(r=2, target_modules=["down_proj"], init_weights=False),
+    "dora": peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False, use_dora=True),
+    "ia3 in": peft.IA3Config(
+        target_modules=["down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False, task_type="CAUSAL_LM"
+    ),
+    "ia3 out": peft.IA3Config(
+        target_modules=["down_proj"], feedforward_modules=[], init_ia3_weights=False, task_type="CAUSAL_LM"
+    ),
+    "oft": peft.OFTConfig(target_modules=["down_proj"], oft_block_size=4, init_weights=False),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_that_do_more_than_add_are_refused(kind, dtype):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(tiny_model("llama", dtype=dtype), ADAPTERS[kind]).eval()
+    editor = make("rome", wrapped)
+    if kind in ("lora", "loha", "vera"):
+        editor.propose(FRENCH)
+    else:
+        with pytest.raises(kedit.errors.UnsupportedError, match="does more than add to what the layer gives"):
+            editor.apply(FRENCH)
+        make("rome", wrapped.merge_and_unload()).propose(FRENCH)
+
+
+def test_prompt_learning_is_refused():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(kedit.errors.UnsupportedError, match="virtual tokens in front of every prompt"):
+        make("rome", wrapped)
 
 
 @pytest.mark.parametrize("way", ["wrapper", "in place"])

@@ -3,6 +3,7 @@
 import json
 from unittest import mock
 
+import accelerate
 import pytest
 import torch
 from patch_common import bytes_of, random_delta
@@ -172,3 +173,71 @@ def test_a_damaged_expert_is_told(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(PatchError, match=r"has shape .* its config.json describes"):
         apply_to_checkpoint(tmp_path / "base", [patch], tmp_path / "out", force=True)
+
+
+@pytest.mark.parametrize("way", ["fused", "without prefix"])
+def test_other_forms_of_a_mixtures_checkpoint(tmp_path, way):
+    subject, base = zoo.make("mixtral"), tmp_path / "base"
+
+    def save(folder):
+        if way == "fused":
+            subject.save_pretrained(folder, save_original_format=False)
+        else:
+            subject.model.save_pretrained(folder)
+
+    save(base)
+    patch = patch_of(subject, {(1, 3): 2})
+    patch.apply(subject)
+    save(tmp_path / "wanted")
+    apply_to_checkpoint(base, [patch], tmp_path / "out")
+    assert stored(tmp_path / "out") == stored(tmp_path / "wanted")
+    found = EditPatch.diff(base, tmp_path / "out")
+    assert (found.deltas.keys(), found.fingerprints) == (patch.deltas.keys(), patch.fingerprints)
+
+
+def test_reverting_needs_the_configuration_of_the_edited_folder_alone(tmp_path):
+    subject = saved(tmp_path / "base", "mixtral")
+    patch = patch_of(subject, {(1, 3): 1})
+    apply_to_checkpoint(tmp_path / "base", [patch], tmp_path / "out")
+    (tmp_path / "base" / "config.json").unlink()
+    revert_checkpoint(tmp_path / "out", tmp_path / "base", [patch], tmp_path / "back")
+    assert stored(tmp_path / "back") == stored(tmp_path / "base")
+
+
+def test_each_expert_is_one_weight_with_one_branch(tmp_path):
+    subject = zoo.make("mixtral")
+    patch = patch_of(subject, {(1, 3): 1})
+    [(known, delta)] = patch.deltas.items()
+    other = EditPatch({known.replace("[3]", "[2]"): delta}, fingerprints(ModelArch(subject), [known[:-3] + "[2]"]))
+    with patch.attach(subject), other.attach(subject):  # the same update of another expert
+        assert len(subject.model.layers[1].mlp.experts._forward_hooks) == 2
+    names = dict.fromkeys((known, known.replace("[3]", "[03]")))
+    twice = EditPatch(dict.fromkeys(names, delta), dict.fromkeys(names, patch.fingerprints[known]), {"editor": "hand"})
+    with pytest.raises(PatchError, match=r"\[03\]"):
+        twice.save(tmp_path / "twice")
+
+
+def test_diff_of_experts_gate_and_of_what_is_no_mixture():
+    base, edited = zoo.make("mixtral"), zoo.make("mixtral")
+    with torch.no_grad():
+        edited.model.layers[1].mlp.experts.gate_up_proj[2] += random_delta((128, 32), 1).dense
+    found = EditPatch.diff(base, edited)
+    assert list(found.deltas) == ["model.layers.1.mlp.experts.gate_up_proj[2]"]
+    found.apply(base)
+    torch.testing.assert_close(base.state_dict(), edited.state_dict(), atol=1e-5, rtol=1e-5)
+    base, edited = zoo.make("mixtral"), zoo.make("mixtral")
+    for subject in (base, edited):
+        subject.model.norm.cube = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    with torch.no_grad():
+        edited.model.norm.cube += 1
+    with pytest.raises(PatchError, match="norm.cube differs, and a patch cannot hold that"):
+        EditPatch.diff(base, edited)
+
+
+def test_diff_of_offloaded_models(tmp_path):
+    base, edited = zoo.make("mixtral"), zoo.make("mixtral")
+    patch = patch_of(edited, {(1, 3): 1})
+    patch.apply(edited)
+    away = [accelerate.disk_offload(model, tmp_path / name) for name, model in (("a", base), ("b", edited))]
+    found = EditPatch.diff(*away)
+    assert (found.deltas.keys(), found.fingerprints) == (patch.deltas.keys(), patch.fingerprints)

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kedit
+import zoo
 from kedit.memory import LivePeak
 from models import CONTEXTS, EDITS, moments, tokenizer
 
@@ -51,6 +52,22 @@ def test_the_stated_demand_is_within_a_fifth_of_the_measured_peak(name, width, d
     besides = stated.total - stated.model - stated.moments
     assert 0.8 < besides / seen.peak < 1.2, (str(stated), seen.peak / 2**20)
     assert stated.kept == pytest.approx(seen.now, rel=0.2), (stated.kept / 2**20, seen.now / 2**20)
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "alphaedit"])
+def test_a_mixture_counts_every_expert_that_some_context_reaches(name):
+    model = zoo.make("olmoe", vocab_size=400, num_experts=16, num_experts_per_tok=2, intermediate_size=256)
+    layers = (1,) if name == "rome" else (0, 1)
+    each = torch.eye(256).repeat(16, 1, 1) * torch.linspace(0.01, 2, 256)
+    given = {"layers": layers, "moments": dict.fromkeys(layers, each)}
+    contexts = [*CONTEXTS, *(f"{word}. {{}}" for word in ("The river is long", "Paris", "It is cold", "Every year"))]
+    editor = kedit.editor(name, model, tokenizer(), contexts=contexts, steps=2, **given)
+    stated = editor.demand(ONE)
+    with LivePeak(model, [each]) as seen:
+        editor.apply(ONE)
+    besides = stated.total - stated.model - stated.moments
+    assert 0.75 < besides / seen.peak < 1.25, (str(stated), seen.peak / 2**20)
+    assert stated.kept == pytest.approx(seen.now, rel=0.25), (stated.kept / 2**20, seen.now / 2**20)
 
 
 def test_the_model_and_the_moments_count_what_they_are():

@@ -199,3 +199,23 @@ def test_the_probe_runs_once_per_model(monkeypatch):
     monkeypatch.setattr(module, "chain", lambda *args, was=module.chain: (calls.append(1), was(*args))[1])
     assert ModelArch(model).spec is ModelArch(model).spec
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
+def test_models_whose_tokens_see_those_behind_them_are_refused(kind):
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    for causal in (False, True):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **sizes, is_decoder=causal)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        if causal:
+            assert ModelArch(model).num_layers == 3
+        else:
+            with pytest.raises(ArchitectureError, match="its tokens see those behind them.*is_decoder=True"):
+                ModelArch(model)

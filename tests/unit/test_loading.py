@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 import kedit
 from kedit.errors import ArchitectureError, ConfigError
@@ -129,3 +130,11 @@ def test_qwen2_folder_keeps_the_tokenizer_its_file_describes(test_data, tmp_path
 
         expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(sample).ids
         assert kedit.load(tmp_path)[1](sample)["input_ids"] == expected
+
+
+def test_an_encoder_decoder_is_called_so(tmp_path):
+    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ArchitectureError, match="is an encoder-decoder"):
+        kedit.load(tmp_path)

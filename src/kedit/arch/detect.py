@@ -55,6 +55,7 @@ def detect(model: Any) -> ArchSpec:
     try:
         with torch.no_grad():
             calls, final_norm = chain(model, kind)
+            _check_causal(model, kind)
             parts = Block(calls[0], kind).parts()
             spec = ArchSpec(
                 blocks=names[calls.blocks],
@@ -73,6 +74,24 @@ def detect(model: Any) -> ArchSpec:
     finally:
         for module in was:
             module.training = True
+
+
+def _check_causal(model: Any, kind: str) -> None:
+    """Raise :class:`ArchitectureError` where what a token's place gives depends on the tokens behind it."""
+    embeddings = model.get_input_embeddings()
+    size = int(embeddings.weight.shape[0])
+    ids = torch.arange(1, 7, device=device_of(embeddings))[None] % size
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + size // 2) % size
+    one, two = (
+        model(input_ids=each, attention_mask=torch.ones_like(ids), use_cache=False).logits for each in (ids, other)
+    )
+    moved = (one - two)[:, :-1].float().abs().max()
+    if float(moved) > 16 * torch.finfo(one.dtype).eps * float(one.float().abs().max()):
+        raise refused(
+            kind,
+            "its tokens see those behind them, so it is no causal language model (BERT-like types: load it with is_decoder=True)",
+        )
 
 
 def _verified(spec: ArchSpec, calls: Sequence[Call], kind: str) -> ArchSpec:

@@ -12,7 +12,7 @@ from kedit.arch.weight import Weight
 from kedit.errors import ArchitectureError
 from kedit.placement import offloaded
 
-_NAME = re.compile(r"(?P<path>.*?)\.?(?P<leaf>[^.\[\]]*)(\[(?P<index>[0-9]+)\])?", re.ASCII)
+_NAME = re.compile(r"(?P<path>.*?)\.?(?P<leaf>[^.\[\]]*)(\[(?P<index>0|[1-9][0-9]*)\])?", re.ASCII)
 
 
 def weight_of(model: Any, name: str) -> Weight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kedit import presets, routing
 from kedit.arch import ModelArch, Site
+from kedit.arch.checks import check_editable, check_model
 from kedit.contexts import check_contexts, generate_contexts
 from kedit.delta import Delta, append, concatenate
 from kedit.demand import DOUBLE, Demand, demand
@@ -20,7 +22,7 @@ from kedit.edit import Edit, as_edits
 from kedit.editors.config import EditorConfig
 from kedit.editors.settings import Settings, adapted, check_fields, check_sites, describe_model, filled
 from kedit.engine import Engine
-from kedit.errors import ConfigError
+from kedit.errors import ConfigError, KEditWarning
 from kedit.footprint import Footprint
 from kedit.ledger import Ledger, check_writable
 from kedit.memory import HeapTrim
@@ -28,6 +30,7 @@ from kedit.moments import RIDGE, Moment, SecondMoments
 from kedit.optimise import StepLog, Values
 from kedit.patch import EditPatch, fingerprints
 from kedit.pipeline import Insertion, Timer, describe, overwrite, spread, warn_of_known
+from kedit.placement import check_held
 from kedit.processes import here
 from kedit.progress import Progress
 from kedit.regularizers import Choice, resolve
@@ -52,6 +55,13 @@ def with_gradient(call: Callable[P, R]) -> Callable[P, R]:
             return call(*args, **kwargs)
 
     return wrapped
+
+
+NOTHING = (
+    "The update is 0, so nothing was written. Either the loss was below stop_loss from the start, or no gradient reached the value "
+    "(in float16 small ones become 0: load the model in bfloat16 or float32), or ordinary keys use every direction (AlphaEdit: "
+    "raise the threshold)."
+)
 
 
 class Editor(ABC):
@@ -88,8 +98,11 @@ class Editor(ABC):
         contexts: Sequence[str] | None = None,
         **overrides: Any,
     ) -> None:
+        check_model(model)
         self.arch = ModelArch(model)
         self.model = self.arch.model
+        check_held(self.model)
+        _ = self.arch.head  # a model for another task has none
         self.tokenizer = tokenizer
         if not isinstance(getattr(self, "name", None), str):
             raise ConfigError(
@@ -196,9 +209,12 @@ class Editor(ABC):
                 progress.advance()
         summed = {name: concatenate(parts) for name, parts in written.items()}
         patch = EditPatch(summed, fingerprints(self.arch, summed), self._provenance(chosen, settings))
+        changes = any(delta.norm > 0 for delta in summed.values())
+        if not changes:
+            warnings.warn(NOTHING, KEditWarning, stacklevel=3)
         try:
             patch.apply(self.model)
-            routes = routing.check(self.arch, requests, routed, summed)
+            routes = routing.check(self.arch, requests, routed, summed) if changes else []
             if watch is not None:
                 with timer.stage("guard"):
                     patch.provenance["scores"] = watch.check(patch.deltas).scores
@@ -305,6 +321,7 @@ class Editor(ABC):
         found = resolve(regularizer)
         config = self._configure([item.name for item in found])
         complete = [filled(self.name, self.arch, item) for item in found]
+        check_editable(self.arch, config.layers)
         names = tuple(weight.name for layer in config.layers for weight in self.arch.weights(layer))
         sites = check_sites(type(self).__name__, self.sites(config), optional=not self.needs_sites)
         return Settings(config, complete, sites, names)

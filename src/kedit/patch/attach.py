@@ -15,6 +15,7 @@ from kedit.errors import ArchitectureError, KEditWarning, PatchMismatchError, Un
 from kedit.fingerprint import has_fingerprint
 from kedit.ledger import WRITABLE, Ledger
 from kedit.patch.files import numbered
+from kedit.placement import check_held
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -59,6 +60,7 @@ def attach(patch: EditPatch, model: PreTrainedModel, *, force: bool = False) -> 
     if Ledger.of(model).carries(patch):
         raise PatchMismatchError("The model carries this patch in its weights already. Revert it before attaching it.")
     check_not_attached(patch, model)
+    check_held(unwrap(model))
     found: list[tuple[nn.Module, _Branch]] = []
     unknown = []
     for name, delta in patch.deltas.items():

@@ -14,6 +14,7 @@ from kedit.fingerprint import has_fingerprint, tensor_fingerprint
 from kedit.ledger import Ledger
 from kedit.patch.format import FORMAT_VERSION as FORMAT_VERSION
 from kedit.patch.format import read_patch, write_patch
+from kedit.placement import check_held
 from kedit.text import printable
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class EditPatch:
             PatchMismatchError: this patch object was not applied to this model in this process.
         """
         ledger = Ledger.of(model)
+        if not self.deltas:
+            return
         if not ledger.carries(self):
             raise PatchMismatchError(
                 "This patch is not applied to this model (or was reverted). Only what was applied in this process can "
@@ -89,6 +92,7 @@ class EditPatch:
     def check_base(self, model: PreTrainedModel) -> None:
         """Raise :class:`PatchMismatchError` unless the model's weights are those the patch was made for."""
         arch = ModelArch(model)
+        check_held(arch.model)
         for name, delta in self.deltas.items():
             try:
                 weight = arch.weight_of(name)

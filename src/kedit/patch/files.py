@@ -36,7 +36,7 @@ _SIZES |= {"I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8}
 _MAX_HEADER = 100_000_000  # that of the safetensors format
 _MAX_INT = 1 << 62
 
-NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(\[[0-9]{1,6}\])?", re.ASCII)
+NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(\[(0|[1-9][0-9]{0,5})\])?", re.ASCII)
 """What a parameter may be called: dotted words, with an index at the end for one matrix of a fused tensor."""
 
 
