@@ -212,10 +212,13 @@ def _reading(arch: ModelArch, layers: Sequence[int], collect: Callable[..., None
 def _batches(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], budget: int, limit: int | None
 ) -> Iterator[list[list[int]]]:
-    """Token rows of similar length in batches, ``budget`` tokens in all; long documents are cut into pieces."""
+    """Token rows of similar length in batches, ``budget`` tokens in all; long documents are cut into pieces.
+
+    Two rows make two batches at least, so that there are halves to compare.
+    """
     longest = min(limit or MAX_PIECE, MAX_PIECE)
     buffer: list[list[int]] = []
-    buffered = 0
+    buffered, first = 0, True
     for text in texts:
         ids = tokenizer(text, verbose=False)["input_ids"]
         for start in range(0, len(ids), longest):
@@ -226,16 +229,20 @@ def _batches(
             buffered += len(piece)
             budget -= len(piece)
         if buffered >= 4 * TOKENS_PER_PASS or budget <= 0:
-            yield from _by_length(buffer)
-            buffer, buffered = [], 0
+            yield from _by_length(buffer, halve=first)
+            buffer, buffered, first = [], 0, False
         if budget <= 0:
             return
-    yield from _by_length(buffer)
+    yield from _by_length(buffer, halve=first)
 
 
-def _by_length(rows: list[list[int]]) -> Iterator[list[list[int]]]:
+def _by_length(rows: list[list[int]], *, halve: bool) -> Iterator[list[list[int]]]:
     batch: list[list[int]] = []
-    for row in sorted(rows, key=len, reverse=True):
+    rows = sorted(rows, key=len, reverse=True)
+    if halve and rows and len(rows[0]) * len(rows) <= TOKENS_PER_PASS:
+        yield from (part for part in (rows[::2], rows[1::2]) if part)
+        return
+    for row in rows:
         if batch and len(batch[0]) * (len(batch) + 1) > TOKENS_PER_PASS:
             yield batch
             batch = []

@@ -395,3 +395,14 @@ def test_check_names_what_does_not_fit():
 def test_singular_moment_names_the_layer():
     with pytest.raises(SingularMomentError, match="of layer 4 is not positive definite"):
         SecondMoments({4: torch.zeros(3, 3)}).factor(4)
+
+
+def test_a_short_corpus_has_two_halves_and_says_where_it_ended(caplog):
+    caplog.set_level(logging.INFO, logger="kedit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few keys
+        found = estimate_moments(ModelArch(tiny_model("gpt2")), tokenizer(), [1], TEXTS, tokens=10_000)
+        alone = estimate_moments(ModelArch(tiny_model("gpt2")), tokenizer(), [1], TEXTS[:1], tokens=10_000)
+    assert 0 < found[1].split_half < 2
+    assert alone[1].split_half is None
+    assert f"The corpus ended after {found[1].tokens} of 10,000 tokens." in caplog.text
