@@ -76,7 +76,7 @@ def _adds(wrapper: nn.Module, inner: nn.Module) -> bool:
 
     def move(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.append(args[0])
-        moved.append(output.flip(-1))  # of the size of what the layer gives
+        moved.append(output.flip(-1) + 1)  # of the size of what the layer gives, and not 0
         return output + moved[-1]
 
     training = [module for module in wrapper.modules() if module.training]
