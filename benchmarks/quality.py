@@ -14,15 +14,16 @@ from typing import Any
 
 import kedit
 from kedit import presets
-from kedit.arch import ModelArch
+from kedit.arch import ModelArch, unwrap
 from kedit.data import load_cases
 from kedit.editors import EDITORS
 from kedit.editors import editor as make_editor
 from kedit.editors.base import Editor
 from kedit.errors import ConfigError
 from kedit.evaluation.environment import describe_model, environment
-from kedit.evaluation.identity import describe_editor, describe_weights, digest, versions
+from kedit.evaluation.identity import describe_editor, digest, versions
 from kedit.evaluation.statistics import Estimate
+from kedit.fingerprint import model_fingerprint
 from kedit.pipeline import describe
 from kedit.regularizers import resolve
 from kedit.stats import tokenizer_fingerprint
@@ -87,7 +88,7 @@ class Bench:
             corpus=config.getoption("moments_corpus"),
         )
         made.results.mkdir(parents=True, exist_ok=True)
-        made.weights = f"{describe_weights(model)} {tokenizer_fingerprint(tokenizer)}"
+        made.weights = f"{model_fingerprint(unwrap(model))} {tokenizer_fingerprint(tokenizer)}"
         return made
 
     def editor(self, name: str) -> Editor:

@@ -210,7 +210,7 @@ def words(tmp_path):
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(edit.to_dict()) + "\n" for edit in (EASY, FRENCH)))
     (tmp_path / "corpus.txt").write_text("\n\n".join(f"{text} Number {i}." for i, text in enumerate(PLAIN * 8)))
     (tmp_path / "cases.jsonl").write_text(json.dumps(CASE.to_dict() | {"edit": EASY.to_dict()}) + "\n")
-    settings = ["layers=4", "steps=30", "clamp=20.0", "kl_factor=0.0"]
+    settings = ["layers=4", "steps=30", "clamp=20.0", "kl_factor=0.0", "stop_loss=0.0"]
     return [
         *("edit", "--model", str(tmp_path / "model"), "--edits", str(tmp_path / "edits.jsonl")),
         *("--moments-corpus", str(tmp_path / "corpus.txt"), "--out", str(tmp_path / "out.safetensors")),

@@ -228,8 +228,9 @@ def stored_experts(model: PreTrainedModel, fused: str) -> list[str]:
 
 def weight_in(checkpoint: Checkpoint, parameter: str) -> tuple[str, Weight]:
     """A parameter's name in the checkpoint, and how it is stored; raises unless the shapes agree."""
+    model = checkpoint.model
     try:
-        weight = weight_of(checkpoint.model, parameter)
+        weight = weight_of(model, parameter)
     except ArchitectureError as error:
         raise PatchMismatchError(
             f"The patch changes {parameter}, which this model does not have as a plain weight. {error}"
