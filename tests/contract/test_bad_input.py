@@ -191,6 +191,12 @@ def test_an_update_of_nothing_is_said_and_taken_back():
         assert not kedit.Ledger.of(model).touched
 
 
+def test_an_edit_above_which_no_attention_reads_the_subject_is_said(model):
+    with pytest.warns(KEditWarning, match="above the last block no attention carries the subject on"):
+        make("rome", model, layer=4).propose(FRENCH)
+        make("rome", model, layer=4).apply(FRENCH).revert()
+
+
 def test_blocks_that_share_their_weights_are_refused():
     model = tiny_model("gpt2")
     model.transformer.h[1].mlp = model.transformer.h[2].mlp

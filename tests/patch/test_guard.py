@@ -210,7 +210,7 @@ def words(tmp_path):
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(edit.to_dict()) + "\n" for edit in (EASY, FRENCH)))
     (tmp_path / "corpus.txt").write_text("\n\n".join(f"{text} Number {i}." for i, text in enumerate(PLAIN * 8)))
     (tmp_path / "cases.jsonl").write_text(json.dumps(CASE.to_dict() | {"edit": EASY.to_dict()}) + "\n")
-    settings = ["layers=4", "steps=30", "clamp=20.0", "kl_factor=0.0", "stop_loss=0.0"]
+    settings = ["layers=4", "steps=30", "clamp=20.0", "kl_factor=0.0"]
     return [
         *("edit", "--model", str(tmp_path / "model"), "--edits", str(tmp_path / "edits.jsonl")),
         *("--moments-corpus", str(tmp_path / "corpus.txt"), "--out", str(tmp_path / "out.safetensors")),
@@ -218,6 +218,8 @@ def words(tmp_path):
     ]
 
 
+# The second edit's subject does not end its prompt, and nothing above the last block carries it there.
+NO_WAY = pytest.mark.filterwarnings("ignore:The update is 0")
 OPEN = ["--guard", *(f"{name}={value}" for name, value in LOOSE.items())]
 
 
@@ -239,6 +241,7 @@ def test_the_command_refuses_what_fails(words, tmp_path, capsys):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@NO_WAY
 def test_a_journal_in_which_all_is_refused_ends_in_words(words, tmp_path, capsys):
     assert main([*words, *OPEN, "perplexity=0", "--journal", str(tmp_path / "j")]) == 1
     assert "refused every edit" in capsys.readouterr().err
@@ -264,6 +267,7 @@ def test_the_command_keeps_alphaedits_keys_in_a_file(words, tmp_path, capsys):
     assert not editor.history.begins_with(tmp_path / "other")
 
 
+@NO_WAY
 def test_a_journal_that_goes_on_counts_keys_once(words, tmp_path, capsys):
     """Whether it ended, broke off or got more edits: the keys in the file are those of one unbroken run."""
     words = [*words, "--editor", "alphaedit", "--set", "threshold=1.0", "--set", "steps=3"]
@@ -302,6 +306,7 @@ def test_the_embedded_model_reads_its_own_world():
     assert Guard(texts="one").texts_for(model) == ("one",)
 
 
+@NO_WAY
 def test_the_command_goes_on_in_a_journal(words, tmp_path, capsys):
     journal = ["--journal", str(tmp_path / "j")]
     assert main([*words, *OPEN, *journal]) == 0

@@ -58,9 +58,9 @@ def with_gradient(call: Callable[P, R]) -> Callable[P, R]:
 
 
 NOTHING = (
-    "The update is 0, so nothing was written. Either the loss was below stop_loss from the start, or no gradient reached the value "
-    "(in float16 small ones become 0: load the model in bfloat16 or float32), or ordinary keys use every direction (AlphaEdit: "
-    "raise the threshold)."
+    "The update is 0, so nothing was written. Either the loss was below stop_loss from the start; or no gradient reached the value "
+    "(above the last block no attention carries the subject on: edit a lower one; in float16 small gradients become 0: load the "
+    "model in bfloat16 or float32); or ordinary keys use every direction (AlphaEdit: raise the threshold)."
 )
 
 
