@@ -3,7 +3,8 @@
 Random bfloat16 weights of GPT-J-6B's or Llama-3-8B's shape, made on the device; identity moments; prompts like CounterFact's, six
 contexts, 20 steps without early stop, so that every run does the same arithmetic. Written down: edits per second, where the time
 goes, peak memory, and the share of the matrix rate that the optimisation reaches (FLOPs that its steps must do over seconds, over
-the rate of a large product measured in the same run). ``--shape tiny`` tries the script on a CPU.
+the rate of a large product measured in the same run). ``--shape tiny`` tries the script on a CPU. ``--floor 790`` runs nothing: it
+counts what must be done, and how long that takes at so many TFLOP/s.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bench_speed import contexts, floor_flops, processor
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedModel
 
 import kedit
-from kedit.arch import ModelArch
+from kedit.arch import ModelArch, Site
 from kedit.request import encode_edits
 from models import tokenizer
 
@@ -56,6 +57,23 @@ def build(shape: str, device: torch.device) -> PreTrainedModel:
     with device:
         model = AutoModelForCausalLM.from_config(SHAPES[shape][0], dtype=torch.bfloat16)
     return model.to(device).eval()
+
+
+def arithmetic(shape: str, count: int, steps: int, rate: float) -> str:
+    """A line on what ``count`` edits must do, and the minutes at ``rate`` FLOP/s; the model is never filled."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[shape][0], dtype=torch.bfloat16)
+    arch, top = ModelArch(model), SHAPES[shape][1][-1]
+    needs = kedit.SADR(gamma=5e-3).needs(Site(top, "block"))
+    sample = min(count, 1_000)
+    requests = encode_edits(arch, tokenizer(), counterfact_like(sample), contexts(0, 5), needs)
+    prompts = [prompt for request in requests for prompt in request.prompts(0)]
+    running = sum(len(prompt.tokens) - prompt.row.lookup for prompt in prompts) / sample
+    flops = floor_flops(arch, requests, top, steps) / sample
+    return (
+        f"| {shape} | {count:,} | {len(prompts) / sample:.1f} | {running:.1f} | {flops / 1e12:.1f} | {count * flops / 1e15:.0f} | "
+        f"{count * flops / rate / 60:.1f} |"
+    )
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -121,7 +139,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="Markdown file (default: printed only)")
+    parser.add_argument("--floor", type=float, metavar="TFLOPS", help="count the arithmetic and run nothing")
     args = parser.parse_args()
+    if args.floor:
+        print("| shape | edits | prompts per edit | running tokens per edit | TFLOP per edit | PFLOP | minutes |")
+        print(f"|{'---|' * 7}")
+        for count in map(int, args.edits.split(",")):
+            print(arithmetic(args.shape, count, args.steps, args.floor * 1e12))
+        return
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     lines = [
