@@ -64,6 +64,6 @@ def _stored_transposed(module: nn.Module, name: str) -> bool:
     if isinstance(module, nn.Linear):
         return False
     raise ArchitectureError(
-        f"{name} belongs to a {type(module).__name__}; kedit writes nn.Linear and Conv1D weights, and attaches edits beside quantized "
-        "layers that are subclasses of nn.Linear. Load the model without quantization, or with another one."
+        f"{name} belongs to a {type(module).__name__}; kedit writes nn.Linear and Conv1D weights, and attaches edits beside "
+        "quantized layers that are subclasses of nn.Linear. Load the model without quantization, or with another one."
     )
