@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kedit.placement import stored
 
@@ -59,8 +59,14 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     Of the configuration, everything counts but where the model came from and what it is asked to return. Where the model
     lies does not count; of offloaded weights, what accelerate keeps is read.
     """
-    digest = hashlib.sha256(json.dumps(_computing(model.config.to_dict()), sort_keys=True, default=repr).encode())
-    for name, tensor in stored(model):
+    about = json.dumps(_computing(model.config.to_dict()), sort_keys=True, default=repr)
+    return module_fingerprint(model, about)
+
+
+def module_fingerprint(module: nn.Module, about: str = "") -> str:
+    """SHA-256 of a text and of all that a module stores, as ``"sha256:..."``."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in stored(module):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         _update(digest, tensor)
     return f"sha256:{digest.hexdigest()}"

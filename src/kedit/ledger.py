@@ -256,8 +256,7 @@ def check_writable(weight: Weight) -> None:
     """Raise :class:`PatchMismatchError` where a weight is not stored as numbers that can be changed in place."""
     if weight.writable:
         return
-    parameter = weight.parameter
-    place = "on another device than it says (offloaded)" if parameter.is_meta else f"in {parameter.dtype}"
+    place = "packed, as quantization leaves it," if weight.packed else f"in {weight.parameter.dtype}"
     raise PatchMismatchError(
         f"{weight.name} is stored {place} and cannot be written in place. Attach the edit instead (editor.propose(edit) and "
         "patch.attach(model)), or load the model in full precision."

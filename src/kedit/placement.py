@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +102,11 @@ def _kept(model: nn.Module, name: str) -> Offloaded:
 
 
 def device_of(module: nn.Module, leaf: str = "weight") -> torch.device:
-    """Where a module computes with its parameter."""
-    device: torch.device = getattr(module, leaf).device
+    """Where a module computes with its parameter; with the first that it has, where it has none of that name."""
+    tensor = getattr(module, leaf, None)
+    if not isinstance(tensor, Tensor):
+        tensor = next(itertools.chain(module.parameters(), module.buffers()))
+    device: torch.device = tensor.device
     if device.type != "meta":
         return device
     found = offloaded(module, leaf)

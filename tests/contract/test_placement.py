@@ -14,7 +14,7 @@ import kedit
 from kedit.arch import ModelArch
 from kedit.fingerprint import model_fingerprint
 from kedit.ledger import Ledger
-from models import CONTEXTS, tiny_model, tokenizer
+from models import CONTEXTS, moments, tiny_model, tokenizer
 
 from .common import ADA, EDITS, FRENCH, LAYER, bare_output, digest, make, zoo_model
 
@@ -247,30 +247,78 @@ class Int8(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x) * self.scale)
 
 
-def quantized():
+class Packed(nn.Module):
+    """One that is no ``nn.Linear``: two rows of 4 bits in a byte, under another name."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 7
+        whole = (linear.weight.detach() / scale).round().to(torch.int16) + 8
+        self.register_buffer("qweight", (whole[0::2] + 16 * whole[1::2]).to(torch.uint8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        rows = torch.stack([self.qweight % 16, self.qweight // 16], 1).flatten(0, 1)
+        return nn.functional.linear(x, (rows.to(x) - 8) * self.scale)
+
+
+class Bytes(Int8):
+    """One whose weight has another shape than the matrix, as 4-bit layers have."""
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.shape = self.weight.shape
+        self.weight = nn.Parameter(self.weight.detach().view(-1, 1), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.view(self.shape).to(x) * self.scale)
+
+
+def quantized(kind=Int8):
     model = tiny_model("llama")
     for block in model.model.layers:
-        block.mlp.down_proj = Int8(block.mlp.down_proj)
+        block.mlp.down_proj = kind(block.mlp.down_proj)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
 
 
-def test_a_quantized_model_gets_its_edit_beside_the_weight(values):
-    model = quantized()
+KINDS = pytest.mark.parametrize("kind", [Int8, Packed, Bytes])
+
+
+@KINDS
+def test_a_quantized_model_gets_its_edit_beside_the_weight(kind, values, tmp_path):
+    model = quantized(kind)
     before = {key: digest(tensor) for key, tensor in model.state_dict().items()}
     editor = make("rome", model)
     [patch] = editor.propose(FRENCH, SADR)
     with pytest.warns(kedit.errors.KEditWarning, match="cannot check"), patch.attach(model):
         torch.testing.assert_close(bare_output(model), values[0].value[0, 0], atol=2e-4, rtol=1e-3)
     assert {key: digest(tensor) for key, tensor in model.state_dict().items()} == before
+    loaded = kedit.EditPatch.load(patch.save(tmp_path / "edit.safetensors"))
+    assert loaded.fingerprints == patch.fingerprints
+    other = quantized(kind)
+    with torch.no_grad():
+        other.model.layers[LAYER].mlp.down_proj.scale *= 1.01
+    assert (make("rome", other).propose(FRENCH)[0].fingerprints == patch.fingerprints) == (kind is Int8)
+    assert editor.demand(FRENCH).total > 0
+    found = kedit.second_moments(
+        model, tokenizer(), layers=[LAYER], corpus=["The old river flows past."] * 20, cache=False
+    )
+    assert found[LAYER].matrix.shape == (80, 80)
+    with pytest.raises(kedit.KEditError, match="cannot be written in place"):
+        make("memit", model, layers=(1, 2), moments={1: moments(80, 1), 2: moments(80, 2)}).propose(FRENCH)
 
 
-def test_writing_into_quantized_weights_is_refused_before_anything_runs(monkeypatch):
-    model = quantized()
+@KINDS
+def test_writing_into_quantized_weights_is_refused_before_anything_runs(kind, monkeypatch):
+    model = quantized(kind)
     editor = make("rome", model)
     monkeypatch.setattr(editor.engine, "optimise", lambda *_: pytest.fail("it ran"))
-    with pytest.raises(kedit.KEditError, match=r"torch.int8 and cannot be written in place.*propose.*attach"):
+    with pytest.raises(
+        kedit.KEditError, match=r"(torch.int8|packed).* and? ?cannot be written in place.*propose.*attach"
+    ):
         editor.apply(FRENCH)
     spread = make("memit", model, layers=(1, 2), moments={i: torch.eye(80) for i in (1, 2)}, contexts=CONTEXTS)
     with pytest.raises(kedit.KEditError, match="cannot be written in place"):

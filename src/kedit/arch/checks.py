@@ -67,8 +67,9 @@ def _adds(wrapper: nn.Module, inner: nn.Module) -> bool:
     if len(getattr(wrapper, "lora_magnitude_vector", ())):
         return False  # DoRA: depends on the weight itself, also where its factors are still 1
     device = device_of(inner)
-    weight: Any = inner.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    weight: Any = getattr(inner, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.is_floating_point()
+    dtype = weight.dtype if plain else torch.float32
     width = getattr(inner, "in_features", None) or weight.shape[0]  # a Conv1D is stored [I, O]
     given = torch.randn((1, 3, width), generator=torch.Generator().manual_seed(0)).to(device, dtype)
     seen: list[Tensor] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kedit.arch.experts import Experts
 from kedit.arch.weight import Weight
@@ -20,6 +21,8 @@ def weight_of(model: Any, name: str) -> Weight:
 
     The model may be an empty one on the meta device, of a type that has no entry and whose structure cannot be probed.
 
+    Of a quantized layer whose numbers are packed, or called otherwise, the matrix is an empty one.
+
     Raises:
         ArchitectureError: there is no such parameter, or it is no plain ``nn.Linear`` or ``Conv1D`` weight.
     """
@@ -28,6 +31,8 @@ def weight_of(model: Any, name: str) -> Weight:
         raise ArchitectureError(f"{type(model).__name__} has no parameter {name!r}.")
     module = bare(part(model, match["path"]))
     parameter = getattr(module, match["leaf"], None)
+    if match["leaf"] == "weight" and (packed := _packed(module, parameter)) is not None:
+        return Weight(name, packed, transposed=False)
     if not isinstance(parameter, nn.Parameter):
         raise ArchitectureError(f"{type(model).__name__} has no parameter {name!r}.")
     if match["index"] is None:
@@ -56,6 +61,18 @@ def bare(module: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
+def _packed(module: nn.Module, weight: Any) -> nn.Parameter | None:
+    """An empty matrix [O, I] for a layer that says how many features it has and does not store as many plain numbers."""
+    rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if not isinstance(rows, int) or not isinstance(columns, int):
+        return None
+    if isinstance(weight, Tensor) and (
+        weight.is_floating_point() or (isinstance(module, nn.Linear) and weight.shape == (rows, columns))
+    ):
+        return None
+    return nn.Parameter(torch.empty((rows, columns), dtype=torch.int8, device="meta"), requires_grad=False)
+
+
 def _stored_transposed(module: nn.Module, name: str) -> bool:
     from transformers.pytorch_utils import Conv1D
 
@@ -65,5 +82,5 @@ def _stored_transposed(module: nn.Module, name: str) -> bool:
         return False
     raise ArchitectureError(
         f"{name} belongs to a {type(module).__name__}; kedit writes nn.Linear and Conv1D weights, and attaches edits beside "
-        "quantized layers that are subclasses of nn.Linear. Load the model without quantization, or with another one."
+        "quantized layers that say their in_features and out_features. Load the model in another form."
     )

@@ -45,6 +45,11 @@ class Weight:
         plain = self.parameter.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         return plain and (self.away is not None or not self.parameter.is_meta)
 
+    @property
+    def packed(self) -> bool:
+        """Whether the matrix is an empty one that stands for a quantized layer's."""
+        return self.parameter.is_meta and self.away is None
+
     def hold(self) -> None:
         """Get the weight to where it can be written: an offloaded one is in memory from now on."""
         if self.away is not None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kedit.arch import ModelArch
 from kedit.delta import Delta
 from kedit.errors import ArchitectureError, PatchMismatchError
-from kedit.fingerprint import has_fingerprint, tensor_fingerprint
-from kedit.ledger import Ledger
+from kedit.fingerprint import has_fingerprint, module_fingerprint, tensor_fingerprint
+from kedit.ledger import Ledger, check_writable
 from kedit.patch.format import FORMAT_VERSION as FORMAT_VERSION
 from kedit.patch.format import read_patch, write_patch
 from kedit.placement import check_held
@@ -101,6 +101,8 @@ class EditPatch:
                     f"The patch changes {name}, which this model does not have as a plain weight. {error}"
                 ) from error
             self.check_shape(name, delta, tuple(weight.matrix.shape))
+            if weight.packed:
+                check_writable(weight)
             if not has_fingerprint(weight.stored, self.fingerprints.get(name)):
                 raise self.mismatch(name)
 
@@ -175,5 +177,10 @@ class EditPatch:
 
 
 def fingerprints(arch: ModelArch, names: Iterable[str]) -> dict[str, str]:
-    """The hashes of some weights as they are now, by name."""
-    return {name: tensor_fingerprint(arch.weight_of(name).stored) for name in names}
+    """The hashes of some weights as they are now, by name; of a packed one, that of all that its layer stores."""
+    found: dict[str, str] = {}
+    for name in names:
+        weight = arch.weight_of(name)
+        layer = arch.model.get_submodule(name.rpartition(".")[0])
+        found[name] = module_fingerprint(layer) if weight.packed else tensor_fingerprint(weight.stored)
+    return found
