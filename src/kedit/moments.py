@@ -201,6 +201,7 @@ class Accumulator:
     """
 
     probes = 16
+    first = 0  # the half that begins; of several processes each second one begins with the other, or one half might stay empty
 
     def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
         self.total = torch.zeros((width, width), dtype=dtype, device=device)
@@ -222,7 +223,7 @@ class Accumulator:
 
         To be called before they are summed, so that the counts tell where Ctrl-C left the sums half done.
         """
-        half = 0 if self.counts[0] <= self.counts[1] else 1
+        half = self.first if self.counts[0] == self.counts[1] else int(self.counts[0] > self.counts[1])
         self.counts[half] += keys
         return half
 

@@ -115,6 +115,7 @@ def accumulate(
             sums[layer] = Accumulator(arch.memory_width(layer), arch.device(layer), arch.work_dtype)
         else:
             sums[layer] = ExpertsAccumulator(experts, arch.device(layer), arch.work_dtype)
+        sums[layer].first = group.rank % 2
     device = arch.input_device
     top = max(layers)
     done, seen, told = _resume(checkpoint, sums), 0, False
