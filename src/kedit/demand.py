@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from torch import nn
 
-from kedit import locate
+from kedit import locate, routing
 from kedit.arch import ModelArch
 from kedit.footprint import Footprint
 from kedit.memory import LivePeak
@@ -106,13 +106,11 @@ class _Place:
 
 
 def _places(editor: Solver, requests: Sequence[Request], layers: Sequence[int]) -> list[_Place]:
-    rows = [row for request in requests for row in request.rewrite]  # keys are averaged over contexts
+    routed = routing.shares(editor.arch, requests, layers, contexts=True)  # keys are averaged over contexts
     found = []
     for layer in layers:
         weights = editor.arch.weights(layer)
-        mixture = editor.arch.experts(layer) is not None
-        routed = locate.routing(editor.arch, rows, layer).shares() if mixture else []
-        served = {expert for shares in routed for expert in shares}
+        served = {expert for shares in routed.get(layer, []) for expert in shares}
         outer, inner = weights[0].matrix.shape
         stored = weights[0].stored.element_size()
         found.append(_Place(layer, len(served) or len(weights), len(weights), outer, inner, stored))

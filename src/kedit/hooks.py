@@ -1,4 +1,4 @@
-"""Reading and changing what flows through modules, with hooks that are always removed."""
+"""Reading and changing what flows through modules, with hooks that are always removed, and the mode they run in."""
 
 from __future__ import annotations
 
@@ -59,6 +59,18 @@ def on_arguments(module: nn.Module, function: Callable[..., None]) -> Iterator[N
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every part is in the mode that it was in afterwards."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @contextmanager

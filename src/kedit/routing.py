@@ -45,9 +45,14 @@ class Route:
         )
 
 
-def shares(arch: ModelArch, requests: Sequence[Request], layers: Iterable[int]) -> dict[int, list[Shares]]:
-    """Per mixture among ``layers`` and per edit, the experts that serve the subject's last token, with their weights."""
-    rows = [request.rewrite[0] for request in requests]
+def shares(
+    arch: ModelArch, requests: Sequence[Request], layers: Iterable[int], *, contexts: bool = False
+) -> dict[int, list[Shares]]:
+    """Per mixture among ``layers`` and per edit, the experts that serve the subject's last token, with their weights.
+
+    Those of the bare prompt; with ``contexts`` per edit and context.
+    """
+    rows = [row for request in requests for row in (request.rewrite if contexts else request.rewrite[:1])]
     mixtures = [layer for layer in layers if arch.experts(layer) is not None]
     return {layer: locate.routing(arch, rows, layer).shares() for layer in mixtures}
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kedit.arch import ModelArch, Site
 from kedit.batch import Row, pad
 from kedit.errors import CaptureError
-from kedit.hooks import by_prompt, on_output
+from kedit.hooks import by_prompt, evaluating, on_output
 from kedit.regularizers.base import Needs, Rows
 
 if TYPE_CHECKING:
@@ -106,25 +106,25 @@ class Reading:
 @contextmanager
 def inference_state(model: nn.Module, trained: Sequence[nn.Parameter] = ()) -> Iterator[None]:
     """Evaluation mode inside, gradient for the ``trained`` weights alone; all as before afterwards."""
-    training = [module for module in model.modules() if module.training]
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     chosen = {id(parameter) for parameter in trained}
     # A module compiled in place would not see hooks that come and go.
     compiled = {module: call for module in model.modules() if (call := vars(module).get("_compiled_call_impl"))}
-    try:
-        model.eval()
-        for module in compiled:
-            module._compiled_call_impl = None
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in chosen)
-        yield
-    finally:
-        for name, parameter in model.named_parameters():  # by name: of an offloaded weight the parameter is made anew
-            parameter.requires_grad_(wanted[name])
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
-        for module in training:
-            module.training = True
+    with evaluating(model):
+        try:
+            for module in compiled:
+                module._compiled_call_impl = None
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in chosen)
+            yield
+        finally:
+            for (
+                name,
+                parameter,
+            ) in model.named_parameters():  # by name: of an offloaded weight the parameter is made anew
+                parameter.requires_grad_(wanted[name])
+            for module, call in compiled.items():
+                module._compiled_call_impl = call
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kedit.arch.lookup import bare
 from kedit.arch.model import ModelArch
 from kedit.errors import ArchitectureError, UnsupportedError
+from kedit.hooks import evaluating, on_input, on_output
 from kedit.placement import device_of
 
 
@@ -75,23 +76,14 @@ def _adds(wrapper: nn.Module, inner: nn.Module) -> bool:
     seen: list[Tensor] = []
     moved: list[Tensor] = []
 
-    def move(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen.append(args[0])
+    def move(output: Tensor) -> Tensor:
         moved.append(output.flip(-1) + 1)  # of the size of what the layer gives, and not 0
         return output + moved[-1]
 
-    training = [module for module in wrapper.modules() if module.training]
-    wrapper.eval()
-    try:
+    with evaluating(wrapper):
         before = wrapper(given)
-        handle = inner.register_forward_hook(move)
-        try:
+        with on_input(inner, seen.append), on_output(inner, move):
             after = wrapper(given)
-        finally:
-            handle.remove()
-    finally:
-        for module in training:
-            module.training = True
     error = (after - before - moved[0]).float().norm() / moved[0].float().norm()
     tolerance = max(1e-4, 16 * torch.finfo(dtype).eps)
     return len(seen) == 1 and torch.equal(seen[0], given) and bool(error <= tolerance)

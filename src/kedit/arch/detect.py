@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from kedit.arch.structure import PLACE, Block, Call, chain, others, probe, put, refused, width_of
 from kedit.arch.table import ArchSpec
 from kedit.errors import ArchitectureError
+from kedit.hooks import evaluating
 from kedit.placement import device_of
 
 _LINEAR = 1e-3  # how far from a multiple of the change the answer may be
@@ -50,10 +51,8 @@ def detect(model: Any) -> ArchSpec:
         raise refused(kind, "it has no language-model head; pass the causal language model itself")
     if device_of(model.get_input_embeddings()).type == "meta":
         raise refused(kind, "its weights are not loaded, so it cannot be run to find its parts")
-    was = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             calls, final_norm = chain(model, kind)
             _check_causal(model, kind)
             parts = Block(calls[0], kind).parts()
@@ -71,9 +70,6 @@ def detect(model: Any) -> ArchSpec:
         if isinstance(error, ArchitectureError):
             raise
         raise refused(kind, f"its blocks do not run one by one ({type(error).__name__}: {error})") from error
-    finally:
-        for module in was:
-            module.training = True
 
 
 def _check_causal(model: Any, kind: str) -> None:

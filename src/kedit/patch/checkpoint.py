@@ -131,13 +131,23 @@ class Checkpoint:
             )
         return found[0]
 
-    def _key_of_expert(self, fused: str, number: int) -> str:
-        keys: list[str] = []
+    @cached_property
+    def _experts(self) -> dict[str, list[str]]:
+        """The names under which the matrices of a fused tensor are stored, for those that were asked for."""
+        return {}
+
+    def _keys_of_experts(self, fused: str) -> list[str]:
         found = self._keys_like(fused)
         if not found:
-            keys = [key for name in stored_experts(self.model, fused) for key in self._keys_like(name)]
-        elif len(found) == 1 and len(shape := self.like(found[0])[1]) == 3:
-            keys = [f"{found[0]}[{n}]" for n in range(shape[0])]
+            return [key for name in stored_experts(self.model, fused) for key in self._keys_like(name)]
+        if len(found) == 1 and len(shape := self.like(found[0])[1]) == 3:
+            return [f"{found[0]}[{number}]" for number in range(shape[0])]
+        return []
+
+    def _key_of_expert(self, fused: str, number: int) -> str:
+        if fused not in self._experts:
+            self._experts[fused] = self._keys_of_experts(fused)
+        keys = self._experts[fused]
         if number >= len(keys):
             held = f"{len(keys)} experts there" if keys else "no experts of that name, together or apart"
             raise PatchMismatchError(
