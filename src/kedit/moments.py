@@ -23,6 +23,7 @@ from kedit.memory import at_most_on, roomy
 from kedit.solve import cholesky, whiten
 
 RIDGE = 1e-4
+OUTLIER = 10.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Moment:
         matrix: C as the closed forms use it, ridge included, [I, I]; of a mixture of experts one per expert, [N, I, I],
             of the keys weighted by the router and over all tokens, so that they can be compared.
         tokens: how many keys it was estimated from, every token's counted; ``None`` for a matrix handed in.
-        ridge: what was added to the diagonal, relative to its mean.
+        ridge: what was added to the diagonal, relative to its mean (:func:`typical`).
         split_half: relative difference between the estimates from two halves of the corpus.
         effective_rank: (tr C)² / tr C²: how many directions carry the keys.
     """
@@ -263,8 +264,18 @@ class Accumulator:
             difference = float((halves[0] - halves[1]).norm() / ((halves[0] + halves[1]) / 2).norm())
         # Of all experts alike: one that saw nothing has no scale of its own.
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-        diagonal.add_(ridge * diagonal.mean())
+        diagonal.add_(ridge * typical(diagonal))
         return Moment(matrix, tokens, ridge, difference, spread)
+
+
+def typical(diagonal: Tensor) -> float:
+    """A typical E[k²] of one neuron: the mean, or :data:`OUTLIER` times the median where that is less.
+
+    An attention sink (the first token, often) can have a key hundreds of times as long as all others. It raises the mean of
+    a few neurons' squares so far that a ridge relative to it would drown what ordinary keys say.
+    """
+    seen = diagonal[diagonal > 0]
+    return min(float(diagonal.mean()), OUTLIER * float(seen.median()))
 
 
 class ExpertsAccumulator(Accumulator):

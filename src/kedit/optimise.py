@@ -28,6 +28,8 @@ class Objective:
     Attributes:
         steps: forward passes at most; the last one does not update.
         lr: Adam's step size.
+        lr_relative: whether ``lr`` counts in units of v₀'s root mean square, ‖v₀‖ / √H, per edit and site. A step then has a
+            length of about ``lr`` · ‖v₀‖, so the same number means the same for every model.
         clamp: bound of ‖δ‖ / ‖v₀‖, enforced after every update.
         stop_loss: an edit whose total falls below is finished.
         settle: PMET's rule: an edit is also finished when every target token is the first choice and the KL term is
@@ -41,6 +43,7 @@ class Objective:
     kl_factor: float
     clamp: float
     stop_loss: float
+    lr_relative: bool = False
     settle: bool = False
     dtype: torch.dtype | None = None
 
@@ -223,13 +226,17 @@ class _State:
         self.runner.pass_on()
         frozen = torch.ones(len(self.delta), dtype=torch.bool, device=self.delta.device)
         frozen[self.active[goes_on]] = False
-        kept = self.delta.detach()[frozen].clone()
+        before = self.delta.detach().clone()
         self._adam.step()
         with torch.no_grad():
-            bound = objective.clamp * self.initial.norm(dim=-1, keepdim=True)
+            initial = self.initial.norm(dim=-1, keepdim=True)
+            if objective.lr_relative:  # Adam's step does not depend on the gradient's scale
+                unit = initial / math.sqrt(self.initial.shape[-1])
+                self.delta.copy_(before + (self.delta - before) * unit)
+            bound = objective.clamp * initial
             norm = self.delta.norm(dim=-1, keepdim=True)
             self.delta.mul_(torch.where(norm > bound, bound / norm, torch.ones_like(norm)))
-            self.delta[frozen] = kept  # Adam's momentum would carry finished edits on
+            self.delta[frozen] = before[frozen]  # Adam's momentum would carry finished edits on
 
     def keep(self, stays: Tensor) -> None:
         """Let the other edits leave the batch."""

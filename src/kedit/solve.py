@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -132,16 +133,22 @@ def _solve_spd(gram: Tensor, right_side: Tensor, weight: float) -> Tensor:
     return solved(factor, right_side)
 
 
-def null_space(moment: Tensor, threshold: float, *, relative: bool = True) -> Tensor:
-    """An orthonormal basis of the directions that ordinary keys hardly use.
+NullSpaceRule = Literal["fraction", "mean", "absolute"]
+
+
+def null_space(moment: Tensor, threshold: float, rule: NullSpaceRule = "fraction") -> Tensor:
+    """Find the directions that ordinary keys use, the complement of those that may be written.
 
     Args:
         moment: C, [I, I].
-        threshold: directions with an eigenvalue below it are free to be written.
-        relative: whether the threshold is a multiple of the mean eigenvalue.
+        threshold: what makes a direction free, by ``rule``.
+        rule: ``"fraction"``: that share of all directions, those with the smallest eigenvalues, is free. It means the same for
+            every model, and one enormous key (an attention sink's can hold 99% of the trace) does not change it.
+            ``"mean"``: eigenvalues below this multiple of their mean. ``"absolute"``: eigenvalues below this number, the
+            published form.
 
     Returns:
-        The *used* directions, [I, d] float64: the projection on the free ones is P = 1 − U Uᵀ.
+        The *used* directions, [I, d] float64, orthonormal: the projection on the free ones is P = 1 − U Uᵀ.
 
     Raises:
         SingularMomentError: C is negative in some direction (or not finite).
@@ -153,9 +160,18 @@ def null_space(moment: Tensor, threshold: float, *, relative: bool = True) -> Te
             f"The second moment has a negative eigenvalue ({float(values[0]):.3g}), so it is no E[k kᵀ] and does not tell which "
             "directions are free to be written. Estimate it anew."
         )
-    bound = threshold * float(values.mean()) if relative else threshold
-    used: Tensor = vectors[:, values >= bound].contiguous()
+    if rule == "fraction":
+        free = int(threshold * len(values))
+    else:
+        free = int((values < (threshold * values.mean() if rule == "mean" else threshold)).sum())
+    used: Tensor = vectors[:, free:].contiguous()  # eigenvalues ascend
     return used
+
+
+def free_energy(moment: Tensor, used: Tensor) -> float:
+    """Mean ‖P k‖² of ordinary keys, tr(P C), for C [I, I] and the used directions [I, d]."""
+    matrix = moment.to(used)
+    return max(0.0, float(matrix.trace() - ((matrix @ used) * used).sum()))
 
 
 def projected(used: Tensor, keys: Tensor) -> Tensor:

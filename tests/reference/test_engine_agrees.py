@@ -249,7 +249,15 @@ def test_alphaedit(model_type):
                 memit.write_updates(case.model, step.spread.updates)
                 expected.append(step.spread.updates)
                 past = step.past
-        editor = case.editor("alphaedit", SPREAD, l2=2.0, threshold=threshold, relative=False, stop_loss=0.0)
+        editor = case.editor(
+            "alphaedit",
+            SPREAD,
+            l2=2.0,
+            threshold=threshold,
+            threshold_rule="absolute",
+            l2_relative=False,
+            stop_loss=0.0,
+        )
         for _, edits in halves:
             results.append(editor.apply(edits))
     assert_updates(results[0].patch, expected[0])

@@ -128,6 +128,7 @@ ALPHAEDIT = {
     "LLAMA_7B": (range(4, 9), (25, 0.1, 0.5, 0.75)),
     "QWEN2_7B": (range(7, 12), (25, 0.1, 0.5, 0.75)),
 }
+PUBLISHED_NULL_SPACE = {"l2": 10.0, "threshold": 0.02, "threshold_rule": "absolute", "l2_relative": False}
 FT = {"GPT2_XL": (0, 5e-4), "GPT_J_6B": (0, 5e-5), "MISTRAL_7B": (21, 5e-5)}
 
 
@@ -135,7 +136,7 @@ def published():
     """(editor, model, Config fields) of every row of the published tables; what they do not name has one value for all."""
     usual = {"kl_factor": 0.0625, "stop_loss": 0.05}
     for name, table in (("rome", ROME), ("rrome", ROME), ("alphaedit", ALPHAEDIT)):
-        own = {"l2": 10.0, "threshold": 0.02} if name == "alphaedit" else {}
+        own = PUBLISHED_NULL_SPACE if name == "alphaedit" else {}
         for model, (layers, values) in table.items():
             yield name, model, {"layers": layers, **dict(zip(FIELDS, values, strict=True)), **usual, **own}
     for model, (layers, values, weight) in MEMIT.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from kedit.demand import DOUBLE
 from kedit.editors.config import EditorConfig
 from kedit.editors.memit import MEMIT, mixed_keys
 from kedit.editors.settings import Settings
+from kedit.errors import ConfigError
 from kedit.history import KeyHistory
 from kedit.memory import at_most_on
 from kedit.pipeline import Insertion
 from kedit.request import Request
-from kedit.solve import Past, null_space, null_space_update, projected
+from kedit.solve import NullSpaceRule, Past, free_energy, null_space, null_space_update, projected
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class AlphaEdit(MEMIT):
     """MEMIT's values and layers, written only into directions that ordinary keys hardly use.
 
-    P projects on the eigenvectors of C with small eigenvalues; Kₚ are the keys of the edits that the model carries::
+    P projects on the directions that ordinary keys use least, the eigenvectors of C with small eigenvalues; Kₚ are the keys
+    of the edits that the model carries::
 
         (P (K Kᵀ + Kₚ Kₚᵀ) + λ 1) X = P K Rᵀ,   Δ = Xᵀ
 
@@ -43,28 +45,40 @@ class AlphaEdit(MEMIT):
         """AlphaEdit's hyper-parameters.
 
         Attributes:
-            l2: λ.
-            threshold: directions whose eigenvalue is below it may be written.
-            relative: whether the threshold is a multiple of the mean eigenvalue. The published code's is absolute (0.02),
-                which means something else for every model and number of tokens.
+            l2: λ, by ``l2_relative``.
+            threshold: which directions may be written, by ``threshold_rule`` (:func:`kedit.solve.null_space`).
+            threshold_rule: ``"fraction"`` (of all directions, the least used), ``"mean"`` (eigenvalues below a multiple of
+                their mean) or ``"absolute"`` (eigenvalues below a number: the published form, 0.02, which means something
+                else for every model).
+            l2_relative: whether λ is a multiple of the mean ‖P k‖² of ordinary keys. At 1 a key that lies in the free
+                directions as ordinary keys do gets half of its change written, whatever the model. The published form, an
+                absolute λ of 10, is ``False``.
         """
 
-        l2: float = 10.0
-        threshold: float = 0.02
-        relative: bool = True
+        l2: float = 1.0
+        threshold: float = 0.5
+        threshold_rule: NullSpaceRule = "fraction"
+        l2_relative: bool = True
 
         def __post_init__(self) -> None:
             """Check every field."""
             super().__post_init__()
             self.check_range("l2", above=0.0)
             self.check_range("threshold", above=0.0)
+            if self.threshold_rule not in get_args(NullSpaceRule):
+                raise ConfigError(
+                    f"threshold_rule is one of {', '.join(map(repr, get_args(NullSpaceRule)))}, not {self.threshold_rule!r}."
+                )
+            if self.threshold_rule == "fraction" and self.threshold >= 1:
+                raise ConfigError(f"threshold is a share of all directions, below 1, not {self.threshold!r}.")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.history = KeyHistory(self.model)
         self._of: object = None  # the moments that the following two belong to
-        self._used: dict[tuple[int, float, bool, int], Tensor] = {}
-        self._past: dict[tuple[int, float, bool], tuple[list[Tensor], Past]] = {}
+        self._used: dict[tuple[int, float, str, int], Tensor] = {}
+        self._energy: dict[tuple[int, float, str, int], float] = {}
+        self._past: dict[tuple[int, float, str], tuple[list[Tensor], Past]] = {}
 
     def used_directions(self, layer: int, config: Any, expert: int = 0, device: torch.device | None = None) -> Tensor:
         """The directions of ordinary keys, which are not written: [I, d] float64; computed once per layer and expert.
@@ -72,10 +86,11 @@ class AlphaEdit(MEMIT):
         They are kept like a factor of C (:meth:`kedit.SecondMoments.factor`).
         """
         self._forget_other_moments()
-        key = (layer, config.threshold, config.relative, expert)
+        key = (layer, config.threshold, config.threshold_rule, expert)
         if key not in self._used:
             matrix = self.moments.matrix(layer, expert, device)
-            self._used[key] = null_space(matrix, config.threshold, relative=config.relative)
+            self._used[key] = null_space(matrix, config.threshold, config.threshold_rule)
+            self._energy[key] = free_energy(matrix, self._used[key])
         self._used[key] = at_most_on(device, self._used[key])
         return self._used[key]
 
@@ -83,6 +98,7 @@ class AlphaEdit(MEMIT):
         if self._of is not self.moments:
             self._of = self.moments
             self._used.clear()
+            self._energy.clear()
             self._past.clear()
 
     def solving_bytes(self, shape: tuple[int, int], edits: int, contexts: int) -> tuple[int, int]:
@@ -97,7 +113,15 @@ class AlphaEdit(MEMIT):
         self._forget_other_moments()
         keys = self._projected(insertion.layer, mixed_keys(insertion.keys), config)
         past = self._earlier(insertion.layer, keys, config)
-        return null_space_update(keys, insertion.residual, config.l2, past)
+        return null_space_update(keys, insertion.residual, self._weight(insertion.layer, config), past)
+
+    def _weight(self, layer: int, config: Any) -> float:
+        """λ of a layer whose free directions are known: relative to what ordinary keys have in them, where asked for."""
+        if not config.l2_relative:
+            return float(config.l2)
+        known = (layer, config.threshold, config.threshold_rule)
+        energy = sum(found for key, found in self._energy.items() if key[:3] == known)
+        return float(config.l2 * energy) or torch.finfo(torch.float64).tiny
 
     def _projected(self, layer: int, keys: Tensor, config: Any) -> Tensor:
         """P k for each key [n, I] (of a mixture, expert by expert), float64."""
@@ -110,7 +134,7 @@ class AlphaEdit(MEMIT):
     def _earlier(self, layer: int, like: Tensor, config: Any) -> Past:
         """The keys of earlier edits; only those are projected that are new since the last time."""
         parts = self.history.parts(layer)
-        key = (layer, config.threshold, config.relative)
+        key = (layer, config.threshold, config.threshold_rule)
         known, past = self._past.get(key, ([], Past()))
         if past.device not in (None, like.device):
             known, past = [], Past()

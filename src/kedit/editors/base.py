@@ -357,13 +357,15 @@ class Editor(ABC):
     @classmethod
     def _preset_config(cls, arch: ModelArch, changes: Mapping[str, Any]) -> EditorConfig:
         preset = presets.find(cls.name, arch)
-        values: dict[str, Any] = dict(preset.values) if preset else {"layers": cls.default_layers(arch)}
+        values: dict[str, Any] = dict(preset.values) if preset else cls.rule(arch)
+        if "lr" in changes:
+            values.pop("lr_relative", None)  # a step size of the user's is absolute unless the user says otherwise
         return cls.Config(**{**values, **changes})
 
     @classmethod
-    def default_layers(cls, arch: ModelArch) -> tuple[int, ...]:
-        """The layers for a model without a preset."""
-        return (presets.layer_rule(arch),)
+    def rule(cls, arch: ModelArch) -> dict[str, Any]:
+        """Hyper-parameters for a model without a preset, the layers among them."""
+        return {"layers": (presets.layer_rule(arch),), **presets.VALUE_RULE}
 
     def _provenance(self, edits: Sequence[Edit], settings: Settings) -> dict[str, Any]:
         return {

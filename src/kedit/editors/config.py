@@ -22,6 +22,8 @@ class EditorConfig:
         layers: blocks whose down-projection is changed, ascending; the value is optimised at the last.
         steps: forward passes of the optimisation at most.
         lr: Adam's step size.
+        lr_relative: whether ``lr`` counts in units of ‖v₀‖ / √H, so that a step has a length of about ``lr`` · ‖v₀‖ in every
+            model; the published step sizes are absolute.
         weight_decay: factor of ‖δ‖ / ‖v₀‖².
         kl_factor: factor of the KL divergence on "{subject} is a".
         clamp: bound of ‖δ‖ / ‖v₀‖.
@@ -37,6 +39,7 @@ class EditorConfig:
     clamp: float = 4.0
     stop_loss: float = 0.05
     dtype: str | None = None
+    lr_relative: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -84,6 +87,7 @@ class EditorConfig:
         return Objective(
             steps=self.steps,
             lr=self.lr,
+            lr_relative=self.lr_relative,
             weight_decay=self.weight_decay,
             kl_factor=self.kl_factor,
             clamp=self.clamp,

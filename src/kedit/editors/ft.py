@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from kedit.arch import Site
+from kedit import presets
+from kedit.arch import ModelArch, Site
 from kedit.batch import pad
 from kedit.delta import Delta, DenseDelta, check_finite
 from kedit.editors.base import Editor
@@ -63,6 +64,22 @@ class FT(Editor):
                 raise ConfigError("FT has no KL term: leave kl_factor at 0.")
             if self.objective_form not in ("masked", "prompt_last"):
                 raise ConfigError(f"objective_form is 'masked' or 'prompt_last', not {self.objective_form!r}.")
+
+    @classmethod
+    def rule(cls, arch: ModelArch) -> dict[str, Any]:
+        """ε and step size relative to the weights: ε = ‖W‖_rms / √I, and five steps reach it.
+
+        The output of a neuron that such a change aligns with a key moves by about what the neuron gives. (The published ε,
+        5e-4 and 5e-5, are a third of that for the models that they belong to; the smaller the model, the more it takes.)
+        """
+        layer = presets.layer_rule(arch)
+        matrix = arch.weights(layer)[0].matrix
+        found: dict[str, Any] = {"layers": (layer,)}
+        if matrix.is_floating_point() and matrix.numel():
+            clamp = float(matrix.float().square().mean().sqrt()) / math.sqrt(arch.shape(layer)[1])
+            if 0 < clamp < math.inf:
+                found |= {"clamp": clamp, "lr": clamp / 5}
+        return found
 
     @property
     def contexts(self) -> tuple[str, ...]:

@@ -64,9 +64,17 @@ class MEMIT(Editor):
         return insertion.ridge(mixed_keys(insertion.keys), config.moment_weight)
 
     @classmethod
-    def default_layers(cls, arch: ModelArch) -> tuple[int, ...]:
-        """The blocks around ROME's, up to five of them."""
-        return presets.layer_span_rule(arch)
+    def rule(cls, arch: ModelArch) -> dict[str, Any]:
+        """The blocks around ROME's, up to five of them, and a λ that weighs the same in every model.
+
+        kᵀ C⁻¹ k is the keys' width on average over ordinary text, and an edit gets kᵀ C⁻¹ k / (λ + kᵀ C⁻¹ k) of its change
+        written. With λ = width an ordinary key gets half, and a subject's, rarer than that, most.
+        """
+        layers = presets.layer_span_rule(arch)
+        found = {**super().rule(arch), "layers": layers}
+        if "moment_weight" in cls.Config.field_names():
+            found["moment_weight"] = float(arch.memory_width(layers[-1]))
+        return found
 
 
 class PMET(MEMIT):
@@ -135,6 +143,7 @@ class EMMET(MEMIT):
         return insertion.ridge(mixed_keys(insertion.keys), weight)
 
     @classmethod
-    def default_layers(cls, arch: ModelArch) -> tuple[int, ...]:
-        """One layer, as ROME's."""
-        return (presets.layer_rule(arch),)
+    def rule(cls, arch: ModelArch) -> dict[str, Any]:
+        """One layer, as ROME's; an ordinary key gets half of its change written in a batch (see :meth:`MEMIT.rule`)."""
+        layer = presets.layer_rule(arch)
+        return {**super().rule(arch), "layers": (layer,), "alpha": 1.0, "ridge": float(arch.memory_width(layer))}
