@@ -231,6 +231,7 @@ def test_a_journal_asks_at_the_end_and_after_a_resume(embedded, tmp_path):
     assert checks[0] == checks[1]
 
 
+@pytest.mark.filterwarnings("always::kedit.errors.IneffectiveEditWarning")
 def test_the_command_exits_with_3_where_the_model_does_not_say_it(tmp_path, capsys):
     out = tmp_path / "p.safetensors"
     words = ["edit", "--prompt", PILOT.prompt, "--subject", PILOT.subject, "--target-new", "pilot", "--out", str(out)]

@@ -147,7 +147,7 @@ def test_norm_growth_counts_from_the_unedited_weights(subject):
 @pytest.mark.parametrize("name", ["memit", "alphaedit"])
 def test_a_refused_batch_leaves_no_memory(subject, name):
     before = state(subject)
-    editor = make(name, subject, lr=1e-2)
+    editor = make(name, subject, lr=1e-2, **({"threshold": 1.0} if name == "alphaedit" else {}))
     with pytest.raises(GuardError):
         editor.apply([ADA, FRENCH], guard=Guard(**LOOSE | {"efficacy": 1.0}))
     assert state(subject) == before
@@ -313,7 +313,7 @@ def test_the_command_goes_on_in_a_journal(words, tmp_path, capsys):
     assert main([*words, *OPEN, *journal]) in DONE
     first = EditPatch.load(tmp_path / "out.safetensors")
     assert [edit["target_new"] for edit in first.provenance["edits"]] == ["the", "English"]
-    assert main([*words, *OPEN, *journal]) == 0
+    assert main([*words, *OPEN, *journal]) in DONE
     assert "2 step(s) of them from the journal" in capsys.readouterr().out
 
 

@@ -9,7 +9,7 @@ Examples:
 A JSONL file holds one edit per line: {"prompt": "...{}...", "subject": "...", "target_new": "..."}.
 
 Exit status: 0 where the edited model says every target; 3 where the patch is written and the model does not say all of them;
-1 after an error, when nothing is edited.
+1 after an error, when nothing is edited. Started by a launcher, 0 also where the model does not say all of them.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         path = run.patch.save(args.out)
     else:
         result = editor.apply(edits, regularizers, guard=guard)
-        status = NOT_SAID if result.all_said is False else 0
+        alone = here().size == 1  # a launcher would take any other status than 0 for a process that broke down
+        status = NOT_SAID if alone and result.all_said is False else 0
         if not here().leads:
             return status
         sys.stdout.write(result.report() + "\n")
