@@ -17,6 +17,7 @@ _NAMES = {
     "EMMET": "kedit.editors.memit",
     "Edit": "kedit.edit",
     "EditCase": "kedit.evaluation.cases",
+    "EditCheck": "kedit.check",
     "EditPatch": "kedit.patch",
     "EditResult": "kedit.result",
     "Editor": "kedit.editors.base",
@@ -24,6 +25,7 @@ _NAMES = {
     "EvalReport": "kedit.evaluation.report",
     "Guard": "kedit.guard",
     "GuardError": "kedit.guard",
+    "IneffectiveEditWarning": "kedit.errors",
     "KEditError": "kedit.errors",
     "Ledger": "kedit.ledger",
     "MEMIT": "kedit.editors.memit",
@@ -44,6 +46,7 @@ _NAMES = {
 if TYPE_CHECKING:
     from kedit.analysis.drifting import drift as drift
     from kedit.analysis.tracing import trace as trace
+    from kedit.check import EditCheck as EditCheck
     from kedit.edit import Edit as Edit
     from kedit.editors import editor as editor
     from kedit.editors.alphaedit import AlphaEdit as AlphaEdit
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from kedit.editors.memit import PMET as PMET
     from kedit.editors.rome import ROME as ROME
     from kedit.editors.rome import RROME as RROME
+    from kedit.errors import IneffectiveEditWarning as IneffectiveEditWarning
     from kedit.errors import KEditError as KEditError
     from kedit.evaluation.api import evaluate as evaluate
     from kedit.evaluation.cases import EditCase as EditCase

@@ -138,6 +138,13 @@ def factored_svd(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
     return left_basis @ u, singular, right_basis @ vh.T
 
 
+def emptied(delta: Delta) -> Delta:
+    """The update 0 in the form of ``delta``."""
+    if isinstance(delta, LowRankDelta):
+        return LowRankDelta(torch.zeros_like(delta.left), delta.right)
+    return DenseDelta(torch.zeros_like(delta.matrix))
+
+
 def sum_dtype(stored: torch.dtype) -> torch.dtype:
     """The dtype in which updates of a weight are summed: float32, or float64 for a float64 weight."""
     return torch.promote_types(stored, torch.float32)

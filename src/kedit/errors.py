@@ -65,3 +65,7 @@ class DependencyError(KEditError, ImportError):
 
 class KEditWarning(UserWarning):
     """Something a user should know that does not stop the work."""
+
+
+class IneffectiveEditWarning(KEditWarning):
+    """The edited model does not say what an edit asked for."""

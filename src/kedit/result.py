@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from kedit.check import EditCheck
 from kedit.edit import Edit
 from kedit.optimise import StepLog
 from kedit.patch import EditPatch
@@ -47,6 +48,8 @@ class EditResult:
         routes: in mixtures of experts, how the router treats each edit's subject, before and after.
         rounding: by weight, what rounding to the weight's dtype took from the update, relative to its norm; 0 where the weight
             is stored in the dtype in which updates are summed.
+        checks: per edit, what the model said of it before anything was written and after everything was; empty where the model
+            could not be asked.
     """
 
     patch: EditPatch
@@ -57,6 +60,12 @@ class EditResult:
     guard: Any = None
     routes: Sequence[Route] = ()
     rounding: Mapping[str, float] = field(default_factory=dict)
+    checks: Sequence[EditCheck] = ()
+
+    @property
+    def all_said(self) -> bool | None:
+        """Whether the edited model, decoding greedily, says the target of every edit; ``None`` where it was not asked."""
+        return all(check.after.said for check in self.checks) if self.checks else None
 
     def revert(self) -> None:
         """Take this edit back, whatever was edited before or after; raises ``PatchMismatchError`` the second time."""
@@ -69,8 +78,13 @@ class EditResult:
         names = [item["name"] for item in provenance.get("regularizers", [])]
         with_text = f" with {', '.join(names)}" if names else ""
         lines = [f"{provenance.get('editor', '?')}{with_text}: {len(self.edits)} edit(s)"]
-        for edit, steps in zip(self.edits, self.log, strict=True):
+        if self.checks:
+            said = sum(check.after.said for check in self.checks)
+            lines.append(f"  the edited model says {said} of {len(self.checks)} target(s)")
+        for number, (edit, steps) in enumerate(zip(self.edits, self.log, strict=True)):
             lines.append(f"  {edit.text} → {edit.target_new}")
+            if self.checks:
+                lines += [f"    {line}" for line in self.checks[number].lines()]
             if steps:
                 first, last = steps[0], steps[-1]
                 columns = [name for name in last if name != "step"]

@@ -11,9 +11,9 @@ from kedit.analysis.patched import EDITED, RESTORE
 from kedit.analysis.patching import patch_activations
 from kedit.arch import ModelArch
 from kedit.capture import capture_attention
+from kedit.decode import continue_rows
 from kedit.errors import CaptureError, ConfigError
-from kedit.evaluation.decode import continue_rows
-from kedit.evaluation.scoring import prompts_per_pass
+from kedit.scoring import prompts_per_pass
 from made import made
 from models import CONTEXTS, moments
 

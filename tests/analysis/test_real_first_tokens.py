@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 import kedit
 from kedit.batch import Text, encode, rewrite_texts
 from kedit.data import load_cases
-from kedit.evaluation.scoring import pair_text
+from kedit.scoring import pair_text
 
 FOLDERS = ("tokenizers/gpt2", "tokenizers/qwen2", "models/stories260K", "models/stories3M")
 SUBJECTS = ("Łódź", "東京", "Übach", "Étienne Ghys", "ƔƔ", "鬱蒼", "Paris")

@@ -17,6 +17,7 @@ from models import tiny_model, tokenizer
 
 from .common import ADA, FRENCH, state
 
+DONE = (0, 3)  # exit statuses of an edit that is written, whether or not the model then says it
 TEXT = "The capital of France is Paris. It was a cold morning, and the river is long.\n\n" * 60
 
 
@@ -50,7 +51,7 @@ def edit(place, *more, single=True):
 def test_one_edit_end_to_end(place, capsys):
     status = main(edit(place, "--set", "layers=2", "--regularizer", "sadr", "--gamma", "0.25"))
     out, err = capsys.readouterr()
-    assert status == 0, err
+    assert status == 3, err  # two steps are too few
     assert "rome with sadr: 1 edit(s)" in out
     assert "The mother tongue of Danielle Darrieux is → English" in out
     assert f"patch: {place / 'out/edit.safetensors'}" in out
@@ -85,7 +86,7 @@ def test_gamma_goes_to_a_regularizer_that_needs_it(place, capsys, monkeypatch):
     monkeypatch.setitem(REGULARIZERS._objects, "needy", Needy)
     assert main(edit(place, "--regularizer", "needy")) == 1
     assert "does not say what Needy(gamma=...) shall be" in capsys.readouterr().err
-    assert main(edit(place, "--regularizer", "needy", "--regularizer", "sadr", "--gamma", "0.5")) == 0
+    assert main(edit(place, "--regularizer", "needy", "--regularizer", "sadr", "--gamma", "0.5")) in DONE
     made = kedit.EditPatch.load(place / "out/edit.safetensors").provenance["regularizers"]
     assert [(one["name"], one["gamma"]) for one in made] == [("needy", 0.5), ("sadr", 0.5)]
 
@@ -109,7 +110,7 @@ def test_many_edits_and_the_whole_model(place, capsys):
     path.write_text("\n".join(json.dumps(e.to_dict()) for e in (FRENCH, ADA)))
     target = place / "edited"
     more = ["--edits", str(path), "--save-model", str(target), "--editor", "rrome", "--dtype", "bfloat16"]
-    assert main(edit(place, *more, single=False)) == 0, capsys.readouterr().err
+    assert main(edit(place, *more, single=False)) in DONE, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "rrome: 2 edit(s)" in out
     assert f"model: {target}" in out
@@ -124,7 +125,7 @@ def test_many_edits_and_the_whole_model(place, capsys):
 def test_the_same_command_gives_the_same_patch(place):
     contents = []
     for _ in range(2):
-        assert main(edit(place)) == 0
+        assert main(edit(place)) in DONE
         [(_, delta)] = kedit.EditPatch.load(place / "out/edit.safetensors").deltas.items()
         contents.append(delta.dense)
     assert torch.equal(*contents)
@@ -278,14 +279,14 @@ def test_warnings_are_lines_and_the_process_keeps_its_own(place, capsys):
     shown = warnings.showwarning
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        assert main(edit(place)) == 0
+        assert main(edit(place)) in DONE
     err = capsys.readouterr().err
     assert any(line.startswith("warning: The second moment of layer") for line in err.splitlines())
     assert warnings.showwarning is shown
 
 
 def test_quiet_says_only_what_went_wrong(place, capsys):
-    assert main(["-q", *edit(place)]) == 0
+    assert main(["-q", *edit(place)]) in DONE
     assert "Second moments of layers" not in capsys.readouterr().err
 
 
@@ -295,9 +296,9 @@ def test_quiet_draws_no_bars(place, capsys):
 
     assert is_progress_bar_enabled()
     more = ["--save-model", str(place / "edited")]
-    assert main(edit(place, *more)) == 0
+    assert main(edit(place, *more)) in DONE
     assert "it/s" in capsys.readouterr().err
-    assert main(["-q", *edit(place, *more)]) == 0
+    assert main(["-q", *edit(place, *more)]) in DONE
     assert capsys.readouterr().err == ""
     assert is_progress_bar_enabled()
 

@@ -8,8 +8,9 @@ import pytest
 from kedit.errors import ConfigError, UnknownNameError
 from kedit.evaluation.cases import Kind
 from kedit.evaluation.metrics import METRICS, Metric, chosen
-from kedit.evaluation.scores import Answer, CaseRecord, CaseScore, ProbeScore
+from kedit.evaluation.scores import CaseRecord, CaseScore, ProbeScore
 from kedit.evaluation.statistics import Tally, case_weights, harmonic_mean
+from kedit.scoring import Answer
 
 
 def answer(p: float, labels=(1,), argmax=None) -> Answer:

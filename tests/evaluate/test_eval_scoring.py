@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 
 from kedit.arch import ModelArch
 from kedit.batch import Row
+from kedit.decode import continue_rows, says
 from kedit.errors import EditError
-from kedit.evaluation.decode import continue_rows, says
 from kedit.evaluation.gaze import gazes
 from kedit.evaluation.language import Prose, TfIdf, n_gram_entropy
-from kedit.evaluation.scoring import encode_pairs, pair_text, score_rows
+from kedit.scoring import encode_pairs, pair_text, score_rows
 from models import MODEL_TYPES, TOKENIZER_KINDS, tiny_model, tokenizer
 
 REAL = ("tokenizers/gpt2", "tokenizers/qwen2", "models/stories260K", "models/stories3M")

@@ -70,7 +70,7 @@ def test_an_edit_within_its_limits_is_kept_with_its_scores(subject):
 @pytest.mark.parametrize("name", ["efficacy", "kl", "perplexity", "norm_growth"])
 def test_what_misses_a_limit_is_rolled_back_and_named(subject, name):
     impossible = {"efficacy": 1.0}.get(name, 0.0)
-    options = {"lr": 1e-9} if name == "efficacy" else {}
+    options = {"lr": 1e-4} if name == "efficacy" else {}
     before = state(subject)
     with pytest.raises(GuardError, match=name) as caught:
         strong(subject, **options).apply(EASY, guard=Guard(**LOOSE | {name: impossible}))
@@ -116,7 +116,7 @@ def most_likely(subject, tok, text):
 def test_efficacy_without_an_old_answer_asks_for_the_first_choice(subject):
     assert guarded(subject, EASY, Guard(**LOOSE)).guard.scores["efficacy"] == 1.0  # it has no target_true
     other = tiny_model("gpt2")
-    assert guarded(other, EASY, Guard(**LOOSE), lr=1e-9).guard.scores["efficacy"] == 0.0
+    assert guarded(other, EASY, Guard(**LOOSE), lr=1e-4).guard.scores["efficacy"] == 0.0
 
 
 def test_nothing_to_ask_is_not_measured(subject):
@@ -147,7 +147,7 @@ def test_norm_growth_counts_from_the_unedited_weights(subject):
 @pytest.mark.parametrize("name", ["memit", "alphaedit"])
 def test_a_refused_batch_leaves_no_memory(subject, name):
     before = state(subject)
-    editor = make(name, subject, lr=1e-6)
+    editor = make(name, subject, lr=1e-2, **({"threshold": 1.0} if name == "alphaedit" else {}))
     with pytest.raises(GuardError):
         editor.apply([ADA, FRENCH], guard=Guard(**LOOSE | {"efficacy": 1.0}))
     assert state(subject) == before
@@ -219,6 +219,7 @@ def words(tmp_path):
 
 
 # The second edit's subject does not end its prompt, and nothing above the last block carries it there.
+DONE = (0, 3)  # exit statuses of an edit that is written, whether or not the model then says it
 NO_WAY = pytest.mark.filterwarnings("ignore:The update is 0")
 OPEN = ["--guard", *(f"{name}={value}" for name, value in LOOSE.items())]
 
@@ -230,7 +231,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 def test_the_command_keeps_what_passes_and_records_the_scores(words, tmp_path, capsys):
     more = ["--guard-cases", str(tmp_path / "cases.jsonl"), "--guard-texts", str(tmp_path / "corpus.txt")]
-    assert main([*words, *OPEN, *more]) == 0
+    assert main([*words, *OPEN, *more]) in DONE
     assert "ok     neighbour_drop" in capsys.readouterr().out
     assert set(EditPatch.load(tmp_path / "out.safetensors").provenance["scores"]) == {*LOOSE, "finite"}
 
@@ -254,7 +255,7 @@ def test_the_command_keeps_alphaedits_keys_in_a_file(words, tmp_path, capsys):
     assert "alphaedit" in capsys.readouterr().err
     counts = []
     for _ in range(2):
-        assert main([*words, "--editor", "alphaedit", *keys]) == 0
+        assert main([*words, "--editor", "alphaedit", *keys]) in DONE
         counts.append(len(load_file(tmp_path / "keys.safetensors")["keys.4"]))
     assert counts == [2, 4]
     found = load_file(tmp_path / "keys.safetensors")["keys.4"]
@@ -272,18 +273,18 @@ def test_a_journal_that_goes_on_counts_keys_once(words, tmp_path, capsys):
     """Whether it ended, broke off or got more edits: the keys in the file are those of one unbroken run."""
     words = [*words, "--editor", "alphaedit", "--set", "threshold=1.0", "--set", "steps=3"]
     keys, journal = tmp_path / "keys.safetensors", tmp_path / "j"
-    assert main([*words, "--keys", str(keys)]) == 0  # earlier edits
+    assert main([*words, "--keys", str(keys)]) in DONE  # earlier edits
     before = keys.read_bytes()
-    assert main([*words, "--keys", str(keys), "--journal", str(tmp_path / "whole")]) == 0
+    assert main([*words, "--keys", str(keys), "--journal", str(tmp_path / "whole")]) in DONE
     expected, patch = keys.read_bytes(), (tmp_path / "out.safetensors").read_bytes()
     keys.write_bytes(before)
     lines = (tmp_path / "edits.jsonl").read_text()
     (tmp_path / "edits.jsonl").write_text(lines.splitlines()[0] + "\n")
     for _ in range(2):
-        assert main([*words, "--keys", str(keys), "--journal", str(journal)]) == 0
+        assert main([*words, "--keys", str(keys), "--journal", str(journal)]) in DONE
         assert len(load_file(keys)["keys.4"]) == 3
     (tmp_path / "edits.jsonl").write_text(lines)
-    assert main([*words, "--keys", str(keys), "--journal", str(journal)]) == 0
+    assert main([*words, "--keys", str(keys), "--journal", str(journal)]) in DONE
     assert keys.read_bytes() == expected
     assert (tmp_path / "out.safetensors").read_bytes() == patch
     other = tmp_path / "other.safetensors"
@@ -309,10 +310,10 @@ def test_the_embedded_model_reads_its_own_world():
 @NO_WAY
 def test_the_command_goes_on_in_a_journal(words, tmp_path, capsys):
     journal = ["--journal", str(tmp_path / "j")]
-    assert main([*words, *OPEN, *journal]) == 0
+    assert main([*words, *OPEN, *journal]) in DONE
     first = EditPatch.load(tmp_path / "out.safetensors")
     assert [edit["target_new"] for edit in first.provenance["edits"]] == ["the", "English"]
-    assert main([*words, *OPEN, *journal]) == 0
+    assert main([*words, *OPEN, *journal]) in DONE
     assert "2 step(s) of them from the journal" in capsys.readouterr().out
 
 

@@ -23,10 +23,10 @@ from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase, Kind, Probe
 from kedit.evaluation.examine import WATCHED
 from kedit.evaluation.gaze import Gaze, gazes
-from kedit.evaluation.scoring import pair_text, score_rows
 from kedit.progress import Progress
 from kedit.regularizers import Choice
 from kedit.runner import inference_state
+from kedit.scoring import pair_text, score_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -116,7 +116,8 @@ class Patches:
         assert isinstance(self.source, Editor)
         if not case.more:
             return self.source.propose(case.edit, self.regularizers)[0]
-        result = self.source.apply(case.edits, self.regularizers)
+        with self.source.unchecked():
+            result = self.source.apply(case.edits, self.regularizers)
         result.revert()
         return result.patch
 

@@ -13,7 +13,7 @@ from kedit.batch import Row, Text, context_limit, encode, pad
 from kedit.edit import Edit
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
-from kedit.evaluation.scoring import last_logits, score_rows
+from kedit.scoring import last_logits, score_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -36,10 +36,10 @@ from kedit.batch import pad
 from kedit.capture import capture_attention, substitute_attention
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase, Kind
-from kedit.evaluation.scoring import TOKENS_PER_FORWARD, prompts_per_pass
 from kedit.progress import Progress
 from kedit.regularizers import Choice
 from kedit.runner import inference_state
+from kedit.scoring import TOKENS_PER_FORWARD, prompts_per_pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

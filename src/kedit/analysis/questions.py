@@ -13,7 +13,7 @@ from kedit.analysis.drifting import Watched
 from kedit.analysis.intervals import Floats
 from kedit.arch import ModelArch
 from kedit.batch import Row
-from kedit.evaluation.scoring import last_logits
+from kedit.scoring import last_logits
 
 
 @dataclass(frozen=True)

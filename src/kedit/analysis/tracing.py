@@ -22,10 +22,10 @@ from kedit.arch import ModelArch, Site
 from kedit.edit import Edit
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase
-from kedit.evaluation.scoring import TOKENS_PER_FORWARD, last_logits, prompts_per_pass
 from kedit.hooks import on_output
 from kedit.progress import Progress
 from kedit.runner import inference_state
+from kedit.scoring import TOKENS_PER_FORWARD, last_logits, prompts_per_pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

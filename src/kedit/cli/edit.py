@@ -7,6 +7,9 @@ Examples:
   kedit edit --edits edits.jsonl --editor memit --memory
 
 A JSONL file holds one edit per line: {"prompt": "...{}...", "subject": "...", "target_new": "..."}.
+
+Exit status: 0 where the edited model says every target; 3 where the patch is written and the model does not say all of them;
+1 after an error, when nothing is edited. Started by a launcher, 0 also where the model does not say all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from kedit.edit import Edit
     from kedit.guard import Guard
 
+NOT_SAID = 3  # exit status where the edited model does not say every target
 MAX_TEXTS = 100  # more than the guard reads
 
 HELP = "write facts into a model, save the patch"
@@ -85,14 +89,17 @@ def run(args: argparse.Namespace) -> int:
         from kedit.journal import run_journal
 
         run = run_journal(args.journal, editor, edits, regularizers, guard=guard, batch_size=args.batch_size or 1)
+        status = NOT_SAID if run.all_said is False else 0
         sys.stdout.write(run.report() + "\n")
         if not run.patches:
             raise EditError("The guard refused every edit, so there is no patch to write.")
         path = run.patch.save(args.out)
     else:
         result = editor.apply(edits, regularizers, guard=guard)
+        alone = here().size == 1  # a launcher would take any other status than 0 for a process that broke down
+        status = NOT_SAID if alone and result.all_said is False else 0
         if not here().leads:
-            return 0
+            return status
         sys.stdout.write(result.report() + "\n")
         path = result.patch.save(args.out)
     sys.stdout.write(f"patch: {path}\n")
@@ -100,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(f"keys: {_save_keys(editor, args.keys)}\n")
     if args.save_model:
         _save_model(model, tokenizer, args.save_model)
-    return 0
+    return status
 
 
 def _edits(args: argparse.Namespace) -> list[Edit]:

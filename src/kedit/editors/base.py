@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor
 from kedit import presets, routing
 from kedit.arch import ModelArch, Site
 from kedit.arch.checks import check_editable, check_model
+from kedit.check import EditCheck, Prediction, predict
 from kedit.contexts import check_contexts, generate_contexts
-from kedit.delta import Delta, append, concatenate
+from kedit.delta import Delta, append, concatenate, emptied
 from kedit.demand import DOUBLE, Demand, demand
 from kedit.edit import Edit, as_edits
 from kedit.editors.config import EditorConfig
 from kedit.editors.settings import Settings, adapted, check_fields, check_sites, describe_model, filled
 from kedit.engine import Engine
-from kedit.errors import ConfigError, KEditWarning
+from kedit.errors import ConfigError, IneffectiveEditWarning, KEditWarning
 from kedit.footprint import Footprint
 from kedit.ledger import Ledger, check_writable
 from kedit.memory import HeapTrim
@@ -57,11 +58,21 @@ def with_gradient(call: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+NOISE = 1e-7  # share of a weight's norm up to which an update is rounding noise: float32 holds nothing smaller
 NOTHING = (
     "The update is 0, so nothing was written. Either the loss was below stop_loss from the start; or no gradient reached the value "
     "(above the last block no attention carries the subject on: edit a lower one; in float16 small gradients become 0: load the "
     "model in bfloat16 or float32); or ordinary keys use every direction (AlphaEdit: raise the threshold)."
 )
+
+_NAMED = 3  # edits in a warning
+_HINTS = {
+    "steps": "more steps",
+    "clamp": "a larger clamp",
+    "moment_weight": "a smaller moment_weight",
+    "threshold": "a larger threshold",
+    "layers": "another layer",
+}
 
 
 class Editor(ABC):
@@ -87,6 +98,7 @@ class Editor(ABC):
     context_seed: ClassVar[int] = 0
     needs_moments: ClassVar[bool] = True
     needs_sites: ClassVar[bool] = True  # values are optimised; not where the weights themselves are
+    _checks: bool = True  # whether apply asks the model before and after
 
     def __init__(
         self,
@@ -170,6 +182,10 @@ class Editor(ABC):
         Editors that solve jointly write many as one batch; the others in order, each on the model as edited so far.
         Whatever goes wrong, Ctrl-C included, leaves every weight as it was.
 
+        The model is asked for every edit's target before anything is written and after everything is
+        (:attr:`EditResult.checks`). One :class:`~kedit.IneffectiveEditWarning` names the edits that it does not say
+        afterwards; where a filter turns that warning into an error, the edits are taken back.
+
         Args:
             edits: an :class:`~kedit.Edit` or several.
             regularizer: a name, an object, or a list of them.
@@ -188,6 +204,7 @@ class Editor(ABC):
         requests = self._encode(chosen, settings)
         timer = Timer()
         self._prepare(timer)
+        before = self._predictions(chosen, timer)
         watch = None if guard is None else guard.watch(self.model, self.tokenizer, chosen)
         routed = routing.shares(self.arch, requests, settings.config.layers)
         written: dict[str, list[Delta]] = {}
@@ -208,20 +225,22 @@ class Editor(ABC):
                     overwrite(self.arch, deltas)
                 progress.advance()
         summed = {name: concatenate(parts) for name, parts in written.items()}
-        patch = EditPatch(summed, fingerprints(self.arch, summed), self._provenance(chosen, settings))
-        changes = any(delta.norm > 0 for delta in summed.values())
+        changes = any(self._is_update(name, delta) for name, delta in summed.items())
         if not changes:
+            summed = {name: emptied(delta) for name, delta in summed.items()}
             warnings.warn(NOTHING, KEditWarning, stacklevel=3)
+        patch = EditPatch(summed, fingerprints(self.arch, summed), self._provenance(chosen, settings))
         try:
             patch.apply(self.model)
             routes = routing.check(self.arch, requests, routed, summed) if changes else []
             if watch is not None:
                 with timer.stage("guard"):
                     patch.provenance["scores"] = watch.check(patch.deltas).scores
+            checks = self._checked(patch, chosen, before, settings, timer)
             self.kept(patch, requests, settings)
             lost = {name: ledger.rounding(name) / max(delta.norm, 1e-30) for name, delta in summed.items()}
             report = None if watch is None else watch.report
-            result = EditResult(patch, chosen, log, timer.seconds, self.model, report, routes, lost)
+            result = EditResult(patch, chosen, log, timer.seconds, self.model, report, routes, lost, checks)
             HeapTrim.after_apply()
         except BaseException:
             if ledger.carries(patch):
@@ -243,6 +262,25 @@ class Editor(ABC):
         except BaseException:
             patch.revert(self.model)
             raise
+
+    @contextmanager
+    def unchecked(self) -> Iterator[None]:
+        """Inside, :meth:`apply` asks the model nothing before and after: for callers that ask it themselves."""
+        held, self._checks = self._checks, False
+        try:
+            yield
+        finally:
+            self._checks = held
+
+    def check(self, edits: Edit | Iterable[Edit]) -> list[EditCheck]:
+        """What the model, as it is now, says of edits; ``before`` of each is unknown.
+
+        :meth:`apply` does this on its own. Use it after a sequence of calls, of which a later one may have undone what an
+        earlier one wrote.
+        """
+        chosen = as_edits(edits)
+        found = predict(self.arch, self.tokenizer, chosen, tokens=self.engine.budget)
+        return [EditCheck(edit, None, after) for edit, after in zip(chosen, found, strict=True)]
 
     def revert_all(self) -> None:
         """Give every weight that the model's patches touched its original back, bit for bit, whichever editor made them."""
@@ -317,6 +355,48 @@ class Editor(ABC):
 
     # Inside
 
+    def _is_update(self, name: str, delta: Delta) -> bool:
+        """Whether an update is more than the rounding noise of its weight."""
+        weight = self.arch.weight_of(name).stored
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return delta.norm > NOISE * float(torch.linalg.vector_norm(weight.detach(), dtype=dtype))
+
+    def _predictions(self, edits: Sequence[Edit], timer: Timer) -> list[Prediction] | None:
+        """What the model says of ``edits`` now; ``None``, with a warning, where it cannot be asked."""
+        if not self._checks:
+            return None
+        mine: list[Prediction] | None = None
+        try:
+            with timer.stage("check"):
+                mine = predict(self.arch, self.tokenizer, edits, tokens=self.engine.used)
+        except Exception as error:
+            warnings.warn(
+                f"What the model says of the edits was not checked: {type(error).__name__}: {error}. The edits are written "
+                "all the same; ask the model yourself, or call editor.check(edits).",
+                KEditWarning,
+                stacklevel=4,
+            )
+        return here().from_leader(mine)  # so that all processes tell the same
+
+    def _checked(
+        self,
+        patch: EditPatch,
+        edits: Sequence[Edit],
+        before: Sequence[Prediction] | None,
+        settings: Settings,
+        timer: Timer,
+    ) -> list[EditCheck]:
+        """Ask the edited model for every edit, note it in the patch, and warn of what it does not say."""
+        after = None if before is None else self._predictions(edits, timer)
+        if before is None or after is None:
+            return []
+        patch.provenance["before"] = [prediction.to_dict() for prediction in before]
+        patch.provenance["after"] = [prediction.to_dict() for prediction in after]
+        checks = [EditCheck(*found) for found in zip(edits, before, after, strict=True)]
+        if here().leads:
+            warn_of_ineffective(checks, settings.config, stacklevel=4)
+        return checks
+
     def _settings(self, regularizer: Choice) -> Settings:
         found = resolve(regularizer)
         config = self._configure([item.name for item in found])
@@ -378,6 +458,26 @@ class Editor(ABC):
             "moments": {} if self._moments is None else {str(i): m.figures() for i, m in self._moments.items()},
             "model": describe_model(self.model, self.arch),
         }
+
+
+def warn_of_ineffective(checks: Sequence[EditCheck], config: EditorConfig, *, stacklevel: int = 2) -> None:
+    """Warn, once, of the edits whose target the edited model does not say."""
+    missed = [check for check in checks if not check.after.said]
+    if not missed:
+        return
+    named = [f"{c.edit.text!r} → {c.edit.target_new!r}, but it says {c.after.shown!r}" for c in missed[:_NAMED]]
+    more = [f"and {len(missed) - _NAMED} more"] if len(missed) > _NAMED else []
+    count = "The edited model does not say what the edit asks for"
+    if len(checks) > 1:
+        count = f"The edited model does not say what {len(missed)} of {len(checks)} edits ask for"
+    hints = [hint for name, hint in _HINTS.items() if hasattr(config, name)]
+    if len(checks) > 1:
+        hints.append("fewer edits at once (a later edit can undo an earlier one)")
+    warnings.warn(
+        f"{count}: {'; '.join([*named, *more])}. Try {', '.join(hints[:-1])} or {hints[-1]}.",
+        IneffectiveEditWarning,
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _as_moments(moments: SecondMoments | Mapping[int, Moment | Tensor]) -> SecondMoments:

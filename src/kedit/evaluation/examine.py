@@ -10,13 +10,13 @@ from torch import Tensor
 
 from kedit.arch import ModelArch
 from kedit.batch import Row, Text, context_limit, encode
+from kedit.decode import continue_rows, says
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase, Kind, Probe
-from kedit.evaluation.decode import continue_rows, says
 from kedit.evaluation.gaze import Gaze, gazes
 from kedit.evaluation.language import Prose, TfIdf, n_gram_entropy
-from kedit.evaluation.scores import Answer, CaseScore, ProbeScore
-from kedit.evaluation.scoring import pair_text, score_rows
+from kedit.evaluation.scores import CaseScore, ProbeScore
+from kedit.scoring import Answer, pair_text, score_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

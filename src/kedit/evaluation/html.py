@@ -7,8 +7,9 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from kedit.evaluation.metrics import METRICS
-from kedit.evaluation.scores import Answer, CaseRecord
+from kedit.evaluation.scores import CaseRecord
 from kedit.evaluation.svg import dots
+from kedit.scoring import Answer
 
 if TYPE_CHECKING:
     from kedit.evaluation.report import EvalReport

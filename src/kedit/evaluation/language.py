@@ -15,7 +15,7 @@ from torch import Tensor
 from kedit.arch import ModelArch
 from kedit.batch import context_limit, pad
 from kedit.errors import EditError
-from kedit.evaluation.scoring import last_logits
+from kedit.scoring import last_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

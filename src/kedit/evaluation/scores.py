@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kedit.evaluation.cases import Kind
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A continuation under the model, teacher-forced.
-
-    Attributes:
-        nll: mean negative log-likelihood per token, in nats.
-        labels: the continuation's tokens.
-        argmax: the token that the model prefers at each of their places.
-    """
-
-    nll: float
-    labels: tuple[int, ...]
-    argmax: tuple[int, ...]
-
-    @property
-    def probability(self) -> float:
-        """exp(-nll): the geometric mean of the token probabilities, as the published magnitudes use it."""
-        return math.exp(-self.nll)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the tokens that are the model's first choice."""
-        hits = sum(a == b for a, b in zip(self.labels, self.argmax, strict=True))
-        return hits / len(self.labels)
+from kedit.scoring import Answer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ class SingleEdits:
                     patch.apply(self.editor.model, force=True)
                     stack.callback(patch.revert, self.editor.model)
                 else:
-                    with alone():
+                    with alone(), self.editor.unchecked():
                         result = self.editor.apply(case.edits, self.regularizers)
                     stack.callback(result.revert)
             except HOPELESS:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kedit.check import EditCheck, Prediction
 from kedit.edit import Edit, as_edits
-from kedit.errors import ConfigError, NonFiniteError, PatchError, PatchMismatchError
+from kedit.editors.base import warn_of_ineffective
+from kedit.errors import ConfigError, IneffectiveEditWarning, NonFiniteError, PatchError, PatchMismatchError
 from kedit.guard import Guard, GuardError
 from kedit.journal.folder import HEADER, entries, held, is_begun, write_json
 from kedit.journal.head import begin
@@ -40,22 +43,40 @@ class JournalResult:
         patches: of the kept edits, in order.
         refused: what was rolled back.
         resumed: how many steps were found in the journal.
+        checks: per kept edit, what the model said of it before its step and says at the end of the run, with all edits; empty
+            where nothing was kept.
     """
 
     patches: list[EditPatch] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     resumed: int = 0
+    checks: list[EditCheck] = field(default_factory=list)
+
+    @property
+    def all_said(self) -> bool | None:
+        """Whether the model says the target of every kept edit at the end; ``None`` where it was not asked."""
+        return all(check.after.said for check in self.checks) if self.checks else None
 
     @property
     def patch(self) -> EditPatch:
         """All kept edits as one patch."""
-        return EditPatch.merge(self.patches)
+        merged = EditPatch.merge(self.patches)
+        before = [check.before.to_dict() for check in self.checks if check.before is not None]
+        if self.checks and len(before) == len(self.checks):
+            merged.provenance |= {"before": before, "after": [check.after.to_dict() for check in self.checks]}
+        return merged
 
     def report(self) -> str:
         """How many edits were kept and what was refused: a text for people."""
         edits = sum(len(patch.provenance.get("edits", [])) for patch in self.patches)
         found = f", {self.resumed} step(s) of them from the journal" if self.resumed else ""
         lines = [f"{edits} edit(s) kept in {len(self.patches)} step(s), {len(self.refused)} step(s) refused{found}"]
+        if self.checks:
+            said = sum(check.after.said for check in self.checks)
+            lines.append(f"  in the end the model says {said} of {len(self.checks)} target(s)")
+        for check in self.checks:
+            lines.append(f"  {check.edit.text} → {check.edit.target_new}")
+            lines += [f"    {line}" for line in check.lines()]
         for refusal in self.refused:
             texts = "; ".join(f"{edit.text} -> {edit.target_new}" for edit in refusal.edits[:3])
             lines.append(f"  refused: {texts}: {refusal.reason}")
@@ -113,7 +134,22 @@ def run_journal(
                 else:
                     _write(where, number, step, editor, regularizer, guard, result)
                 progress.advance()
+            if result.patches:
+                result.checks = _at_the_end(editor, result.patches)
+                warn_of_ineffective(result.checks, editor.config, stacklevel=2)
     return result
+
+
+def _at_the_end(editor: Editor, patches: Sequence[EditPatch]) -> list[EditCheck]:
+    """What the model says of every kept edit once all are written: a later step may have undone an earlier one."""
+    edits: list[Edit] = []
+    before: list[Prediction | None] = []
+    for patch in patches:
+        own = [Edit.from_dict(record) for record in patch.provenance.get("edits", [])]
+        known = [Prediction.from_dict(record) for record in patch.provenance.get("before", [])]
+        edits += own
+        before += known if len(known) == len(own) else [None] * len(own)
+    return [replace(check, before=old) for check, old in zip(editor.check(edits), before, strict=True)]
 
 
 def read_journal(folder: str | Path) -> list[EditPatch]:
@@ -156,7 +192,9 @@ def _write(
 ) -> None:
     """One new step: edit, check, make durable."""
     try:
-        found = editor.apply(step, regularizer, guard=guard)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IneffectiveEditWarning)  # said once, at the end, of all edits
+            found = editor.apply(step, regularizer, guard=guard)
     except (GuardError, NonFiniteError) as error:
         scores = error.report.scores if isinstance(error, GuardError) else {}
         finite = {name: value for name, value in scores.items() if value - value == 0}

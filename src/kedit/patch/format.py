@@ -33,6 +33,8 @@ _PROVENANCE = {
     "contexts": list,
     "moments": dict,
     "model": dict,
+    "before": list,
+    "after": list,
     "scores": dict,
     "merged": list,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from kedit.check import Prediction
 from kedit.delta import Delta
 from kedit.text import printable
 
@@ -23,7 +24,7 @@ def show(patch: EditPatch) -> str:
     )
     if config:
         lines.append(f"config: {config}")
-    lines += _edits(known.get("edits", []))
+    lines += _edits(known.get("edits", []), known.get("before", []), known.get("after", []))
     if known.get("merged"):
         lines.append(f"merged from {len(known['merged'])} patch(es)")
     lines.append("weights:")
@@ -86,11 +87,14 @@ def _base(model: dict[str, Any]) -> str:
     return f"base model: {name}" + (f" ({', '.join(facts)})" if facts else "")
 
 
-def _edits(edits: list[dict[str, Any]]) -> list[str]:
+def _edits(edits: list[dict[str, Any]], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+    """The edits, with what the model said before and after where the patch tells."""
     lines = [f"edits: {len(edits)}"]
-    for edit in edits[:_MOST]:
-        text = str(edit.get("prompt", "?")).replace("{}", str(edit.get("subject", "?")))
-        lines.append(f"  {text!r} -> {str(edit.get('target_new', '?'))!r}")
+    states = [(name, found) for name, found in (("before", before), ("after", after)) if len(found) == len(edits)]
+    for number, edit in enumerate(edits[:_MOST]):
+        text, target = str(edit.get("prompt", "?")).replace("{}", str(edit.get("subject", "?"))), edit.get("target_new")
+        lines.append(f"  {text!r} -> {str(target or '?')!r}")
+        lines += [f"    {name}: {Prediction.from_dict(found[number]).describe(str(target))}" for name, found in states]
     if len(edits) > _MOST:
         lines.append(f"  and {len(edits) - _MOST} more")
     return lines

@@ -6,6 +6,7 @@ packed by a token budget; the LM head runs only on the rows that are read; a tex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,13 +17,38 @@ from torch import Tensor
 from kedit.arch import ModelArch
 from kedit.batch import Row, Text, context_limit, encode, pad, separator
 from kedit.errors import EditError
-from kedit.evaluation.scores import Answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS_PER_FORWARD = 16_384
 LOGITS_PER_FORWARD = 1 << 27  # numbers; half a GiB in float32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A continuation under the model, teacher-forced.
+
+    Attributes:
+        nll: mean negative log-likelihood per token, in nats.
+        labels: the continuation's tokens.
+        argmax: the token that the model prefers at each of their places.
+    """
+
+    nll: float
+    labels: tuple[int, ...]
+    argmax: tuple[int, ...]
+
+    @property
+    def probability(self) -> float:
+        """exp(-nll): the geometric mean of the token probabilities, as the published magnitudes use it."""
+        return math.exp(-self.nll)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the tokens that are the model's first choice."""
+        hits = sum(a == b for a, b in zip(self.labels, self.argmax, strict=True))
+        return hits / len(self.labels)
 
 
 def encode_pairs(
