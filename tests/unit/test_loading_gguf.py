@@ -143,7 +143,7 @@ def test_command_line(file, tmp_path, capsys, monkeypatch):
     assert main(["edit", *where, *words, "--out", patch, "--save-model", folder]) == 0
     assert kedit.load(folder)[1].chat_template == CHAT_TEMPLATE
     capsys.readouterr()
-    assert main(["patch", "apply", str(file), patch, "--out", str(tmp_path / "out")]) == 1
+    assert main(["patch", "apply", str(file), "--patch", patch, "--out", str(tmp_path / "out")]) == 1
     assert "is a GGUF file" in capsys.readouterr().err
 
 
