@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -124,8 +126,16 @@ def _find(name: str | Path, options: dict[str, Any]) -> tuple[str, str | None]:
                 f"{str(name)!r} is a GGUF model, and reading it needs the package gguf, which is not installed. "
                 'Install it with pip install "kedit[gguf]".'
             )
+        _say_version()
         logger.info("Reading %s and de-quantizing its weights; this can take a minute.", gguf)
     return path, gguf
+
+
+def _say_version() -> None:
+    """Give the package ``gguf`` the ``__version__`` for which transformers 5.0 asks it on Python 3.10."""
+    package: Any = importlib.import_module("gguf")
+    if not hasattr(package, "__version__"):
+        package.__version__ = importlib.metadata.version("gguf")
 
 
 def _is_path(name: str) -> bool:
@@ -250,10 +260,11 @@ def _tokenizer(name: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     if "gguf_file" in where:
+        # Not AutoTokenizer, which lets some versions build the model type's own class, of other words.
         try:
-            return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(name, **where))
-        except KeyError as error:
-            raise ValueError(f"its tokenizer cannot be read: {error} is missing") from error
+            return cast("PreTrainedTokenizerBase", PreTrainedTokenizerFast.from_pretrained(name, **where))
+        except Exception as error:  # transformers raises many kinds, also the bare one
+            raise ValueError(f"its tokenizer is missing or cannot be read ({error})") from error
     named = get_tokenizer_config(name, **where).get("tokenizer_class")
     kind: Any = PreTrainedTokenizerFast if named in _GENERIC else AutoTokenizer
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(name, **where)

@@ -105,7 +105,7 @@ def test_without_the_package(file, monkeypatch):
     ("made", "words"),
     [
         ({"architecture": "wonder"}, "wonder"),
-        ({"with_tokenizer": False}, "tokenizer"),
+        ({"with_tokenizer": False}, "its tokenizer is missing or cannot be read"),
         ({"tensors": False}, "hold no weights for"),
     ],
 )
