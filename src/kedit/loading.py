@@ -34,6 +34,8 @@ _WHERE = frozenset(
     }
 )
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
+_FOLDER_OR_NAME = "Give a folder written by save_pretrained, or a name on the hub."
+_WHOLE_GGUF = "Give a complete GGUF file of a model type that transformers reads from GGUF, or a folder written by save_pretrained."
 _MAGIC = b"GGUF"
 _FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json")  # no hub name ends so
 _DESCRIBED = ("config.json", "adapter_config.json")
@@ -93,18 +95,13 @@ def load(
                 "language models."
             ) from error
         said = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
-        raise _refusal(name, said, gguf=gguf is not None) from error
+        raise _refusal(name, said, _FOLDER_OR_NAME if gguf is None else _WHOLE_GGUF) from error
     model.eval()
     return model, tokenizer
 
 
-def _refusal(name: str | Path, said: str, *, gguf: bool = False) -> ArchitectureError:
+def _refusal(name: str | Path, said: str, advice: str = _FOLDER_OR_NAME) -> ArchitectureError:
     """The error for a model that cannot be loaded: where from, why, and what to give instead."""
-    advice = (
-        "Give a complete GGUF file of a model type that transformers reads from GGUF, or a folder written by save_pretrained."
-        if gguf
-        else "Give a folder written by save_pretrained, or a name on the hub."
-    )
     return ArchitectureError(f"Cannot load a causal language model and tokenizer from {str(name)!r}: {said}. {advice}")
 
 
@@ -157,22 +154,21 @@ def _gguf_file(name: str | Path, path: str) -> str:
             magic = file.read(len(_MAGIC))
     except OSError as error:
         raise _refusal(name, f"the file cannot be read ({error.strerror or error})") from error
-    named = path.lower().endswith(".gguf")
+    if magic != _MAGIC and path.lower().endswith(".gguf"):
+        raise _refusal(
+            name, "it does not begin with the letters GGUF, so it is another file or a damaged one", _WHOLE_GGUF
+        )
     if magic != _MAGIC:
         raise _refusal(
             name,
-            "the file does not begin with the letters GGUF, so it is no GGUF file, or a damaged one"
-            if named
-            else "it is a single file, and only a GGUF file holds a whole model. Give the folder in which it lies with "
-            "config.json; a kedit patch is loaded with kedit.EditPatch.load",
-            gguf=named,
+            "it is a single file, and only a GGUF file holds a whole model",
+            "Give the folder in which it lies with config.json; a kedit patch is loaded with kedit.EditPatch.load.",
         )
     if _PART.search(path):
         raise _refusal(
             name,
-            "it is one part of a GGUF model in several files, which transformers does not read. Join them with "
-            "llama.cpp's llama-gguf-split --merge",
-            gguf=True,
+            "it is one part of a GGUF model in several files, which transformers does not read",
+            "Join them with llama.cpp's llama-gguf-split --merge.",
         )
     return os.path.basename(path)
 
@@ -189,16 +185,14 @@ def _gguf_in(name: str | Path, folder: Path) -> str | None:
         return None
     if len(files) > 1:
         raise _refusal(
-            name, f"the folder holds {len(files)} GGUF files: {_some(files, 8)}. Give the path of one", gguf=True
+            name, f"the folder holds {len(files)} GGUF files: {_some(files, 8)}", "Give the path of one of them."
         )
     if files:
         return _gguf_file(name, str(folder / files[0]))
     if not entries:
         raise _refusal(name, "the folder is empty")
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    hint = (
-        f", but its subfolder{'s' if len(inner) > 1 else ''} {_some(inner)}" if inner else f" (found: {_some(entries)})"
-    )
+    hint = f"; its subfolders {_some(inner)} hold one" if inner else f" (found: {_some(entries)})"
     raise _refusal(name, f"the folder holds no config.json{hint}")
 
 

@@ -58,7 +58,7 @@ def test_paths_without_a_model(folder, tmp_path, monkeypatch):
         with pytest.raises(ArchitectureError, match="there is no such file or folder") as error:
             kedit.load(name)
         assert repr(name) in str(error.value)
-    with pytest.raises(ArchitectureError, match="the folder holds no config.json, but its subfolder model"):
+    with pytest.raises(ArchitectureError, match="the folder holds no config.json; its subfolders model hold one"):
         kedit.load(tmp_path)
     assert kedit.load("model")[0].config.model_type == "gpt2"
     assert kedit.load(tmp_path, subfolder="model")[0].config.model_type == "gpt2"

@@ -81,7 +81,9 @@ def test_folders(file, tmp_path):
     (tmp_path / "config.json").write_text("{}")  # as a repository on the hub may have beside GGUF files
     assert kedit.load(tmp_path)[0].config.num_hidden_layers == 5
     shutil.copy(file, tmp_path / "two.gguf")
-    with pytest.raises(ArchitectureError, match=r"holds 2 GGUF files: one\.gguf, two\.gguf\. Give the path of one"):
+    with pytest.raises(
+        ArchitectureError, match=r"holds 2 GGUF files: one\.gguf, two\.gguf\. Give the path of one of them\."
+    ):
         kedit.load(tmp_path)
     assert kedit.load(tmp_path, gguf_file="two.gguf")[1].chat_template == CHAT_TEMPLATE
 

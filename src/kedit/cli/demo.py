@@ -1,4 +1,4 @@
-r"""Edit one fact, with ROME alone and with SADR, and look at what happens: in the embedded model, or in one of yours.
+"""Edit one fact, with ROME alone and with SADR, and look at what happens: in the embedded model, or in one of yours.
 
 Prints what the model says before and after, draws where its attention goes, saves the patch, takes the edit back and
 checks that every weight is what it was, bit for bit.
@@ -7,9 +7,7 @@ Examples:
   kedit demo
   kedit demo --model ./my-model
   kedit demo --model model.gguf --target-new Berlin --moments-corpus text.txt
-  kedit demo --model ./my-model --prompt "{} plays the" --subject "Miles Davis" --target-new violin \
-      --paraphrase "The instrument of Miles Davis is the" --neighbour "Jimi Hendrix plays the" \
-      --question "Which instrument did Miles Davis play?"
+  kedit demo --model ./my-model --prompt "{} plays the" --subject "Miles Davis" --target-new violin --question "What did he play?"
 """
 
 from __future__ import annotations
@@ -336,7 +334,7 @@ def _table(questions: Sequence[Question], answers: Mapping[str, Sequence[tuple[s
     lines = ["".join(f"  {'':2}{stage:<{column - 2}}" for stage in answers).rstrip(), "─" * width]
     for number, question in enumerate(questions):
         asked = f"{question.label}: {printable(question.shown)}"
-        lines += textwrap.wrap(asked, width, subsequent_indent="    ")
+        lines += textwrap.wrap(asked, width, subsequent_indent=" " * (len(question.label) + 2))
         cells = []
         for said in answers.values():
             text, wanted = said[number]
