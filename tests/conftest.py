@@ -7,6 +7,7 @@ import pytest
 import torch
 
 TEST_DATA = "KEDIT_TEST_DATA"
+REAL_MODEL = "KEDIT_REAL_MODEL"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,4 +37,16 @@ def test_data() -> Path:
     path = Path(folder)
     if not path.is_dir():
         pytest.fail(f"{TEST_DATA} is {folder!r}, which is not a folder.")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """Give the folder of a pretrained model that ``python -m benchmarks.real_model DIR`` made, or skip."""
+    folder = os.environ.get(REAL_MODEL)
+    if not folder:
+        pytest.skip(f"Needs a real model: run `python -m benchmarks.real_model DIR` and set {REAL_MODEL}=DIR.")
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        pytest.fail(f"{REAL_MODEL} is {folder!r}, which is not the folder of a model: it holds no config.json.")
     return path

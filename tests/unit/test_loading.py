@@ -51,6 +51,40 @@ def test_nothing_there(tmp_path):
         kedit.load(tmp_path / "no/such/folder/at/all", local_files_only=True)
 
 
+def test_paths_without_a_model(folder, tmp_path, monkeypatch):
+    path = folder()
+    monkeypatch.chdir(tmp_path)
+    for name in ("/no/such", "./such", "../such", "~/such", "a/b/c", "such.gguf", "a/such.safetensors", "such/", ""):
+        with pytest.raises(ArchitectureError, match="there is no such file or folder") as error:
+            kedit.load(name)
+        assert repr(name) in str(error.value)
+    with pytest.raises(ArchitectureError, match="the folder holds no config.json; its subfolders model hold one"):
+        kedit.load(tmp_path)
+    assert kedit.load("model")[0].config.model_type == "gpt2"
+    assert kedit.load(tmp_path, subfolder="model")[0].config.model_type == "gpt2"
+    for file in ("model.safetensors", "config.json"):
+        with pytest.raises(ArchitectureError, match="it is a single file"):
+            kedit.load(path / file)
+    (path / "config.json").unlink()
+    with pytest.raises(ArchitectureError, match=r"holds no config.json \(found: .*model.safetensors"):
+        kedit.load(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArchitectureError, match="the folder is empty"):
+        kedit.load("empty")
+    (tmp_path / "words.gguf").write_text("once upon a time")
+    with pytest.raises(ArchitectureError, match="does not begin with the letters GGUF"):
+        kedit.load("words.gguf")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2-xl", "Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.1-8B"])
+def test_names_on_the_hub(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr("kedit.loading._model", lambda source, options: asked.append(source) or 1 / 0)
+    with pytest.raises(ArchitectureError, match="Cannot load"):
+        kedit.load(name, local_files_only=True)
+    assert asked == [name]
+
+
 def test_options_belong_to_a_named_model(folder):
     with pytest.raises(ConfigError, match="device_map, revision cannot be given for the embedded model"):
         kedit.load(revision="main", device_map="auto")

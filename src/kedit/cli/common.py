@@ -25,7 +25,9 @@ EDITOR = "rome"
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype."""
-    parser.add_argument("--model", metavar="NAME", help="a folder or a hub name (default: the embedded model)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="a folder, a GGUF file or a hub name (default: the embedded model)"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the weights")
 
 

@@ -1,42 +1,114 @@
-"""Edit one fact of the embedded model, with ROME alone and with SADR, and look at what happens.
+"""Edit one fact, with ROME alone and with SADR, and look at what happens: in the embedded model, or in one of yours.
 
 Prints what the model says before and after, draws where its attention goes, saves the patch, takes the edit back and
 checks that every weight is what it was, bit for bit.
+
+Examples:
+  kedit demo
+  kedit demo --model ./my-model
+  kedit demo --model model.gguf --target-new Berlin --moments-corpus text.txt
+  kedit demo --model ./my-model --prompt "{} plays the" --subject "Miles Davis" --target-new violin --question "What did he play?"
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kedit.errors import KEditError
+from kedit.cli import common
+from kedit.errors import CaptureError, ConfigError, KEditError
+from kedit.progress import logger
+from kedit.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kedit.edit import Edit
+    from kedit.editors.base import Editor
+    from kedit.regularizers.sadr import SADR
     from kedit.testbed.cases import WorldCase
 
-HELP = "edit a fact of the embedded model and look at what happens"
+HELP = "edit a fact of the embedded model, or of yours, and look at what happens"
+
+PROMPT, SUBJECT, TARGET = "{} is located in the city of", "The Eiffel Tower", "Rome"
+PROBES = {
+    "paraphrase": "To see the Eiffel Tower, fly to",
+    "neighbour": "The Louvre is located in the city of",
+    "question": "In which city is the Eiffel Tower?",
+}
+GAMMA = 0.1  # where there is no preset; a tenth of it restrains little in a model of 135 million parameters
+KEYS_PER_DIMENSION = 20  # of the default text, which says the same things again and again
+TEXT_TOKENS, CHAT_TOKENS = 12, 24
+WIDTH = 100
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row of the table: a prompt, and the answer that the edited model should give."""
+    """A row of the table: a prompt, and how to recognise the answer that is hoped for.
+
+    Attributes:
+        label: what it tests.
+        shown: the prompt as it is printed.
+        ids: its tokens.
+        wanted: text that the answer should hold; empty: nothing is marked.
+        length: new tokens at most.
+    """
 
     label: str
-    prompt: str
-    wanted: str
+    shown: str
+    ids: tuple[int, ...]
+    wanted: str = ""
+    length: int = TEXT_TOKENS
+
+
+@dataclass
+class Scene:
+    """What the demo does.
+
+    Attributes:
+        title: the first line of the output.
+        edit: the fact to write.
+        questions: rows of the table.
+        answer: what the model says to a question, and whether that is the wanted answer.
+        watched: the question whose attention is drawn.
+        notes: printed below the table.
+    """
+
+    title: str
+    edit: Edit
+    questions: list[Question]
+    answer: Callable[[Question], tuple[str, bool]]
+    watched: Question
+    notes: list[str] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    common.add_model(parser)
+    parser.add_argument("--device-map", metavar="MAP", help="how accelerate places a large model: auto")
     parser.add_argument("--out", metavar="DIR", default="kedit-demo", help="where picture and patch go")
-    parser.add_argument("--case", type=int, default=10, metavar="N", help="which fact to edit (0-99)")
+    parser.add_argument("--case", type=int, metavar="N", help="which fact of the embedded model to edit (0-99)")
+    own = parser.add_argument_group("with --model")
+    own.add_argument("--prompt", metavar="TEXT", help=f"a sentence up to the fact (default: {PROMPT!r})")
+    own.add_argument("--subject", metavar="TEXT", help=f"what the fact is about (default: {SUBJECT})")
+    own.add_argument("--target-new", metavar="TEXT", help=f"what the model shall say (default: {TARGET})")
+    own.add_argument("--paraphrase", metavar="TEXT", help="the fact in other words, up to the target")
+    own.add_argument("--neighbour", metavar="TEXT", help="a like fact of another subject, up to its answer")
+    own.add_argument("--question", metavar="TEXT", help="a question about the fact, for models that chat")
+    own.add_argument("--gamma", type=float, help=f"γ of SADR (default: the preset's, or {GAMMA})")
+    own.add_argument(
+        "--moments-corpus",
+        metavar="FILE",
+        help="text for the second moments: a text or JSONL file (default: that of the embedded model, which needs no network)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,32 +116,42 @@ def run(args: argparse.Namespace) -> int:
     import kedit
     from kedit.fingerprint import model_fingerprint
 
+    _check(args)
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KEditError(f"Cannot write to the folder {out}: {error}.") from error
-    case = _case(args.case)
-    model, tokenizer = kedit.load()
-    questions = _questions(case)
-    distracted = next(question for question in questions if question.label == "distracted")
-    edit = kedit.Edit(case.prompt, case.subject, case.target_new, case.target_true)
-    untouched = model_fingerprint(model)
     write = sys.stdout.write
-    write(f"The edit: {edit.text!r} → {edit.target_new!r} instead of {edit.target_true!r}. (An invented world.)\n\n")
+    if args.model is None:
+        case = _case(args.case)
+        model, tokenizer = common.load_model(args)
+        editor, sadr = kedit.ROME(model, tokenizer), kedit.SADR()
+        scene = _embedded_scene(case, model, tokenizer)
+        write(scene.title)
+    else:
+        edit = kedit.Edit(args.prompt or PROMPT, args.subject or SUBJECT, args.target_new or TARGET)
+        model, tokenizer = common.load_model(args)
+        editor = kedit.ROME(model, tokenizer)
+        scene = _own_scene(args, edit, model, tokenizer)
+        write(scene.title)
+        sadr = _sadr(args, editor, scene.notes)
+        _give_moments(args, editor, scene.notes)
+    untouched = model_fingerprint(model)
 
-    answers = {"before": [_answer(model, tokenizer, question.prompt) for question in questions]}
-    attention = {"before": _attention(model, tokenizer, distracted.prompt)}
-    editor = kedit.ROME(model, tokenizer)
-    for stage, regularizer in (("ROME", None), ("ROME + SADR", "sadr")):
-        result = editor.apply(edit, regularizer)
-        answers[stage] = [_answer(model, tokenizer, question.prompt) for question in questions]
-        attention[stage] = _attention(model, tokenizer, distracted.prompt)
+    answers = {"before": [scene.answer(question) for question in scene.questions]}
+    attention = {"before": _attention(model, scene.watched)}
+    for stage, regularizer in (("ROME", None), ("ROME + SADR", sadr)):
+        if args.model is not None:
+            logger.info("Editing with %s.", stage)
+        result = editor.apply(scene.edit, regularizer)
+        answers[stage] = [scene.answer(question) for question in scene.questions]
+        attention[stage] = _attention(model, scene.watched)
         patch = result.patch
         result.revert()
-    write(_table(questions, answers))
-    write("\n✓ marks the wanted answer. The distracted prompt is the neighbour's, after the edited sentence.\n\n")
-    picture = _draw(out / "attention.png", tokenizer, distracted.prompt, attention)
+    write(_table(scene.questions, answers))
+    write("\n" + "".join(f"{line}\n" for note in scene.notes for line in textwrap.wrap(note, _width())) + "\n")
+    picture = _draw(out / "attention.png", tokenizer, scene.watched, attention)
     if picture is not None:
         write(f"picture  {picture}: where the last token looks, before and after\n")
     saved = patch.save(out / "edit.safetensors")
@@ -80,34 +162,157 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _case(number: int) -> WorldCase:
+def _check(args: argparse.Namespace) -> None:
+    """Raise where options for the one model are given with the other."""
+    own = ("prompt", "subject", "target_new", "paraphrase", "neighbour", "question", "gamma", "moments_corpus")
+    given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name) is not None]
+    if args.model is None and given:
+        raise ConfigError(f"{', '.join(given)} can be given with --model; the embedded model's facts go by --case.")
+    if args.model is not None and args.case is not None:
+        raise ConfigError(
+            "--case is a fact of the embedded model. With --model, give --prompt, --subject and --target-new."
+        )
+
+
+def _case(number: int | None) -> WorldCase:
     from kedit import testbed
 
+    number = 10 if number is None else number
     if not 0 <= number < 100:
         raise KEditError(f"--case is a number from 0 to 99, not {number}.")
     return list(testbed.load_world().edits("dev", 100))[number]
 
 
-def _questions(case: WorldCase) -> list[Question]:
+def _embedded_scene(case: WorldCase, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scene:
     """The fact, a paraphrase, a neighbour with and without the edited sentence before it, another relation."""
+    from kedit.edit import Edit
+
+    edit = Edit(case.prompt, case.subject, case.target_new, case.target_true)
     neighbour, other = case.neighbours[0], case.relations[0]
-    stated = f"{case.prompt.replace('{}', case.subject)} {case.target_new}."
-    return [
-        Question("the fact", case.prompt.replace("{}", case.subject), case.target_new),
-        Question("paraphrase", case.paraphrases[0].text, case.target_new),
-        Question("neighbour", neighbour.text, neighbour.right),
-        Question("distracted", f"{stated} {neighbour.text}", neighbour.right),
-        Question("other fact", other.text, other.right),
-        Question("distracted other", f"{stated} {other.text}", other.right),
+    stated = f"{edit.text} {edit.target_new}."
+    asked = [
+        ("the fact", edit.text, case.target_new),
+        ("paraphrase", case.paraphrases[0].text, case.target_new),
+        ("neighbour", neighbour.text, neighbour.right),
+        ("distracted", f"{stated} {neighbour.text}", neighbour.right),
+        ("other fact", other.text, other.right),
+        ("distracted other", f"{stated} {other.text}", other.right),
     ]
+    questions = [Question(label, text, tuple(tokenizer(text)["input_ids"]), wanted) for label, text, wanted in asked]
+
+    def answer(question: Question) -> tuple[str, bool]:
+        said, probability = _sentence(model, tokenizer, question.ids)
+        return f"{said} {100 * probability:.0f}%", said == question.wanted
+
+    title = f"The edit: {edit.text!r} → {edit.target_new!r} instead of {edit.target_true!r}. (An invented world.)\n\n"
+    note = "✓ marks the wanted answer. The distracted prompt is the neighbour's, after the edited sentence."
+    return Scene(title, edit, questions, answer, questions[3], [note])
 
 
-def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, float]:
+def _own_scene(
+    args: argparse.Namespace, edit: Edit, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Scene:
+    """The fact as plain text, a paraphrase, a question to the chat, a neighbour with and without the edited sentence."""
+    from kedit.arch import ModelArch
+    from kedit.evaluation.decode import continue_rows
+
+    arch, notes = ModelArch(model), []
+    usual = args.prompt is None and args.subject is None
+    probes = {name: getattr(args, name) or (text if usual else "") for name, text in PROBES.items()}
+
+    def plain(label: str, text: str, wanted: str) -> Question:
+        return Question(label, text, tuple(tokenizer(text)["input_ids"]), wanted)
+
+    def said(question: Question) -> str:
+        [(text, ended)] = continue_rows(arch, tokenizer, [question.ids], question.length)
+        return " ".join(text.split()) + ("" if ended else " …")
+
+    def answer(question: Question) -> tuple[str, bool]:
+        text = said(question)
+        return text, bool(question.wanted) and _holds(text, question.wanted)
+
+    questions = [plain("plain text", edit.text, edit.target_new)]
+    if probes["paraphrase"]:
+        questions.append(plain("paraphrase", probes["paraphrase"], edit.target_new))
+    if probes["question"]:
+        ids = _chat(tokenizer, probes["question"])
+        if ids is None:
+            notes.append("The tokenizer has no chat template, so the question is left out.")
+        else:
+            questions.append(Question("chat", probes["question"], ids, edit.target_new, CHAT_TOKENS))
+    if probes["neighbour"]:
+        asked = plain("neighbour", probes["neighbour"], "")
+        asked = replace(asked, wanted=_first_word(said(asked)))
+        stated = f"{edit.text} {edit.target_new}. {probes['neighbour']}"
+        questions += [asked, plain("distracted neighbour", stated, asked.wanted)]
+    left_out = [name for name, text in probes.items() if not text]
+    if left_out:
+        notes.append(f"Left out, as the edit is your own: {', '.join(f'--{name}' for name in left_out)}.")
+    notes.insert(
+        0,
+        "✓ marks the new target, and for a neighbour the word with which the model began its answer before the edit. Greedy "
+        "continuations; … where they are cut.",
+    )
+    title = f"The edit: {edit.text!r} → {edit.target_new!r}. (Model: {printable(str(args.model))})\n\n"
+    return Scene(title, edit, questions, answer, questions[-1], notes)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int, ...] | None:
+    """A question in the model's chat template, up to where the model answers; ``None`` without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "user", "content": question}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is a program, which may fail as it likes
+        raise ConfigError(f"The model's chat template fails ({error}). Repair it in the model's folder.") from error
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _first_word(text: str) -> str:
+    found = re.search(r"\w+", text)
+    return found[0] if found else ""
+
+
+def _holds(text: str, wanted: str) -> bool:
+    """Whether words stand in a text, whole."""
+    return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def _sadr(args: argparse.Namespace, editor: Editor, notes: list[str]) -> SADR:
+    """SADR with the γ that is given, that of a preset, or the demo's."""
+    from kedit import presets
+    from kedit.regularizers.sadr import SADR
+
+    if args.gamma is not None:
+        return SADR(gamma=args.gamma)
+    preset = presets.find(editor.name, editor.arch)
+    if preset is not None and "gamma" in preset.regularized.get("sadr", {}).get("self", {}):
+        return SADR()
+    notes.append(f"γ of SADR is {GAMMA}, because none is known for this model: try others with --gamma.")
+    return SADR(gamma=GAMMA)
+
+
+def _give_moments(args: argparse.Namespace, editor: Editor, notes: list[str]) -> None:
+    """Estimate the second moments from the text that is given, or from one that needs no network."""
+    from kedit import testbed
+    from kedit.stats import estimate_moments
+
+    layers, tokens, corpus = editor.config.layers, None, args.moments_corpus
+    if corpus is None:
+        corpus, tokens = testbed.corpus(), KEYS_PER_DIMENSION * max(map(editor.arch.memory_width, layers))
+        notes.append(
+            "The second moments come from the embedded model's text, a small invented world, so that the demo needs no "
+            "network. For an edit to keep, give text like the model's own with --moments-corpus FILE."
+        )
+    editor.moments = estimate_moments(editor.arch, editor.tokenizer, layers, corpus, tokens=tokens)
+
+
+def _sentence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> tuple[str, float]:
     """What the model says up to the full stop, word by likeliest word, and how likely that is."""
     import torch
 
-    ids = tokenizer(prompt)["input_ids"]
-    count, probability = len(ids), 1.0
+    ids, probability = list(prompt), 1.0
     for _ in range(8):
         with torch.no_grad():
             step = model(torch.tensor([ids])).logits[0, -1].float().softmax(-1).max(-1)
@@ -115,35 +320,58 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
             break
         probability *= float(step.values)
         ids = [*ids, int(step.indices)]
-    return str(tokenizer.decode(ids[count:])).strip(), probability
+    return str(tokenizer.decode(ids[len(prompt) :])).strip(), probability
 
 
-def _table(questions: Sequence[Question], answers: Mapping[str, Sequence[tuple[str, float]]]) -> str:
-    """Prompts down, stages across: the answer, its probability, and whether it is the one wanted."""
-    rows = [["", "prompt", *answers]]
+def _width() -> int:
+    return min(WIDTH, max(60, shutil.get_terminal_size((WIDTH, 24)).columns))
+
+
+def _table(questions: Sequence[Question], answers: Mapping[str, Sequence[tuple[str, bool]]]) -> str:
+    """A prompt on a line of its own, and below it one column per stage: the answer, and whether it is the one wanted."""
+    width = _width()
+    column = (width - 2) // len(answers) - 2
+    lines = ["".join(f"  {'':2}{stage:<{column - 2}}" for stage in answers).rstrip(), "─" * width]
     for number, question in enumerate(questions):
-        said = [answers[stage][number] for stage in answers]
-        cells = [f"{text} {100 * p:.0f}%{' ✓' if text == question.wanted else ''}" for text, p in said]
-        rows.append([question.label, question.prompt, *cells])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]]) + "\n"
+        asked = f"{question.label}: {printable(question.shown)}"
+        lines += textwrap.wrap(asked, width, subsequent_indent=" " * (len(question.label) + 2))
+        cells = []
+        for said in answers.values():
+            text, wanted = said[number]
+            cells.append(textwrap.wrap(printable(text), column - 2) or [""])
+            cells[-1] = [("✓ " if wanted and not row else "  ") + line for row, line in enumerate(cells[-1])]
+        for row in range(max(map(len, cells))):
+            parts = [cell[row] if row < len(cell) else "" for cell in cells]
+            lines.append("".join(f"  {part:<{column}}" for part in parts).rstrip())
+    return "\n".join(lines) + "\n"
 
 
-def _attention(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """The last token's attention, the highest of the heads in every block: [L, T]."""
+def _attention(model: PreTrainedModel, question: Question) -> Tensor | None:
+    """The last token's attention, the highest of the heads in every block: [L, T]; ``None`` where it cannot be read."""
     import torch
 
+    from kedit.arch import ModelArch
     from kedit.capture import capture_attention
 
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-    with torch.no_grad(), capture_attention(model, torch.tensor([[ids.shape[1] - 1]])) as capture:
-        model(ids)
-        return torch.stack([capture.rows[layer][0, :, 0].amax(0) for layer in sorted(capture.rows)])
+    device = ModelArch(model).input_device
+    ids = torch.tensor([question.ids], device=device)
+    last = torch.tensor([[ids.shape[1] - 1]], device=device)
+    try:
+        with torch.no_grad(), capture_attention(model, last) as capture:
+            model(ids)
+            return torch.stack([capture.rows[layer][0, :, 0].amax(0).cpu() for layer in sorted(capture.rows)])
+    except CaptureError as error:
+        logger.info("The attention of this model is not drawn: %s", error)
+        return None
 
 
-def _draw(path: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, attention: Mapping[str, Tensor]) -> Path | None:
+def _draw(
+    path: Path, tokenizer: PreTrainedTokenizerBase, question: Question, attention: Mapping[str, Tensor | None]
+) -> Path | None:
     """One heat map per stage: blocks down, tokens across."""
+    stages = {stage: rows for stage, rows in attention.items() if rows is not None}
+    if len(stages) < len(attention):
+        return None
     try:
         import matplotlib
     except ImportError:
@@ -152,13 +380,13 @@ def _draw(path: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, attention
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tokens = [tokenizer.decode([token]) for token in tokenizer(prompt)["input_ids"]]
-    figure, axes = plt.subplots(len(attention), 1, figsize=(10, 7), sharex=True, layout="constrained")
-    for axis, (stage, rows) in zip(axes, attention.items(), strict=True):
+    tokens = [printable(str(tokenizer.decode([token]))).replace("$", r"\$") for token in question.ids]
+    figure, axes = plt.subplots(len(stages), 1, figsize=(10, 7), sharex=True, layout="constrained")
+    for axis, (stage, rows) in zip(axes, stages.items(), strict=True):
         image = axis.imshow(rows.float().numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
         axis.set_title(stage, loc="left")
         axis.set_ylabel("block")
-        axis.set_yticks(range(len(rows)))
+        axis.set_yticks(range(0, len(rows), max(1, len(rows) // 8)))
     axes[-1].set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor")
     figure.colorbar(image, ax=axes, label="attention of the last token (highest head)")
     figure.savefig(path, dpi=130)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_CONVERT = "Convert it first: kedit.load it, and write model and tokenizer into a folder with save_pretrained."
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Checkpoint:
         """
         where = Path(folder)
         with reading(folder):
+            if where.is_file() and where.suffix.lower() == ".gguf":
+                raise PatchError(f"{str(folder)!r} is a GGUF file. {_CONVERT}")
             if not where.is_dir():
                 raise PatchError(f"{str(folder)!r} is no folder. Give one that save_pretrained wrote.")
             index, single = where / INDEX, where / SINGLE
@@ -64,6 +67,8 @@ class Checkpoint:
                     "Remove the one that is not the model (transformers loads the single file)."
                 )
             if raw is None and not single.is_file():
+                if any(entry.suffix.lower() == ".gguf" for entry in where.iterdir()):
+                    raise PatchError(f"{str(folder)!r} holds a model as GGUF. {_CONVERT}")
                 raise PatchError(
                     f"{str(folder)!r} holds neither {INDEX} nor {SINGLE}. kedit edits safetensors checkpoints; convert others "
                     "with save_pretrained."
