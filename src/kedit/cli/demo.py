@@ -214,7 +214,7 @@ def _own_scene(
 ) -> Scene:
     """The fact as plain text, a paraphrase, a question to the chat, a neighbour with and without the edited sentence."""
     from kedit.arch import ModelArch
-    from kedit.evaluation.decode import continue_rows
+    from kedit.decode import continue_rows
 
     arch, notes = ModelArch(model), []
     usual = args.prompt is None and args.subject is None

@@ -13,7 +13,7 @@ from kedit import locate
 from kedit.delta import Delta
 from kedit.demand import DOUBLE
 from kedit.editors.config import EditorConfig
-from kedit.editors.memit import MEMIT, mixed_keys
+from kedit.editors.memit import MEMIT, largest_weight, mixed_keys
 from kedit.editors.settings import Settings
 from kedit.errors import ConfigError
 from kedit.history import KeyHistory
@@ -53,18 +53,22 @@ class AlphaEdit(MEMIT):
             l2_relative: whether λ is a multiple of the mean ‖P k‖² of ordinary keys. At 1 a key that lies in the free
                 directions as ordinary keys do gets half of its change written, whatever the model. The published form, an
                 absolute λ of 10, is ``False``.
+            min_share: λ is lowered until the median edit, written alone, gets this share of its change; 0: never (the
+                published form).
         """
 
         l2: float = 1.0
         threshold: float = 0.5
         threshold_rule: NullSpaceRule = "fraction"
         l2_relative: bool = True
+        min_share: float = 0.0
 
         def __post_init__(self) -> None:
             """Check every field."""
             super().__post_init__()
             self.check_range("l2", above=0.0)
             self.check_range("threshold", above=0.0)
+            self.check_range("min_share", below=1.0)
             if self.threshold_rule not in get_args(NullSpaceRule):
                 raise ConfigError(
                     f"threshold_rule is one of {', '.join(map(repr, get_args(NullSpaceRule)))}, not {self.threshold_rule!r}."
@@ -113,15 +117,18 @@ class AlphaEdit(MEMIT):
         self._forget_other_moments()
         keys = self._projected(insertion.layer, mixed_keys(insertion.keys), config)
         past = self._earlier(insertion.layer, keys, config)
-        return null_space_update(keys, insertion.residual, self._weight(insertion.layer, config), past)
+        return null_space_update(keys, insertion.residual, self._weight(insertion, keys, config), past)
 
-    def _weight(self, layer: int, config: Any) -> float:
-        """λ of a layer whose free directions are known: relative to what ordinary keys have in them, where asked for."""
-        if not config.l2_relative:
-            return float(config.l2)
-        known = (layer, config.threshold, config.threshold_rule)
-        energy = sum(found for key, found in self._energy.items() if key[:3] == known)
-        return float(config.l2 * energy) or torch.finfo(torch.float64).tiny
+    def _weight(self, insertion: Insertion, keys: Tensor, config: Any) -> float:
+        """λ for some projected keys [E, N · I]; relative to what ordinary keys have in the directions of their experts."""
+        weight = config.l2
+        if config.l2_relative:
+            used = (part.any() for part in keys.chunk(len(insertion.weights), 1))
+            rule = (config.threshold, config.threshold_rule)
+            weight *= sum(self._energy[insertion.layer, *rule, expert] for expert, some in enumerate(used) if some)
+        if config.min_share:
+            weight = largest_weight(weight, keys.square().sum(1), config.min_share)
+        return max(float(weight), torch.finfo(torch.float64).tiny)
 
     def _projected(self, layer: int, keys: Tensor, config: Any) -> Tensor:
         """P k for each key [n, I] (of a mixture, expert by expert), float64."""

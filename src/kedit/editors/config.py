@@ -60,12 +60,13 @@ class EditorConfig:
         if self.dtype not in (None, "float32", "float64"):
             raise ConfigError(f"dtype is 'float32', 'float64' or None, not {self.dtype!r}.")
 
-    def check_range(self, name: str, *, above: float | None = None) -> None:
-        """Raise unless the field is a finite number of at least 0 (or above ``above``)."""
+    def check_range(self, name: str, *, above: float | None = None, below: float | None = None) -> None:
+        """Raise unless the field is a finite number of at least 0 (or above ``above``), and below ``below``."""
         value = getattr(self, name)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < 0 or (above is not None and value <= above):
+        if not number or value < 0 or (above is not None and value <= above) or (below is not None and value >= below):
             expected = f"above {above:g}" if above is not None else "of at least 0"
+            expected += "" if below is None else f" and below {below:g}"
             raise ConfigError(f"{name} must be a finite number {expected}, not {value!r}.")
 
     @classmethod
