@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from kedit.arch import ModelArch
 from kedit.batch import context_limit, pad
+from kedit.compat import cache_argument, cache_name, cache_of, forward_parameters
 from kedit.scoring import last_logits
 
 if TYPE_CHECKING:
@@ -111,9 +111,8 @@ class _Decoding:
         self.ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts])
         self.mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
         self.generators = [torch.Generator().manual_seed(_seed_of(seed, ids)) for ids in prompts] if top_k else []
-        known = inspect.signature(arch.model.forward).parameters
-        self.positions = "position_ids" in known
-        self.cached = "past_key_values" in known
+        self.positions = "position_ids" in forward_parameters(arch.model)
+        self.cached = cache_name(arch.model) is not None
         self.rows = [list(ids) for ids in prompts]
 
     def run(self, rooms: Sequence[int]) -> list[tuple[list[int], bool]]:
@@ -148,8 +147,8 @@ class _Decoding:
             inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :].to(device)
         if self.arch.keeps_logits:
             inputs["logits_to_keep"] = 1
-        output = self.arch.model(**inputs, past_key_values=cache, use_cache=True)
-        return output.logits[:, -1].float().cpu(), output.past_key_values
+        output = self.arch.model(**inputs, **cache_argument(self.arch.model, cache), use_cache=True)
+        return output.logits[:, -1].float().cpu(), cache_of(output)
 
     def _choose(self, logits: Tensor) -> list[int]:
         if self.top_k is None:

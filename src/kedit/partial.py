@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kedit.arch import ModelArch, Site
 from kedit.batch import pad
+from kedit.compat import cache_argument
 from kedit.hooks import by_prompt, on_input, on_output
 from kedit.regularizers.base import Needs
 from kedit.runner import Layout, Runner, Wave
@@ -181,8 +182,8 @@ class PartialRunner(Runner):
             arch.model(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                past_key_values=Cache(layers=list(layers)),
                 use_cache=True,
+                **cache_argument(arch.model, Cache(layers=list(layers))),
                 **({"logits_to_keep": 1} if arch.keeps_logits else {}),
             )
         self._initials = torch.stack([initial[site].to(self.device) for site in self.sites], dim=1)
@@ -209,7 +210,7 @@ class PartialRunner(Runner):
 
     def _attach_cache(self) -> None:
         cache = Cache(layers=[_Prefix(self.prefix, self._stored.get(layer)) for layer in range(self.arch.num_layers)])
-        self._layout.inputs["past_key_values"] = cache
+        self._layout.inputs |= cache_argument(self.arch.model, cache)
 
 
 def _right_aligned(stored: Tensor, lengths: Tensor, prefix: int) -> Tensor:

@@ -136,7 +136,7 @@ def _solve_spd(gram: Tensor, right_side: Tensor, weight: float) -> Tensor:
 NullSpaceRule = Literal["fraction", "mean", "absolute"]
 
 
-def null_space(moment: Tensor, threshold: float, rule: NullSpaceRule = "fraction") -> Tensor:
+def null_space(moment: Tensor, threshold: float, rule: NullSpaceRule = "fraction") -> tuple[Tensor, float]:
     """Find the directions that ordinary keys use, the complement of those that may be written.
 
     Args:
@@ -148,7 +148,8 @@ def null_space(moment: Tensor, threshold: float, rule: NullSpaceRule = "fraction
             published form.
 
     Returns:
-        The *used* directions, [I, d] float64, orthonormal: the projection on the free ones is P = 1 − U Uᵀ.
+        The *used* directions U, [I, d] float64, orthonormal: the projection on the free ones is P = 1 − U Uᵀ. And the mean
+        ‖P k‖² of ordinary keys, tr(P C).
 
     Raises:
         SingularMomentError: C is negative in some direction (or not finite).
@@ -164,14 +165,7 @@ def null_space(moment: Tensor, threshold: float, rule: NullSpaceRule = "fraction
         free = int(threshold * len(values))
     else:
         free = int((values < (threshold * values.mean() if rule == "mean" else threshold)).sum())
-    used: Tensor = vectors[:, free:].contiguous()  # eigenvalues ascend
-    return used
-
-
-def free_energy(moment: Tensor, used: Tensor) -> float:
-    """Mean ‖P k‖² of ordinary keys, tr(P C), for C [I, I] and the used directions [I, d]."""
-    matrix = moment.to(used)
-    return max(0.0, float(matrix.trace() - ((matrix @ used) * used).sum()))
+    return vectors[:, free:].contiguous(), float(values[:free].clamp(min=0).sum())  # eigenvalues ascend
 
 
 def projected(used: Tensor, keys: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kedit.capture import capture_attention, row_kl
+from kedit.compat import cache_argument
 
 PADS = ("none", "right", "left")
 
@@ -74,16 +75,16 @@ def test_suffix_against_stored_keys(name: str) -> None:
     where = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if ZOO[name][0] not in NO_POSITION_IDS else {}
     last = (mask * torch.arange(12)).amax(1)
     full_positions = torch.stack([last, last - 1], 1)
-    cache = DynamicCache()
+    stored = cache_argument(model, DynamicCache())
     with torch.no_grad(), capture_attention(model, full_positions) as cap:
         model(input_ids=ids, attention_mask=mask, use_cache=False, **where)
         full = cap.rows
         first = {key: value[:, :split] for key, value in where.items()}
         cap.positions = torch.full((3, 2), -1)
-        model(input_ids=ids[:, :split], attention_mask=mask[:, :split], past_key_values=cache, use_cache=True, **first)
+        model(input_ids=ids[:, :split], attention_mask=mask[:, :split], **stored, use_cache=True, **first)
         rest = {key: value[:, split:] for key, value in where.items()}
         cap.positions = full_positions - split
-        model(input_ids=ids[:, split:], attention_mask=mask, past_key_values=cache, use_cache=True, **rest)
+        model(input_ids=ids[:, split:], attention_mask=mask, **stored, use_cache=True, **rest)
     for layer in cap.layers:
         assert (full[layer] - cap.rows[layer]).abs().max() <= 2e-6
 

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 import kedit
 from contract.test_own_regularizer import EDITS, Watch, lookup_of, rome
+from kedit.compat import cache_argument
 from kedit.errors import CaptureError, ConfigError
 from kedit.regularizers import KeyNorm, Needs, blocks_from
 from models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
@@ -27,7 +28,8 @@ def test_keys_are_those_of_the_models_own_cache(model_type, mode):
         template = CONTEXTS[context].replace("{}", one.prompt)
         ids = torch.tensor([tok(template.replace("{}", one.subject))["input_ids"]])
         with torch.no_grad():
-            cache = model(ids, past_key_values=DynamicCache()).past_key_values  # one that forgets nothing
+            cache = DynamicCache()  # one that forgets nothing
+            model(ids, **cache_argument(model, cache))
         for block, keys in rows.keys.items():
             expected = cache.layers[block].keys[0, :, lookup_of(tok, template, one.subject)]
             torch.testing.assert_close(keys[i], expected, atol=2e-5, rtol=1e-4)

@@ -1,11 +1,8 @@
 """The embedded world's own cases."""
 
-import pytest
-
 from kedit.data.world import world_cases
 from kedit.evaluation.cases import Kind, drop_edited
-
-World = pytest.importorskip("kedit.testbed.world").World
+from kedit.testbed.world import World
 
 
 def test_the_embedded_world_asks_in_every_way_that_it_has():

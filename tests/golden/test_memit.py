@@ -6,8 +6,6 @@ import kedit
 
 from .conftest import COLUMNS, assert_losses, assert_relative
 
-pytest.importorskip("kedit.editors.memit", reason="These editors are not there yet.")
-
 GAMMAS = ("0", pytest.param("0.01", marks=pytest.mark.slow), "0.5")
 
 

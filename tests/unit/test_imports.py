@@ -24,6 +24,7 @@ ORDER = [
     "edit",
     "delta",
     "hooks",
+    "compat",
     "arch",
     "batch",
     "scoring",

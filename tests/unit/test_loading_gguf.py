@@ -142,7 +142,10 @@ def test_command_line(file, tmp_path, capsys, monkeypatch):
     words = ["--prompt", "{} works in the old city of", "--subject", "Ada Lovelace", "--target-new", "Berlin"]
     where = ["--model", str(file), "--moments-corpus", str(tmp_path / "text.txt"), "--set", "steps=2"]
     patch, folder = str(tmp_path / "edit.safetensors"), str(tmp_path / "edited")
-    assert main(["edit", *where, *words, "--out", patch, "--save-model", folder]) == 0
+    assert main(["edit", *where, *words, "--out", patch, "--save-model", folder]) in (
+        0,
+        3,
+    )  # 3: two steps do not say it
     assert kedit.load(folder)[1].chat_template == CHAT_TEMPLATE
     capsys.readouterr()
     assert main(["patch", "apply", str(file), "--patch", patch, "--out", str(tmp_path / "out")]) == 1

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -15,8 +14,9 @@ from kedit.arch.experts import Experts
 from kedit.arch.lookup import bare, part, weight_of
 from kedit.arch.table import ARCHITECTURES, ArchSpec
 from kedit.arch.weight import Weight
+from kedit.compat import forward_parameters
 from kedit.errors import ArchitectureError, ConfigError, UnsupportedError
-from kedit.hooks import on_input
+from kedit.hooks import by_prompt, on_input
 from kedit.placement import device_of, unwrap
 from kedit.progress import logger
 
@@ -63,7 +63,7 @@ class ModelArch:
         if not isinstance(blocks, nn.ModuleList):
             raise ArchitectureError(f"{spec.blocks} of {type(model).__name__} is not a list of blocks.")
         self.blocks = blocks
-        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.keeps_logits = "logits_to_keep" in forward_parameters(model)
         """Whether the model computes the logits of chosen positions only."""
 
     def __repr__(self) -> str:
@@ -186,16 +186,24 @@ class ModelArch:
         Where the model can, the head runs at these places only. ``inputs``, ``keep`` and what is returned are on the input's
         device.
         """
-        device = self.input_device
-        if not self.keeps_logits:
-            whole: Tensor = self.model(**inputs).logits
-            return whole[keep.to(whole.device)].to(device)
-        if set(self._at_the_end()) == {device}:
-            found: Tensor = self.model(**inputs, logits_to_keep=keep).logits
-        else:  # the model would mark its last hidden states with a tensor that is on another device
-            with on_input(self.head, lambda hidden: hidden[keep.to(hidden.device)]):
-                found = self.model(**inputs).logits
-        return found.to(device)
+        # transformers takes such a mask as `logits_to_keep` only in its newest versions, and on the device of the last
+        # hidden states only. What a model does after its head it does to every logit alone.
+        with ExitStack() as stack:
+            if self.keeps_logits and not self._compiled:
+                chosen = on_input(self.head, lambda hidden: by_prompt(hidden, len(keep))[keep.to(hidden.device)])
+                stack.enter_context(chosen)
+            elif self.keeps_logits:
+                columns = keep.any(0).nonzero().squeeze(1)
+                inputs["logits_to_keep"], keep = columns.to(self._at_the_end()[-1]), keep[:, columns]
+            found: Tensor = self.model(**inputs).logits
+        if found.ndim > 2:
+            found = found[keep.to(found.device)]
+        return found.to(self.input_device)
+
+    @property
+    def _compiled(self) -> bool:
+        """Whether the model or its head is compiled in place, so that hooks would be compiled in, or not be seen."""
+        return any(vars(module).get("_compiled_call_impl") for module in (self.model, self.head))
 
     def weight(self, layer: int) -> Weight:
         """The editable weight of a block: its down-projection's, with its stored layout.

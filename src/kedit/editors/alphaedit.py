@@ -20,7 +20,7 @@ from kedit.history import KeyHistory
 from kedit.memory import at_most_on
 from kedit.pipeline import Insertion
 from kedit.request import Request
-from kedit.solve import NullSpaceRule, Past, free_energy, null_space, null_space_update, projected
+from kedit.solve import NullSpaceRule, Past, null_space, null_space_update, projected
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
@@ -93,8 +93,7 @@ class AlphaEdit(MEMIT):
         key = (layer, config.threshold, config.threshold_rule, expert)
         if key not in self._used:
             matrix = self.moments.matrix(layer, expert, device)
-            self._used[key] = null_space(matrix, config.threshold, config.threshold_rule)
-            self._energy[key] = free_energy(matrix, self._used[key])
+            self._used[key], self._energy[key] = null_space(matrix, config.threshold, config.threshold_rule)
         self._used[key] = at_most_on(device, self._used[key])
         return self._used[key]
 
@@ -106,11 +105,13 @@ class AlphaEdit(MEMIT):
             self._past.clear()
 
     def solving_bytes(self, shape: tuple[int, int], edits: int, contexts: int) -> tuple[int, int]:
-        """Used directions (at most I) and earlier keys are kept; eigenvectors, keys and their system are held meanwhile."""
+        """Used directions and earlier keys are kept; eigenvectors, keys and their system are held meanwhile."""
         square, past = DOUBLE * shape[1] ** 2, self.history.count
+        config: Any = self.config
+        used = square if config.threshold_rule != "fraction" else square * (1 - config.threshold)  # else at most all
         keys = edits + past if past < shape[1] else edits
         system = 3 * square if edits + past >= shape[1] else 3 * DOUBLE * keys**2
-        return square + DOUBLE * min(past, shape[1]) * shape[1], max(square, 4 * DOUBLE * keys * shape[1] + system)
+        return int(used) + DOUBLE * min(past, shape[1]) * shape[1], max(square, 4 * DOUBLE * keys * shape[1] + system)
 
     def solve(self, insertion: Insertion, config: Any) -> Delta:
         """The projected solution of one layer."""

@@ -65,6 +65,9 @@ NOTHING = (
     "model in bfloat16 or float32); or ordinary keys use every direction (AlphaEdit: raise the threshold)."
 )
 
+# What a rule says beside its own value of a hyper-parameter does not hold for a user's value: a step size that is given is
+# absolute, a weight that is given is not lowered.
+_BELONGING = {"lr": "lr_relative", "moment_weight": "min_share", "l2": "min_share"}
 _NAMED = 3  # edits in a warning
 _HINTS = {
     "steps": "more steps",
@@ -438,8 +441,9 @@ class Editor(ABC):
     def _preset_config(cls, arch: ModelArch, changes: Mapping[str, Any]) -> EditorConfig:
         preset = presets.find(cls.name, arch)
         values: dict[str, Any] = dict(preset.values) if preset else cls.rule(arch)
-        if "lr" in changes:
-            values.pop("lr_relative", None)  # a step size of the user's is absolute unless the user says otherwise
+        for given, belonging in _BELONGING.items():
+            if given in changes:
+                values.pop(belonging, None)
         return cls.Config(**{**values, **changes})
 
     @classmethod
