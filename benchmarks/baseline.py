@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 import kedit
-from kedit.arch import ModelArch, Site
-from kedit.batch import pad
-from kedit.hooks import on_input, on_output
-from kedit.request import Request
+from kedit.models import ModelArch, Site
+from kedit.models.hooks import on_input, on_output
+from kedit.prompts.encode import Request
+from kedit.prompts.tokenize import pad
 
 
 @dataclass

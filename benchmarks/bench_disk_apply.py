@@ -46,7 +46,7 @@ def make_checkpoint(folder, gigabytes):
     """Write the checkpoint shard by shard; return its number of blocks."""
     import torch
 
-    from kedit.patch.files import write_safetensors
+    from kedit.utils.files import write_safetensors
 
     per_block = 2 * sum(a * b for a, b in BLOCK.values())
     layers = max(6, round((gigabytes * 1e9 - 4 * VOCAB * H) / per_block))
@@ -86,10 +86,10 @@ def make_patch(folder, layers, rank, path):
     """Write a patch of five neighbouring layers, with the fingerprints of the checkpoint."""
     import torch
 
-    from kedit.delta import LowRankDelta
-    from kedit.fingerprint import tensor_fingerprint
+    from kedit.models.fingerprint import tensor_fingerprint
     from kedit.patch import EditPatch
-    from kedit.patch.checkpoint import Checkpoint
+    from kedit.patch.checkpoint.read import Checkpoint
+    from kedit.patch.delta import LowRankDelta
 
     checkpoint = Checkpoint.open(folder)
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range((layers - 5) // 2, (layers + 5) // 2)]

@@ -27,7 +27,7 @@ from bench_sequential import forget_peak, peak, resident, said, wordings
 from bench_speed import contexts
 
 import kedit
-from kedit.evaluation.environment import environment
+from kedit.evaluation.provenance import environment
 from models import gpt2_small, tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -20,8 +20,8 @@ from bench_speed import contexts, floor_flops, processor
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedModel
 
 import kedit
-from kedit.arch import ModelArch, Site
-from kedit.request import encode_edits
+from kedit.models import ModelArch, Site
+from kedit.prompts.encode import encode_edits
 from models import tokenizer
 
 SHAPES: dict[str, tuple[Any, tuple[int, ...]]] = {

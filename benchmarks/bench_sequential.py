@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 import kedit
-from kedit.data.world import embedded_world
-from kedit.evaluation.environment import environment
-from kedit.memory import HeapTrim
+from kedit.embedded.edit_cases import embedded_world
+from kedit.evaluation.provenance import environment
+from kedit.utils.device_memory import HeapTrim
 
 LARGE_BATCH_WEIGHT = 300.0  # the preset's, 1, is chosen for single edits
 

@@ -20,9 +20,9 @@ from baseline import Plain, counterfact_like
 from torch import Tensor
 
 import kedit
-from kedit.arch import ModelArch
+from kedit.models import ModelArch
+from kedit.prompts.encode import Request, encode_edits
 from kedit.regularizers.base import Needs
-from kedit.request import Request, encode_edits
 from models import gpt2_small, tokenizer
 
 MEMIT_EDITS = 32

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from kedit import testbed
+from kedit import embedded
 
 
 def gpt2_small(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -23,4 +23,4 @@ def tokenizer() -> PreTrainedTokenizerBase:
     folder = Path(data) / "tokenizers" / "gpt2" if data else None
     if folder is not None and folder.is_dir():
         return AutoTokenizer.from_pretrained(folder)
-    return testbed.load()[1]
+    return embedded.load()[1]

@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import kedit
-from kedit import presets
-from kedit.arch import ModelArch, unwrap
 from kedit.data import load_cases
-from kedit.editors import EDITORS
+from kedit.editors import EDITORS, presets
 from kedit.editors import editor as make_editor
 from kedit.editors.base import Editor
+from kedit.editors.solve_layers import describe
 from kedit.errors import ConfigError
-from kedit.evaluation.environment import describe_model, environment
-from kedit.evaluation.identity import describe_editor, digest, versions
+from kedit.evaluation.provenance import describe_editor, describe_model, digest, environment, versions
 from kedit.evaluation.statistics import Estimate
-from kedit.fingerprint import model_fingerprint
-from kedit.pipeline import describe
+from kedit.keys.estimate import tokenizer_fingerprint
+from kedit.models import ModelArch, unwrap
+from kedit.models.fingerprint import model_fingerprint
 from kedit.regularizers import resolve
-from kedit.stats import tokenizer_fingerprint
 
 GAMMAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 WIDER = (30.0, 100.0)  # tried one by one while the largest so far is the best
@@ -111,7 +109,7 @@ class Bench:
 
     def _prepared(self, editor: Editor) -> Editor:
         if self.corpus and editor.needs_moments:
-            from kedit.stats import estimate_moments
+            from kedit.keys.estimate import estimate_moments
 
             editor.moments = estimate_moments(editor.arch, self.tokenizer, editor.config.layers, self.corpus)
         return editor
@@ -236,7 +234,7 @@ def _holds_zero(found: Estimate) -> bool:
 
 
 def _world(few: int, count: int, most: int) -> tuple[list[kedit.EditCase], list[kedit.EditCase], list[kedit.EditCase]]:
-    from kedit.data.world import embedded_world, world_cases
+    from kedit.embedded.edit_cases import embedded_world, world_cases
 
     world = embedded_world()
     people = sum(person.half == "test" and person.role == "edit" for person in world.people)

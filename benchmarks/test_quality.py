@@ -9,8 +9,8 @@ from quality import ADR, FIVE, GAMMAS, GENERATE, MARKS, WIDER, cell, save_json, 
 import kedit
 from kedit.evaluation.metrics import METRICS
 from kedit.evaluation.statistics import case_weights
-from kedit.evaluation.svg import Curve, curves
 from kedit.regularizers import KeyNorm
+from kedit.report.svg import Curve, curves
 
 pytestmark = [
     pytest.mark.timeout(0),

@@ -13,17 +13,16 @@ import torch
 from quality import table
 
 import kedit
-from kedit.analysis import plots
-from kedit.analysis.drifted import DriftResult
-from kedit.analysis.editing import Patches
-from kedit.analysis.intervene import LABELS
-from kedit.analysis.moved import MEASURES
-from kedit.analysis.patched import CONTAMINATE, EDITED, ORIGINAL, RESTORE, PatchingResult
-from kedit.analysis.patching import patch_activations
-from kedit.analysis.reveal import head_sets, reveal
-from kedit.analysis.traced import ROLES, TraceResult
-from kedit.data.world import embedded_world, world_cases
-from kedit.evaluation.environment import environment
+from kedit.analysis.activation_patching import patch_activations
+from kedit.analysis.edited_models import Patches
+from kedit.analysis.interventions import LABELS
+from kedit.analysis.results.drift import MEASURES, DriftResult
+from kedit.analysis.results.patching import CONTAMINATE, EDITED, ORIGINAL, RESTORE, PatchingResult
+from kedit.analysis.results.tracing import ROLES, TraceResult
+from kedit.embedded.edit_cases import embedded_world, world_cases
+from kedit.evaluation.provenance import environment
+from kedit.report import figures
+from kedit.report.overview import head_sets, reveal
 
 EDITS, TRACED, SAMPLES = 80, 60, 4
 
@@ -71,17 +70,17 @@ def draw(found):
     twin = next(one for one in found.sadr.probes if (one.case, one.prompt) == (probe.case, probe.prompt))
     states = {"before": probe.map_before, "ROME": probe.map_after, "ROME + SADR": twin.map_after}
     drawn = {
-        "tracing": plots.tracing_averages(found.trace),
-        "handover": plots.tracing_handover(found.trace),
-        "drift": plots.drift_maps([found.rome, found.sadr]),
-        "gain": plots.drift_maps([found.rome, found.sadr], "gain"),
-        "attention": plots.attention_maps(probe, states),
-        "correlation": plots.correlation_plot(found.rome),
-        "patching": plots.patching_bars(found.patching),
-        "windows": plots.patching_windows(found.patching),
+        "tracing": figures.tracing_averages(found.trace),
+        "handover": figures.tracing_handover(found.trace),
+        "drift": figures.drift_maps([found.rome, found.sadr]),
+        "gain": figures.drift_maps([found.rome, found.sadr], "gain"),
+        "attention": figures.attention_maps(probe, states),
+        "correlation": figures.correlation_plot(found.rome),
+        "patching": figures.patching_bars(found.patching),
+        "windows": figures.patching_windows(found.patching),
     }
     for name, figure in drawn.items():
-        plots.save(figure, found.results / f"reveal_{name}.png")
+        figures.save(figure, found.results / f"reveal_{name}.png")
 
 
 def text(found):

@@ -1,6 +1,7 @@
-"""What every test shares: test data, tiny models, and memory that hurts when it is read before it is written."""
+"""What every test shares: test data, threads, a small disk, and memory that hurts when it is read before it is written."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,20 @@ def real_model() -> Path:
     if not (path / "config.json").is_file():
         pytest.fail(f"{REAL_MODEL} is {folder!r}, which is not the folder of a model: it holds no config.json.")
     return path
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of one megabyte; skipped where the tests may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("Needs the program mount.")
+    if done.returncode:
+        pytest.skip("Needs the right to mount a small tmpfs (root).")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

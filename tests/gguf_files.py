@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from models import tiny_model, tokenizer
+from tiny_models import tiny_model, tokenizer
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}. {% endfor %}"
 

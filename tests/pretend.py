@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kedit.arch import ModelArch
+from kedit.models import ModelArch
 
 CPU = torch.device("cpu")
 DEVICES = 2

@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from kedit.arch import ARCHITECTURES
+from kedit.models import ARCHITECTURES
 
 VOCAB = 97
 _GPT2 = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 64}

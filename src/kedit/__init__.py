@@ -14,64 +14,64 @@ from typing import TYPE_CHECKING, Any
 
 _NAMES = {
     "AlphaEdit": "kedit.editors.alphaedit",
-    "EMMET": "kedit.editors.memit",
+    "EMMET": "kedit.editors.emmet",
     "Edit": "kedit.edit",
     "EditCase": "kedit.evaluation.cases",
-    "EditCheck": "kedit.check",
+    "EditCheck": "kedit.prompts.predictions",
     "EditPatch": "kedit.patch",
-    "EditResult": "kedit.result",
+    "EditResult": "kedit.editors.result",
     "Editor": "kedit.editors.base",
     "FT": "kedit.editors.ft",
     "EvalReport": "kedit.evaluation.report",
-    "Guard": "kedit.guard",
-    "GuardError": "kedit.guard",
+    "Guard": "kedit.evaluation.guard",
+    "GuardError": "kedit.evaluation.guard",
     "IneffectiveEditWarning": "kedit.errors",
     "KEditError": "kedit.errors",
-    "Ledger": "kedit.ledger",
+    "Ledger": "kedit.patch.ledger",
     "MEMIT": "kedit.editors.memit",
-    "PMET": "kedit.editors.memit",
+    "PMET": "kedit.editors.pmet",
     "ROME": "kedit.editors.rome",
     "RROME": "kedit.editors.rome",
     "SADR": "kedit.regularizers.sadr",
-    "SecondMoments": "kedit.moments",
-    "drift": "kedit.analysis.drifting",
+    "SecondMoments": "kedit.keys.second_moment",
+    "drift": "kedit.analysis.attention_drift",
     "editor": "kedit.editors",
     "evaluate": "kedit.evaluation.api",
     "load": "kedit.loading",
-    "run_journal": "kedit.journal",
-    "second_moments": "kedit.stats",
-    "trace": "kedit.analysis.tracing",
+    "run_journal": "kedit.sequential",
+    "second_moments": "kedit.keys.estimate",
+    "trace": "kedit.analysis.causal_tracing",
 }
 
 if TYPE_CHECKING:
-    from kedit.analysis.drifting import drift as drift
-    from kedit.analysis.tracing import trace as trace
-    from kedit.check import EditCheck as EditCheck
+    from kedit.analysis.attention_drift import drift as drift
+    from kedit.analysis.causal_tracing import trace as trace
     from kedit.edit import Edit as Edit
     from kedit.editors import editor as editor
     from kedit.editors.alphaedit import AlphaEdit as AlphaEdit
     from kedit.editors.base import Editor as Editor
+    from kedit.editors.emmet import EMMET as EMMET
     from kedit.editors.ft import FT as FT
-    from kedit.editors.memit import EMMET as EMMET
     from kedit.editors.memit import MEMIT as MEMIT
-    from kedit.editors.memit import PMET as PMET
+    from kedit.editors.pmet import PMET as PMET
+    from kedit.editors.result import EditResult as EditResult
     from kedit.editors.rome import ROME as ROME
     from kedit.editors.rome import RROME as RROME
     from kedit.errors import IneffectiveEditWarning as IneffectiveEditWarning
     from kedit.errors import KEditError as KEditError
     from kedit.evaluation.api import evaluate as evaluate
     from kedit.evaluation.cases import EditCase as EditCase
+    from kedit.evaluation.guard import Guard as Guard
+    from kedit.evaluation.guard import GuardError as GuardError
     from kedit.evaluation.report import EvalReport as EvalReport
-    from kedit.guard import Guard as Guard
-    from kedit.guard import GuardError as GuardError
-    from kedit.journal import run_journal as run_journal
-    from kedit.ledger import Ledger as Ledger
+    from kedit.keys.estimate import second_moments as second_moments
+    from kedit.keys.second_moment import SecondMoments as SecondMoments
     from kedit.loading import load as load
-    from kedit.moments import SecondMoments as SecondMoments
     from kedit.patch import EditPatch as EditPatch
+    from kedit.patch.ledger import Ledger as Ledger
+    from kedit.prompts.predictions import EditCheck as EditCheck
     from kedit.regularizers.sadr import SADR as SADR
-    from kedit.result import EditResult as EditResult
-    from kedit.stats import second_moments as second_moments
+    from kedit.sequential import run_journal as run_journal
 
 __all__ = list(_NAMES)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from kedit.errors import ArchitectureError, ConfigError, DependencyError
-from kedit.progress import logger
+from kedit.utils.progress import logger
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +71,9 @@ def load(
                 f"{', '.join(sorted(options))} cannot be given for the embedded model, which ships with kedit. Name a model, or "
                 "drop it."
             )
-        from kedit import testbed
+        from kedit import embedded
 
-        return testbed.load(dtype=dtype)
+        return embedded.load(dtype=dtype)
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError

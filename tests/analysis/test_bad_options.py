@@ -1,12 +1,12 @@
 """Options of the analysis functions that make no sense: one sentence, before anything runs."""
 
 import pytest
-from analysis_common import FACTS, TOKENIZER, tiny_case, tiny_patch
 
 import kedit
-from kedit.analysis.patching import patch_activations
+from analysis_common import FACTS, TOKENIZER, tiny_case, tiny_patch
+from kedit.analysis.activation_patching import patch_activations
 from kedit.errors import ConfigError
-from models import tiny_model
+from tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from analysis_common import TOKENIZER, cases, embedded, few, patches, rome, tiny_case, tiny_patch
 
 import kedit
-from kedit.analysis.editing import Patches
-from kedit.analysis.intervals import correlation, mean_map, pearson, ranks, spearman
+from analysis_common import TOKENIZER, cases, embedded, few, patches, rome, tiny_case, tiny_patch
+from kedit.analysis.bootstrap import correlation, mean_map, pearson, ranks, spearman
+from kedit.analysis.edited_models import Patches
 from kedit.errors import ConfigError, EditError
-from models import MODEL_TYPES, tiny_model
+from tiny_models import MODEL_TYPES, tiny_model
 
 
 def eager_state(model, text, answer):
@@ -72,7 +72,7 @@ def test_the_model_is_unedited_afterwards_and_when_something_fails(monkeypatch):
             raise RuntimeError("power cut")
         return real(*arguments)
 
-    import kedit.analysis.drifting as module
+    import kedit.analysis.attention_drift as module
 
     real = module.gazes
     monkeypatch.setattr(module, "gazes", fails_edited)

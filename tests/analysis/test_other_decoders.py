@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from analysis_common import FACTS, TOKENIZER, tiny_case, tiny_patch
 from torch.nn import functional
 
 import kedit
-from kedit.analysis.patched import EDITED, RESTORE
-from kedit.analysis.patching import patch_activations
-from kedit.arch import ModelArch
+from analysis_common import FACTS, TOKENIZER, tiny_case, tiny_patch
+from kedit.analysis.activation_patching import patch_activations
+from kedit.analysis.results.patching import EDITED, RESTORE
 from kedit.capture import capture_attention
-from kedit.decode import continue_rows
 from kedit.errors import CaptureError, ConfigError
-from kedit.scoring import prompts_per_pass
+from kedit.models import ModelArch
+from kedit.prompts.decode import continue_rows
+from kedit.prompts.likelihood import prompts_per_pass
 from made import made
-from models import CONTEXTS, moments
+from tiny_models import CONTEXTS, moments
 
 EDIT = kedit.Edit("{} works in", "Ada Lovelace", "Berlin")
 

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from analysis_common import TOKENIZER, embedded, few, patches, tiny_case, tiny_patch
 
-from kedit.analysis.drifting import watched
-from kedit.analysis.intervene import window_of
-from kedit.analysis.patched import CONTAMINATE, EDITED, ORIGINAL, RESTORE
-from kedit.analysis.patching import patch_activations
-from kedit.arch import ModelArch
+from analysis_common import TOKENIZER, embedded, few, patches, tiny_case, tiny_patch
+from kedit.analysis.activation_patching import patch_activations
+from kedit.analysis.interventions import window_of
+from kedit.analysis.probes import watched
+from kedit.analysis.results.patching import CONTAMINATE, EDITED, ORIGINAL, RESTORE
 from kedit.capture import capture_attention, substitute_attention
 from kedit.errors import ConfigError, EditError, UnknownNameError
-from models import MODEL_TYPES, tiny_model
+from kedit.models import ModelArch
+from tiny_models import MODEL_TYPES, tiny_model
 
 
 def module_of(arch, activation, layer):

@@ -6,9 +6,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import kedit
-from kedit.batch import Text, encode, rewrite_texts
 from kedit.data import load_cases
-from kedit.scoring import pair_text
+from kedit.prompts.likelihood import pair_text
+from kedit.prompts.tokenize import Text, encode, rewrite_texts
 
 FOLDERS = ("tokenizers/gpt2", "tokenizers/qwen2", "models/stories260K", "models/stories3M")
 SUBJECTS = ("Łódź", "東京", "Übach", "Étienne Ghys", "ƔƔ", "鬱蒼", "Paris")

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from analysis_common import FACTS, TOKENIZER, cases, embedded
 
 import kedit
+from analysis_common import FACTS, TOKENIZER, cases, embedded
+from kedit.analysis.causal_tracing import draw_noise, embedding_deviation
 from kedit.analysis.facts import as_facts
-from kedit.analysis.intervene import default_window, window_of
-from kedit.analysis.traced import ROLES, FactTrace, TraceResult
-from kedit.analysis.tracing import draw_noise, embedding_deviation
-from kedit.arch import ModelArch
+from kedit.analysis.interventions import default_window, window_of
+from kedit.analysis.results.tracing import ROLES, FactTrace, TraceResult
 from kedit.errors import ConfigError, EditError
-from models import MODEL_TYPES, tiny_model
+from kedit.models import ModelArch
+from tiny_models import MODEL_TYPES, tiny_model
 
 MODULES = {"hidden": "block", "mlp": "mlp", "attention": "attention"}
 

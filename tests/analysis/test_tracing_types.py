@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from analysis_common import FACTS, TOKENIZER
 
 import kedit
 import zoo
+from analysis_common import FACTS, TOKENIZER
+from kedit.analysis.causal_tracing import draw_noise, embedding_deviation
 from kedit.analysis.facts import as_facts
-from kedit.analysis.intervene import ACTIVATIONS
-from kedit.analysis.tracing import draw_noise, embedding_deviation
-from kedit.arch import ModelArch, Site
+from kedit.analysis.interventions import ACTIVATIONS
+from kedit.models import ModelArch, Site
 
 # OPT works on all tokens in one row; Gemma scales its embeddings; Bloom and MPT add the residual inside the MLP.
 TYPES = ["opt", "opt-normalised", "gemma", "gemma3", "bloom", "mpt", "falcon-new", "gpt_oss-sinks", "mixtral", "olmo2"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kedit.capture.attention_rule import Rule
+from kedit.capture.autograd import rows_node
 from kedit.capture.dispatch import RowsBackend
-from kedit.capture.node import rows_node
 from kedit.capture.reference import reference_rows
-from kedit.capture.rule import Rule
 
 
 @dataclass(frozen=True)

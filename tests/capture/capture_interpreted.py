@@ -27,9 +27,9 @@ from capture_zoo import eager_rows, eager_twin, inputs, make  # noqa: E402
 
 import kedit  # noqa: E402
 import pretend  # noqa: E402
-from kedit.arch import ModelArch  # noqa: E402
 from kedit.capture import capture_attention, kernel, triton_rows  # noqa: E402
-from models import tokenizer  # noqa: E402
+from kedit.models import ModelArch  # noqa: E402
+from tiny_models import tokenizer  # noqa: E402
 
 
 def checked(case: Case) -> dict[str, object]:

@@ -12,7 +12,7 @@ from capture_zoo import config_of, eager_rows, eager_twin, inputs, make
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from kedit.capture import capture_attention, outside, use_capture_attention
+from kedit.capture import capture_attention, legacy_attention, use_capture_attention
 from kedit.capture.interface import NAME
 from kedit.errors import CaptureError
 
@@ -59,7 +59,9 @@ def test_an_exception_inside_the_model_leaves_no_mode_behind(name: str) -> None:
     given, positions = inputs()
     with pytest.raises(CaptureError), capture_attention(model, positions[:2]):
         model(**given)
-    assert not any(isinstance(mode, outside._Overhear) for mode in torch.overrides._get_current_function_mode_stack())
+    assert not any(
+        isinstance(mode, legacy_attention._Overhear) for mode in torch.overrides._get_current_function_mode_stack()
+    )
 
 
 def test_nested_switching_and_foreign_attributes() -> None:

@@ -75,7 +75,7 @@ def test_torch_rows_in_float64(case: Case) -> None:
     if case.lse:
         pytest.skip("the log-normaliser given is float32")
     q, k, positions, rule, weights = build(Case(**{**vars(case), "dtype": torch.float64}))
-    from kedit.capture.node import rows_node
+    from kedit.capture.autograd import rows_node
     from kedit.capture.reference import reference_rows
 
     found = []

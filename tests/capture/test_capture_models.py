@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kedit.capture import capture_attention, row_kl
-from kedit.compat import cache_argument
+from kedit.models.compat import cache_argument
 
 PADS = ("none", "right", "left")
 

@@ -6,10 +6,10 @@ import torch
 
 import kedit
 import zoo
-from kedit import locate
-from kedit.arch import ModelArch, Site
-from kedit.batch import encode, rewrite_texts
-from models import CONTEXTS, moments, tokenizer
+from kedit.keys import read
+from kedit.models import ModelArch, Site
+from kedit.prompts.tokenize import encode, rewrite_texts
+from tiny_models import CONTEXTS, moments, tokenizer
 
 FRENCH = kedit.Edit("The mother tongue of {} is", "Danielle Darrieux", "English")
 ADA = kedit.Edit("{} works in", "Ada Lovelace", "Rome and London")
@@ -41,7 +41,7 @@ def zoo_model(name, dtype=torch.float32, **changes):
 def bare_output(model, edit=FRENCH, tok=None):
     """The MLP's output at the bare prompt's subject-last token, by a plain forward pass."""
     rows = encode(tok or tokenizer(), rewrite_texts(edit, ["{}"]))
-    return locate.outputs(ModelArch(model), rows, Site(LAYER, "mlp"))[0]
+    return read.outputs(ModelArch(model), rows, Site(LAYER, "mlp"))[0]
 
 
 def digest(tensor):

@@ -8,9 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 import kedit
-from kedit import pipeline
-from kedit.arch import ModelArch
-from kedit.editors import base
+from kedit.editors import base, solve_layers
 from kedit.errors import (
     ArchitectureError,
     ConfigError,
@@ -26,9 +24,10 @@ from kedit.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from kedit.ledger import Ledger
+from kedit.models import ModelArch
+from kedit.patch.ledger import Ledger
 from kedit.regularizers import Needs
-from models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
+from tiny_models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
 
 from .common import ADA, FRENCH, LAYER, make, state, zoo_model
 
@@ -292,7 +291,7 @@ def test_update_too_large_for_the_weights_dtype():
 
 
 def test_slow_tokenizer(model):
-    from unit.test_encoding import Slow
+    from prompts.test_encoding import Slow
 
     with pytest.raises(TokenizerError, match="fast tokenizer"):
         make("rome", model, Slow()).apply(FRENCH)
@@ -342,7 +341,9 @@ def test_interrupted_while_the_update_is_solved(model, edits, monkeypatch):
         editor.apply(edits)
 
 
-@pytest.mark.parametrize("where", ["kedit.ledger.Ledger.rounding", "kedit.memory.HeapTrim.after_apply"])
+@pytest.mark.parametrize(
+    "where", ["kedit.patch.ledger.Ledger.rounding", "kedit.utils.device_memory.HeapTrim.after_apply"]
+)
 def test_interrupted_after_the_weights_are_written(model, where, monkeypatch):
     """Whoever gets no result keeps the old weights."""
     editor = make("rome", model)
@@ -360,7 +361,7 @@ def test_interrupted_while_a_method_of_several_layers_is_spread(model, monkeypat
     layers = (1, 2, 3)
     editor = make("memit", model, layers=layers, moments={i: torch.eye(112) for i in layers})
     overwritten = []
-    overwrite, solve = pipeline.overwrite, editor.solve
+    overwrite, solve = solve_layers.overwrite, editor.solve
 
     def interrupted(insertion, config):
         if insertion.layer == 3:
@@ -368,7 +369,7 @@ def test_interrupted_while_a_method_of_several_layers_is_spread(model, monkeypat
         return solve(insertion, config)
 
     monkeypatch.setattr(editor, "solve", interrupted)
-    monkeypatch.setattr(pipeline, "overwrite", lambda *a: (overwritten.append(1), overwrite(*a))[1])
+    monkeypatch.setattr(solve_layers, "overwrite", lambda *a: (overwritten.append(1), overwrite(*a))[1])
     with pytest.raises(KeyboardInterrupt):
         editor.apply([FRENCH, ADA])
     assert len(overwritten) == 2
@@ -378,7 +379,7 @@ def test_interrupted_while_a_method_of_several_layers_is_spread(model, monkeypat
 @pytest.mark.parametrize("layers", [1, 3])
 def test_interrupted_in_the_final_write(model, moment, layers, monkeypatch):
     """In the middle of several weights, and with one half of them written."""
-    from kedit import ledger
+    from kedit.patch import ledger
 
     chosen = (1, 2, 3)[:layers]
     moments = {i: torch.eye(112) for i in chosen}
@@ -483,5 +484,5 @@ def test_foreign_files(tmp_path, model):
 
 def test_base_module_is_the_one_that_is_patched_here():
     """The interruption tests replace functions by name: they must be the ones in use."""
-    assert base.spread is pipeline.spread
+    assert base.spread is solve_layers.spread
     assert ModelArch(tiny_model("gpt2")).weight(LAYER).name == WEIGHT

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import kedit
-import kedit.check
-from contract.common import ADA, FRENCH, make, state
-from kedit.batch import encode, rewrite_texts
-from kedit.check import EditCheck, Prediction
+import kedit.prompts.predictions
 from kedit.cli import main
 from kedit.errors import IneffectiveEditWarning, KEditWarning
-from kedit.journal import run_journal
-from models import tiny_model
+from kedit.prompts.predictions import EditCheck, Prediction
+from kedit.prompts.tokenize import encode, rewrite_texts
+from kedit.sequential import run_journal
+from tiny_models import tiny_model
+
+from .common import ADA, FRENCH, make, state
 
 PILOT = kedit.Edit("{} works as a", "Hulqui Gossam", "pilot")
 BAKER = kedit.Edit("{} works as a", "Hulqui Gossam", "baker")
@@ -107,7 +108,7 @@ def test_a_batch_is_asked_in_its_order(embedded):
 def test_large_batches_have_no_continuations_and_the_same_figures(monkeypatch):
     editor = make("rome", tiny_model("gpt2"))
     with_text = editor.check([FRENCH, ADA])
-    monkeypatch.setattr(kedit.check, "TEXTS_UP_TO", 1)
+    monkeypatch.setattr(kedit.prompts.predictions, "TEXTS_UP_TO", 1)
     without = editor.check([FRENCH, ADA])
     assert [check.after.text for check in without] == [None, None]
     assert [check.after.probability for check in without] == [check.after.probability for check in with_text]
@@ -178,7 +179,7 @@ def test_a_check_that_is_interrupted_takes_the_edit_back(monkeypatch, interrupte
         calls.append(args)
         if len(calls) == interrupted:
             raise KeyboardInterrupt
-        return kedit.check.predict(*args, **options)
+        return kedit.prompts.predictions.predict(*args, **options)
 
     monkeypatch.setattr("kedit.editors.base.predict", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -199,7 +200,7 @@ def test_a_filter_makes_an_unsaid_edit_an_error_that_is_taken_back():
 def test_lack_of_memory_asks_in_smaller_parts(monkeypatch):
     editor = make("rome", tiny_model("gpt2"))
     expected, budgets = editor.check([FRENCH, ADA]), []
-    score = kedit.check.score_rows
+    score = kedit.prompts.predictions.score_rows
 
     def narrow(arch, rows, *, tokens, logits):
         budgets.append(tokens)
@@ -207,7 +208,7 @@ def test_lack_of_memory_asks_in_smaller_parts(monkeypatch):
             raise torch.OutOfMemoryError
         return score(arch, rows, tokens=tokens, logits=logits)
 
-    monkeypatch.setattr(kedit.check, "score_rows", narrow)
+    monkeypatch.setattr(kedit.prompts.predictions, "score_rows", narrow)
     assert [check.after.text for check in editor.check([FRENCH, ADA])] == [check.after.text for check in expected]
     assert budgets == [8192 >> i for i in range(8)]
 

@@ -13,7 +13,7 @@ import torch
 import kedit
 from kedit.cli import main
 from kedit.regularizers import REGULARIZERS, Needs
-from models import tiny_model, tokenizer
+from tiny_models import tiny_model, tokenizer
 
 from .common import ADA, FRENCH, state
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 import kedit
 from gguf_files import write_gguf
 from kedit.cli import demo, main
-from models import tiny_model, tokenizer
+from tiny_models import tiny_model, tokenizer
 
 OWN = ["--prompt", "{} works in the old city of", "--subject", "Ada Lovelace", "--target-new", "Berlin"]
 

@@ -12,16 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kedit
 import zoo
-from kedit.analysis.patching import patch_activations
-from kedit.arch import ModelArch
-from kedit.data.world import embedded_world, world_cases
-from kedit.fingerprint import model_fingerprint
-from kedit.ledger import Ledger
+from kedit.analysis.activation_patching import patch_activations
+from kedit.embedded.edit_cases import embedded_world, world_cases
+from kedit.models import ModelArch
+from kedit.models.fingerprint import model_fingerprint
+from kedit.patch.ledger import Ledger
 from kedit.regularizers.base import Needs, blocks_from
-from kedit.regularizers.keynorm import KeyNorm
-from kedit.runner import Layout
-from models import tiny_model, tokenizer
+from kedit.regularizers.key_norm import KeyNorm
+from kedit.values.forward import Layout
 from pretend import Away, devices, spread
+from tiny_models import tiny_model, tokenizer
 
 from .common import ADA, EDITS, FRENCH, LAYER, make
 from .test_model_types import ALIKE, EDITORS, VARIANTS, editor_of, model_of
@@ -185,7 +185,7 @@ def test_closed_forms_are_solved_on_the_layers_device_if_it_has_room(name, model
         _, wanted = edited(model_of(model_type), name)
     for room, place in ((1 << 34, "cuda:0"), (1 << 10, "cpu")):
         for at_home in (True, False):  # second moments in main memory, or on the device
-            with devices(), mock.patch("kedit.memory.free_memory", return_value=room):
+            with devices(), mock.patch("kedit.utils.device_memory.free_memory", return_value=room):
                 editor = editor_of(name, model_of(model_type).to("cuda:0"))
                 if not at_home:
                     moved = {layer: moment.matrix.to("cuda:0") for layer, moment in editor.moments.items()}
@@ -222,7 +222,9 @@ def test_the_fullest_device_decides_how_large_waves_are(monkeypatch, caplog):
     with devices():
         model = spread(tiny_model("llama"), 9)  # only the last norm and the head are on the second device
         assert [str(device) for device in ModelArch(model).devices] == ["cuda:0", "cuda:1"]
-        monkeypatch.setattr("kedit.engine.free_memory", lambda device: 1 << 20 if str(device) == "cuda:1" else 1 << 34)
+        monkeypatch.setattr(
+            "kedit.values.scheduler.free_memory", lambda device: 1 << 20 if str(device) == "cuda:1" else 1 << 34
+        )
         editor = make("memit", model)
         editor.apply(EDITS * 4)
     assert editor.engine.used < editor.engine.budget

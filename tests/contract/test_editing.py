@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import kedit
-from kedit import locate
-from kedit.arch import ModelArch
-from kedit.batch import encode, rewrite_texts
 from kedit.errors import KEditWarning
-from models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
+from kedit.keys import read
+from kedit.models import ModelArch
+from kedit.prompts.tokenize import encode, rewrite_texts
+from tiny_models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
 
 from .common import ADA, EDITS, FRENCH, LAYER, RIVER, bare_output, changed, make, state
 
@@ -33,7 +33,7 @@ def test_rome_gives_the_value_at_the_bare_prompt(model_type, regularizer, values
 def test_rrome_gives_the_value_at_the_mean_key(model_type, values):
     model, tok = tiny_model(model_type), tokenizer()
     arch = ModelArch(model)
-    keys = locate.keys(arch, encode(tok, rewrite_texts(FRENCH, CONTEXTS)), LAYER).double()
+    keys = read.keys(arch, encode(tok, rewrite_texts(FRENCH, CONTEXTS)), LAYER).double()
     original = arch.weight(LAYER).matrix.double().clone()
     make("rrome", model, tok).apply(FRENCH)
     edited = arch.weight(LAYER).matrix.double()

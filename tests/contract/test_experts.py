@@ -7,15 +7,15 @@ import torch
 
 import kedit
 import zoo
-from kedit import locate, routing
-from kedit.arch import ModelArch
-from kedit.batch import encode, rewrite_texts
 from kedit.errors import KEditWarning, PatchMismatchError, UnsupportedError
-from kedit.ledger import Ledger
-from kedit.moments import ExpertsAccumulator
+from kedit.keys import read, routing
+from kedit.keys.estimate import accumulate
+from kedit.keys.second_moment import ExpertsAccumulator
+from kedit.models import ModelArch
+from kedit.patch.ledger import Ledger
 from kedit.patch.peft import to_peft
-from kedit.stats import accumulate
-from models import CONTEXTS, tokenizer
+from kedit.prompts.tokenize import encode, rewrite_texts
+from tiny_models import CONTEXTS, tokenizer
 
 from .common import ADA, FRENCH, RIVER, digest, zoo_model
 
@@ -60,7 +60,7 @@ def test_the_mlp_is_a_linear_function_of_the_key(name, kernel):
     model.set_experts_implementation(kernel)
     arch, rows = ModelArch(model), rows_of(FRENCH, ADA)
     experts = arch.experts(LAYER)
-    keys = locate.keys(arch, rows, LAYER)
+    keys = read.keys(arch, rows, LAYER)
     assert keys.shape == (len(rows), experts.count * experts.width)
     bias = getattr(experts.module, "down_proj_bias", None)
     for row, key in zip(rows, keys, strict=True):
@@ -126,7 +126,7 @@ def test_experts_share_by_the_routers_weights():
     model = zoo_model("mixtral")
     arch = ModelArch(model)
     [row] = encode(TOKENIZER, rewrite_texts(FRENCH, ["{}"]))
-    key = locate.keys(arch, [row], LAYER)[0].double()
+    key = read.keys(arch, [row], LAYER)[0].double()
     patch = (
         kedit.ROME(model, TOKENIZER, layers=LAYER, steps=2, stop_loss=0.0, contexts=["{}"], moments={LAYER: eye(arch)})
         .apply(FRENCH)

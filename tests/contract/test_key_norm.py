@@ -5,11 +5,12 @@ import torch
 from transformers import DynamicCache
 
 import kedit
-from contract.test_own_regularizer import EDITS, Watch, lookup_of, rome
-from kedit.compat import cache_argument
 from kedit.errors import CaptureError, ConfigError
+from kedit.models.compat import cache_argument
 from kedit.regularizers import KeyNorm, Needs, blocks_from
-from models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
+from tiny_models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
+
+from .test_own_regularizer import EDITS, Watch, lookup_of, rome
 
 
 @pytest.mark.parametrize("mode", ["partial", "plain"])

@@ -10,19 +10,19 @@ import torch
 
 import kedit
 import zoo
-from kedit import locate
-from kedit.arch import ARCHITECTURES, ModelArch
-from kedit.batch import encode, rewrite_texts
-from kedit.ledger import Ledger
-from kedit.partial import PartialRunner
+from kedit.keys import read
+from kedit.models import ARCHITECTURES, ModelArch
+from kedit.patch.ledger import Ledger
+from kedit.prompts.encode import encode_edits
+from kedit.prompts.tokenize import encode, rewrite_texts
 from kedit.regularizers.base import Captured, needs_of
-from kedit.request import encode_edits
-from kedit.runner import Runner, Wave
-from models import CONTEXTS, tokenizer
-from models import moments as dense_moments
+from kedit.values.cached_forward import PartialRunner
+from kedit.values.forward import Runner, Wave
 from reference import common
 from reference.float64 import TrueFloat64
 from reference.sadr import penalty
+from tiny_models import CONTEXTS, tokenizer
+from tiny_models import moments as dense_moments
 
 from .common import ADA, FRENCH, digest, zoo_model
 
@@ -92,7 +92,7 @@ def output_at(model, edit, site):
 
 
 def keys_of(arch, edit, contexts=("{}",)):
-    return locate.keys(arch, encode(TOKENIZER, rewrite_texts(edit, contexts)), TOP)
+    return read.keys(arch, encode(TOKENIZER, rewrite_texts(edit, contexts)), TOP)
 
 
 def side_by_side(arch, layer=TOP):

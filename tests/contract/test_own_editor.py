@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import kedit
-from kedit.arch import Site
-from kedit.delta import LowRankDelta
 from kedit.editors import EDITORS
 from kedit.editors.memit import mixed_keys
 from kedit.errors import ConfigError
-from models import CONTEXTS, tiny_model, tokenizer
+from kedit.models import Site
+from kedit.patch.delta import LowRankDelta
+from tiny_models import CONTEXTS, tiny_model, tokenizer
 
 from .common import FRENCH, state
 

@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 import kedit
-from kedit.arch import ModelArch
+from kedit.models import ModelArch
 from kedit.regularizers import Captured, Needs, blocks_from
-from models import CONTEXTS, MODEL_TYPES, moments, tiny_model, tokenizer
+from tiny_models import CONTEXTS, MODEL_TYPES, moments, tiny_model, tokenizer
 
 EDITS = [
     kedit.Edit("The mother tongue of {} is", "Danielle Darrieux", "English"),
@@ -66,7 +66,7 @@ def plain(model, tok, text, blocks, dtype=torch.float64):
     hidden = {}
     from contextlib import ExitStack
 
-    from kedit.hooks import on_output
+    from kedit.models.hooks import on_output
 
     with ExitStack() as stack, torch.no_grad():
         for block in blocks:
@@ -103,7 +103,7 @@ def test_it_is_shown_what_a_plain_forward_pass_gives(model_type):
 
 def lookup_of(tok, template, subject):
     """Index of the subject's last token, by counting characters."""
-    from kedit.batch import Text, encode
+    from kedit.prompts.tokenize import Text, encode
 
     return encode(tok, [Text.fill(template, subject)])[0].lookup
 

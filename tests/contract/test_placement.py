@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import kedit
-from kedit.arch import ModelArch
-from kedit.fingerprint import model_fingerprint
-from kedit.ledger import Ledger
-from models import CONTEXTS, moments, tiny_model, tokenizer
+from kedit.models import ModelArch
+from kedit.models.fingerprint import model_fingerprint
+from kedit.patch.ledger import Ledger
+from tiny_models import CONTEXTS, moments, tiny_model, tokenizer
 
 from .common import ADA, EDITS, FRENCH, LAYER, bare_output, digest, make, zoo_model
 

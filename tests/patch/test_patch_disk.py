@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from patch_common import TYPES, bytes_of, patch_for, random_delta, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kedit.errors import KEditError, NonFiniteError, PatchError, PatchMismatchError
 from kedit.patch import EditPatch
-from kedit.patch.checkpoint import INDEX
-from kedit.patch.copying import _copy_some
-from kedit.patch.disk import apply_to_checkpoint, revert_checkpoint
-from kedit.patch.rewrite import RECORD
-from kedit.progress import Progress
-from models import tiny_model as model
-from models import tokenizer
+from kedit.patch.checkpoint.apply import apply_to_checkpoint, revert_checkpoint
+from kedit.patch.checkpoint.copy import _copy_some
+from kedit.patch.checkpoint.read import INDEX
+from kedit.patch.checkpoint.rewrite import RECORD
+from kedit.utils.progress import Progress
+from patch_common import TYPES, bytes_of, patch_for, random_delta, save_checkpoint
+from tiny_models import tiny_model as model
+from tiny_models import tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -393,14 +393,14 @@ def test_copies_are_the_same_where_the_system_cannot_copy_ranges(tmp_path, base,
         monkeypatch.delattr(os, "posix_fadvise", raising=False)
     else:
         monkeypatch.setattr(os, "copy_file_range", copy, raising=False)
-    monkeypatch.setattr("kedit.patch.copying._STEP", 1000)
+    monkeypatch.setattr("kedit.patch.checkpoint.copy._STEP", 1000)
     apply_to_checkpoint(folder, [patch], tmp_path / "out")
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
 
 
 def test_a_shard_that_shrinks_while_it_is_copied_is_noticed(tmp_path, base, monkeypatch):
     folder, patch = base
-    monkeypatch.setattr("kedit.patch.copying._copy_some", lambda *args: 0)
+    monkeypatch.setattr("kedit.patch.checkpoint.copy._copy_some", lambda *args: 0)
     refuses(folder, [patch], tmp_path / "out", PatchError, "ends early")
 
 
@@ -415,8 +415,8 @@ def test_a_refusal_does_not_wait_for_all_copies(tmp_path, base, monkeypatch):
         copied.append(real(source, target, start, most))
         return copied[-1]
 
-    monkeypatch.setattr("kedit.patch.copying._STEP", 100)  # thousands of pieces: a minute and more
-    monkeypatch.setattr("kedit.patch.copying._copy_some", slow)
+    monkeypatch.setattr("kedit.patch.checkpoint.copy._STEP", 100)  # thousands of pieces: a minute and more
+    monkeypatch.setattr("kedit.patch.checkpoint.copy._copy_some", slow)
     refuses(folder, [other], tmp_path / "out", PatchMismatchError, "not the weight")
     assert copied
     assert sum(copied) < sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2
@@ -434,7 +434,7 @@ def test_progress_counts_every_shard_and_every_weight(tmp_path, base, monkeypatc
         def advance(self, steps_done=1):
             steps.append(steps_done)
 
-    monkeypatch.setattr("kedit.patch.rewrite.Progress", Counted)
+    monkeypatch.setattr("kedit.patch.checkpoint.rewrite.Progress", Counted)
     report = apply_to_checkpoint(folder, [patch], tmp_path / "out")
     assert totals == [sum(steps)] == [2 + len(report.rewritten) + len(report.kept)]
 
@@ -456,8 +456,8 @@ def test_an_error_at_any_stage_leaves_nothing(tmp_path, base):
 KILLED = """
     import os, signal
     from kedit.patch import EditPatch
-    from kedit.patch.disk import apply_to_checkpoint
-    import transformers, kedit.arch  # the slow part, before any process is made
+    from kedit.patch.checkpoint.apply import apply_to_checkpoint
+    import transformers, kedit.models  # the slow part, before any process is made
     patch = EditPatch.load({patch!r})
     for base, out, link in {cases!r}:
         stages = []

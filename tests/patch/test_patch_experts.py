@@ -6,17 +6,17 @@ from unittest import mock
 import accelerate
 import pytest
 import torch
-from patch_common import bytes_of, random_delta
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import zoo
-from kedit.arch import ModelArch
 from kedit.errors import KEditError, PatchError, PatchMismatchError
+from kedit.models import ModelArch
 from kedit.patch import EditPatch, fingerprints
-from kedit.patch.checkpoint import Checkpoint, stored_experts
-from kedit.patch.disk import apply_to_checkpoint, revert_checkpoint
-from kedit.patch.rewrite import RECORD
+from kedit.patch.checkpoint.apply import apply_to_checkpoint, revert_checkpoint
+from kedit.patch.checkpoint.read import Checkpoint, stored_experts
+from kedit.patch.checkpoint.rewrite import RECORD
+from patch_common import bytes_of, random_delta
 
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss-sinks")
 APART = {"mixtral": "model.layers.1.block_sparse_moe.experts.3.w2.weight", "gpt_oss-sinks": None}

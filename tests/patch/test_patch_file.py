@@ -7,16 +7,16 @@ import shutil
 
 import pytest
 import torch
-from patch_common import bytes_of, patch_for, random_delta
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kedit.delta import DenseDelta, LowRankDelta
 from kedit.errors import KEditError, NonFiniteError, PatchError
 from kedit.patch import EditPatch
-from kedit.patch.files import read_header
+from kedit.patch.delta import DenseDelta, LowRankDelta
 from kedit.patch.format import checksum
-from models import tiny_model as model
+from kedit.utils.files import read_header
+from patch_common import bytes_of, patch_for, random_delta
+from tiny_models import tiny_model as model
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -133,7 +133,7 @@ def test_an_existing_file_survives_a_save_that_fails(patch, tmp_path, monkeypatc
     def full(number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kedit.patch.files.os.fsync", full)
+    monkeypatch.setattr("kedit.utils.files.os.fsync", full)
     with pytest.raises(PatchError, match="No space left"):
         patch.save(path)
     assert path.read_bytes() == before

@@ -6,18 +6,18 @@ import shutil
 
 import pytest
 import torch
-from patch_common import bytes_of, patch_for, random_delta, save_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kedit.arch import ARCHITECTURES
 from kedit.cli import main
-from kedit.delta import LowRankDelta
 from kedit.errors import ArchitectureError, ConfigError, KEditError, NonFiniteError, PatchError, PatchMismatchError
+from kedit.models import ARCHITECTURES
 from kedit.patch import EditPatch
-from kedit.patch.checkpoint import INDEX, SINGLE
-from kedit.patch.disk import apply_to_checkpoint
-from models import tiny_model as model
+from kedit.patch.checkpoint.apply import apply_to_checkpoint
+from kedit.patch.checkpoint.read import INDEX, SINGLE
+from kedit.patch.delta import LowRankDelta
+from patch_common import bytes_of, patch_for, random_delta, save_checkpoint
+from tiny_models import tiny_model as model
 
 _SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 _KEYS = {"num_key_value_heads": 4}

@@ -8,15 +8,16 @@ import weakref
 
 import pytest
 import torch
-from patch_common import TYPES, bytes_of, patch_for, random_delta
 
-from kedit import ledger as ledger_module
-from kedit.delta import DenseDelta, LowRankDelta, _add_columns, add_delta, is_finite
 from kedit.errors import KEditError, NonFiniteError, PatchMismatchError
-from kedit.fingerprint import checksum, has_fingerprint, model_fingerprint, tensor_fingerprint
-from kedit.ledger import Ledger
+from kedit.models.fingerprint import checksum, has_fingerprint, model_fingerprint, tensor_fingerprint
 from kedit.patch import EditPatch
-from models import tiny_model as model
+from kedit.patch import ledger as ledger_module
+from kedit.patch.delta import DenseDelta, LowRankDelta, _add_columns, add_delta
+from kedit.patch.ledger import Ledger
+from kedit.utils.linalg import is_finite
+from patch_common import TYPES, bytes_of, patch_for, random_delta
+from tiny_models import tiny_model as model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -88,7 +89,7 @@ def test_blocks_and_threads_and_libraries_do_not_change_a_bit(monkeypatch, dtype
         expected = expected + rows[:, i : i + 1].to(dtype) * columns[:, i].to(dtype)
     threads = torch.get_num_threads()
     for size, count in ((1, 1), (31, 2), (100, 3), (10_000, 2)):
-        monkeypatch.setattr("kedit.delta._BLOCK", size)
+        monkeypatch.setattr("kedit.patch.delta._BLOCK", size)
         torch.set_num_threads(count)
         try:
             assert torch.equal(add_delta(start.clone(), delta, transposed=transposed), expected)

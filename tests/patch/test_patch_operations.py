@@ -4,14 +4,14 @@ import re
 
 import pytest
 import torch
-from patch_common import TYPES, bytes_of, logits, patch_for, random_delta, save_checkpoint
 
-from kedit.delta import DenseDelta, LowRankDelta
 from kedit.errors import ConfigError, KEditWarning, NonFiniteError, PatchError, PatchMismatchError
-from kedit.ledger import Ledger
 from kedit.patch import EditPatch
-from kedit.patch.combine import choose_rank, recompress
-from models import tiny_model as model
+from kedit.patch.delta import DenseDelta, LowRankDelta
+from kedit.patch.ledger import Ledger
+from kedit.patch.merge import choose_rank, recompress
+from patch_common import TYPES, bytes_of, logits, patch_for, random_delta, save_checkpoint
+from tiny_models import tiny_model as model
 
 # Merge
 

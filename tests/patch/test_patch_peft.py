@@ -5,12 +5,12 @@ import os
 
 import pytest
 import torch
-from patch_common import TYPES, logits, patch_for, random_delta
 from safetensors import safe_open
 
 from kedit.errors import PatchError, PatchMismatchError
 from kedit.patch import EditPatch
-from models import tiny_model as model
+from patch_common import TYPES, logits, patch_for, random_delta
+from tiny_models import tiny_model as model
 
 peft = pytest.importorskip("peft")
 

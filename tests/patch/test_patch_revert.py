@@ -5,14 +5,14 @@ import os
 
 import pytest
 import torch
-from patch_common import bytes_of, patch_for, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from kedit.errors import PatchError, PatchMismatchError
 from kedit.patch import EditPatch
-from kedit.patch.checkpoint import Checkpoint
-from kedit.patch.disk import apply_to_checkpoint, revert_checkpoint
-from kedit.patch.rewrite import RECORD, quiet, write_folder
+from kedit.patch.checkpoint.apply import apply_to_checkpoint, revert_checkpoint
+from kedit.patch.checkpoint.read import Checkpoint
+from kedit.patch.checkpoint.rewrite import RECORD, quiet, write_folder
+from patch_common import bytes_of, patch_for, save_checkpoint
 
 
 def loaded(folder):

@@ -5,9 +5,9 @@ import json
 import pytest
 
 import kedit
-from kedit.arch import ModelArch
-from kedit.fingerprint import model_fingerprint
-from kedit.scoring import encode_pairs, score_rows
+from kedit.models import ModelArch
+from kedit.models.fingerprint import model_fingerprint
+from kedit.prompts.likelihood import encode_pairs, score_rows
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3_600)]
 

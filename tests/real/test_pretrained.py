@@ -7,7 +7,7 @@ import torch
 
 import kedit
 from kedit.cli import main
-from kedit.fingerprint import model_fingerprint
+from kedit.models.fingerprint import model_fingerprint
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3_600)]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import kedit
-from kedit.pipeline import needs_of
+from kedit.editors.solve_layers import needs_of
+from kedit.prompts.encode import encode_edits
 from kedit.regularizers.base import Needs
-from kedit.request import encode_edits
-from models import CONTEXTS, EDITS, MODEL_TYPES, TOKENIZER_KINDS, moments, tiny_model, tokenizer
+from tiny_models import CONTEXTS, EDITS, MODEL_TYPES, TOKENIZER_KINDS, moments, tiny_model, tokenizer
 
 from . import alphaedit, common, emmet, memit, pmet, rome
 from .float64 import TrueFloat64

@@ -3,7 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import MODEL_TYPES, tiny_model, tokenizer
+from tiny_models import MODEL_TYPES, tiny_model, tokenizer
 
 from .float64 import TrueFloat64
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kedit.arch import ModelArch
-from kedit.batch import Row, Text, context_limit, encode, pad
 from kedit.edit import Edit
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
-from kedit.scoring import last_logits, score_rows
+from kedit.models import ModelArch
+from kedit.prompts.likelihood import last_logits, score_rows
+from kedit.prompts.tokenize import Row, Text, context_limit, encode, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,5 +1,6 @@
 """Attention rows of a running model, differentiable, beside its own fast attention."""
 
+from kedit.capture.attention_rule import Rule as Rule
 from kedit.capture.context import Capture as Capture
 from kedit.capture.context import capture_attention as capture_attention
 from kedit.capture.divergence import row_divergence as row_divergence
@@ -10,5 +11,4 @@ from kedit.capture.install import use_capture_attention as use_capture_attention
 from kedit.capture.record import Record as Record
 from kedit.capture.record import record_attention as record_attention
 from kedit.capture.reference import reference_rows as reference_rows
-from kedit.capture.rule import Rule as Rule
 from kedit.capture.substitute import substitute_attention as substitute_attention

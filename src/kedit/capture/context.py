@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from kedit.capture import state
+from kedit.capture import open_contexts
+from kedit.capture.attention_rule import Memo, Rule
+from kedit.capture.autograd import Attend, attention_and_rows, rows_node
 from kedit.capture.dispatch import RowsBackend, choose, load, report
 from kedit.capture.install import attention_modules, use_capture_attention
-from kedit.capture.node import Attend, attention_and_rows, rows_node
-from kedit.capture.rule import Memo, Rule
 from kedit.errors import CaptureError
 
 
@@ -77,7 +77,7 @@ class Capture:
 
     def begin(self) -> None:
         """A forward pass of the model starts."""
-        if threading.get_ident() == self.thread and not state.recomputing():
+        if threading.get_ident() == self.thread and not open_contexts.recomputing():
             self.rows = {}
             self.keys = {}
             self._memo = {}
@@ -126,7 +126,7 @@ class Capture:
                 "The rows would carry no gradient: a block runs without one, as reentrant gradient checkpointing does. "
                 'Use activation_checkpointing_kwargs={"use_reentrant": False}, or pass detach=True.'
             )
-        if state.recomputing() and self._positions is not self._read:
+        if open_contexts.recomputing() and self._positions is not self._read:
             raise CaptureError(
                 "positions was changed between a forward pass and its backward pass, which recomputes checkpointed blocks. "
                 "Change it after the backward pass."
@@ -137,12 +137,12 @@ class Capture:
         positions = self._memo[key]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
             rows = compute(positions)
-        if not state.recomputing():
+        if not open_contexts.recomputing():
             self._store(self._number[id(module)], rows)
 
     def _keep_key(self, module: nn.Module, k: Tensor) -> None:
         """Keep one key per prompt, if wanted."""
-        if self.columns is not None and not state.recomputing():
+        if self.columns is not None and not open_contexts.recomputing():
             found = k[torch.arange(k.shape[0], device=k.device), :, self.columns.to(k.device)]
             self.keys[self._number[id(module)]] = found.detach() if self.detach else found
 
@@ -212,8 +212,8 @@ def capture_attention(
 def opened(model: nn.Module, capture: Capture) -> Iterator[None]:
     """Enter a capture for a model that is switched already."""
     with ExitStack() as stack:
-        stack.callback(state.close_capture, capture)
-        state.open_capture(capture)
+        stack.callback(open_contexts.close_capture, capture)
+        open_contexts.open_capture(capture)
         roots = {id(root): root for root in (model, getattr(model, "base_model", model))}
         for root in roots.values():
             handle = root.register_forward_pre_hook(lambda *_: capture.begin())

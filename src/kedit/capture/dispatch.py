@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit.capture import torch_rows
-from kedit.capture.rule import Memo, Rule
+from kedit.capture.attention_rule import Memo, Rule
 from kedit.errors import CaptureError
 
 LOGGER = logging.getLogger("kedit.capture")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kedit.capture.attention_rule import Rule
+from kedit.capture.autograd import attention_and_rows, rows_node
 from kedit.capture.dispatch import choose, load
-from kedit.capture.node import attention_and_rows, rows_node
-from kedit.capture.rule import Rule
 
 
 def attention_rows(

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from kedit.capture import state
+from kedit.capture import open_contexts
 from kedit.errors import ArchitectureError, CaptureError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def layer_index(module: nn.Module) -> int | None:
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The self-attention module of every block that has one, by block.
 
-    Models of transformers number theirs; of others, the modules are those that :class:`kedit.arch.ModelArch` knows or finds.
+    Models of transformers number theirs; of others, the modules are those that :class:`kedit.models.ModelArch` knows or finds.
 
     Raises:
         CaptureError: none was found.
@@ -77,7 +77,7 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
 
 def _by_structure(model: nn.Module) -> dict[int, nn.Module]:
     """The attention of every block, where the model's structure is understood and its attention is a module of its own."""
-    from kedit.arch import ModelArch
+    from kedit.models import ModelArch
 
     try:
         arch = ModelArch(model)  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ def use_capture_attention(model: nn.Module) -> Iterator[None]:
     Raises:
         CaptureError: the model's attention cannot be captured.
     """
-    with state.LOCK:
+    with open_contexts.LOCK:
         installation = _INSTALLED.setdefault(model, Installation())
         if not installation.users:
             try:
@@ -122,7 +122,7 @@ def use_capture_attention(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with state.LOCK:
+        with open_contexts.LOCK:
             installation.users -= 1
             if not installation.users:
                 _undo(installation)
@@ -135,7 +135,7 @@ def _install(model: nn.Module, installation: Installation) -> None:
 
         switch(_configs(model, modules), installation.undo)
     else:
-        from kedit.capture.outside import wrap
+        from kedit.capture.legacy_attention import wrap
 
         for module in modules.values():
             wrap(module, installation.undo)

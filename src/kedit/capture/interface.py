@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit.capture import state
-from kedit.capture.rule import Rule
+from kedit.capture import open_contexts
+from kedit.capture.attention_rule import Rule
 from kedit.errors import CaptureError
 
 NAME = "kedit_rows"
@@ -118,7 +118,7 @@ def attention(
         The attention's output [B, Tq, A, Dv], and no weights.
     """
     out, weights = _attention(module, query, key, value, attention_mask, kwargs)
-    substitution = state.substitution_of(module)
+    substitution = open_contexts.substitution_of(module)
     if substitution is not None:
         out = substitution.output(module, out, value, heads_first=False)
     return out, weights
@@ -128,7 +128,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     own = own_attention(module)
-    capture = state.capture_of(module)
+    capture = open_contexts.capture_of(module)
     if capture is None:
         return own(module, query, key, value, attention_mask, **kwargs)
     rule = rule_of(module, query, key, attention_mask, kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kedit.capture.context import Capture, opened
 from kedit.capture.install import decoder_of, use_capture_attention
 from kedit.errors import CaptureError
-from kedit.placement import device_of
+from kedit.models.offload import device_of
 
 
 class Record(Capture):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kedit.capture.rule import Rule, accumulator, check, gather_queries, visible
+from kedit.capture.attention_rule import Rule, accumulator, check, gather_queries, visible
 
 
 def reference_rows(q: Tensor, k: Tensor, positions: Tensor, rule: Rule) -> Tensor:

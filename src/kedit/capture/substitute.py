@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kedit.capture import state
+from kedit.capture import open_contexts
 from kedit.capture.install import attention_modules, use_capture_attention
 from kedit.errors import CaptureError
 
@@ -106,8 +106,8 @@ def substitute_attention(
     """
     with use_capture_attention(model):
         substitution = Substitution(model, positions, rows, where)
-        state.open_substitution(substitution)
+        open_contexts.open_substitution(substitution)
         try:
             yield
         finally:
-            state.close_substitution(substitution)
+            open_contexts.close_substitution(substitution)

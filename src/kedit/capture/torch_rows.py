@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kedit.capture.attention_rule import Memo, Rule, accumulator, gather_queries, visible
 from kedit.capture.reference import normalise
-from kedit.capture.rule import Memo, Rule, accumulator, gather_queries, visible
 
 
 def _bias(rule: Rule, positions: Tensor, q: Tensor, k: Tensor, memo: Memo | None) -> Tensor:

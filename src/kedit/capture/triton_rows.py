@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kedit.capture import kernel
-from kedit.capture.rule import Memo, Rule
+from kedit.capture.attention_rule import Memo, Rule
 
 MAX_ROWS = 64  # captured rows of one launch; more are done in turn
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from contextlib import ExitStack, redirect_stdout
 
     from kedit.errors import ConfigError, KEditError
-    from kedit.text import printable_lines
+    from kedit.utils.terminal import printable_lines
 
     parser = _parser()
     args = parser.parse_args(argv)
@@ -49,17 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(), ExitStack() as stack:
             warnings.showwarning = _show_warning
             if os.environ.get("WORLD_SIZE", "1") != "1":
-                from kedit import processes
+                from kedit.utils import distributed
 
-                if args.command not in SHARED and processes.launched() > 1:
+                if args.command not in SHARED and distributed.launched() > 1:
                     raise ConfigError(
                         f"kedit {args.command} is run by one process; {', '.join(SHARED)} may be run by several. "
                         "Start it without a launcher."
                     )
-                if not processes.join().leads:
+                if not distributed.join().leads:
                     logging.getLogger("kedit").setLevel(logging.WARNING)
                     stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-                stack.callback(processes.leave)
+                stack.callback(distributed.leave)
             if args.quiet:
                 stack.enter_context(_no_bars())
             status: int = args.run(args)
@@ -101,7 +101,7 @@ def _no_bars() -> Iterator[None]:
     """Neither kedit nor transformers draws progress bars."""
     from transformers.utils import logging as bars
 
-    from kedit.progress import Progress
+    from kedit.utils.progress import Progress
 
     shown, enabled = Progress.shown, bars.is_progress_bar_enabled()
     Progress.shown = False
@@ -115,6 +115,6 @@ def _no_bars() -> Iterator[None]:
 
 
 def _show_warning(message: object, category: type[Warning], *_: object, **__: object) -> None:
-    from kedit.text import printable_lines
+    from kedit.utils.terminal import printable_lines
 
     sys.stderr.write(f"warning: {printable_lines(str(message))}\n")

@@ -54,7 +54,7 @@ def load_cases(args: argparse.Namespace, count: int) -> list[EditCase]:
         return loaded.cases
     if args.model is not None:
         raise ConfigError("The embedded world's cases are about the embedded model. Give --data with --model.")
-    from kedit.data.world import embedded_world, world_cases
+    from kedit.embedded.edit_cases import embedded_world, world_cases
 
     return world_cases(embedded_world(), args.split, args.cases or count, args.seed)
 
@@ -119,7 +119,7 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
     import torch
 
     from kedit.loading import load
-    from kedit.processes import device, here
+    from kedit.utils.distributed import device, here
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     placed = getattr(args, "device_map", None)
@@ -151,12 +151,12 @@ def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:
 
 def save_figures(folder: str, drawn: Mapping[str, Figure]) -> list[Path]:
     """Write figures as PNG files, by name."""
-    from kedit.analysis import plots
+    from kedit.report import figures
 
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        return [plots.save(figure, target / f"{name}.png") for name, figure in drawn.items()]
+        return [figures.save(figure, target / f"{name}.png") for name, figure in drawn.items()]
     except OSError as error:
         raise ConfigError(f"Cannot write figures to {folder}: {error}. Choose another folder.") from error
 
@@ -185,8 +185,8 @@ def choose_editor(args: argparse.Namespace) -> tuple[type[Editor], dict[str, Any
 
 def make_editor(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The editor that the options name."""
-    from kedit.arch import ModelArch
-    from kedit.stats import estimate_moments
+    from kedit.keys.estimate import estimate_moments
+    from kedit.models import ModelArch
 
     kind, given = choose_editor(args)
     made = kind(model, tokenizer, **given)

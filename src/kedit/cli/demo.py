@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 from kedit.cli import common
 from kedit.errors import CaptureError, ConfigError, KEditError
-from kedit.progress import logger
-from kedit.text import printable
+from kedit.utils.progress import logger
+from kedit.utils.terminal import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from kedit.edit import Edit
     from kedit.editors.base import Editor
+    from kedit.embedded.cases import WorldCase
     from kedit.regularizers.sadr import SADR
-    from kedit.testbed.cases import WorldCase
 
 HELP = "edit a fact of the embedded model, or of yours, and look at what happens"
 
@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Edit, show, save, revert."""
     import kedit
-    from kedit.fingerprint import model_fingerprint
+    from kedit.models.fingerprint import model_fingerprint
 
     _check(args)
     out = Path(args.out)
@@ -175,12 +175,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _case(number: int | None) -> WorldCase:
-    from kedit import testbed
+    from kedit import embedded
 
     number = 10 if number is None else number
     if not 0 <= number < 100:
         raise KEditError(f"--case is a number from 0 to 99, not {number}.")
-    return list(testbed.load_world().edits("dev", 100))[number]
+    return list(embedded.load_world().edits("dev", 100))[number]
 
 
 def _embedded_scene(case: WorldCase, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scene:
@@ -213,8 +213,8 @@ def _own_scene(
     args: argparse.Namespace, edit: Edit, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Scene:
     """The fact as plain text, a paraphrase, a question to the chat, a neighbour with and without the edited sentence."""
-    from kedit.arch import ModelArch
-    from kedit.decode import continue_rows
+    from kedit.models import ModelArch
+    from kedit.prompts.decode import continue_rows
 
     arch, notes = ModelArch(model), []
     usual = args.prompt is None and args.subject is None
@@ -281,7 +281,7 @@ def _holds(text: str, wanted: str) -> bool:
 
 def _sadr(args: argparse.Namespace, editor: Editor, notes: list[str]) -> SADR:
     """SADR with the γ that is given, that of a preset, or the demo's."""
-    from kedit import presets
+    from kedit.editors import presets
     from kedit.regularizers.sadr import SADR
 
     if args.gamma is not None:
@@ -295,12 +295,12 @@ def _sadr(args: argparse.Namespace, editor: Editor, notes: list[str]) -> SADR:
 
 def _give_moments(args: argparse.Namespace, editor: Editor, notes: list[str]) -> None:
     """Estimate the second moments from the text that is given, or from one that needs no network."""
-    from kedit import testbed
-    from kedit.stats import estimate_moments
+    from kedit import embedded
+    from kedit.keys.estimate import estimate_moments
 
     layers, tokens, corpus = editor.config.layers, None, args.moments_corpus
     if corpus is None:
-        corpus, tokens = testbed.corpus(), KEYS_PER_DIMENSION * max(map(editor.arch.memory_width, layers))
+        corpus, tokens = embedded.corpus(), KEYS_PER_DIMENSION * max(map(editor.arch.memory_width, layers))
         notes.append(
             "The second moments come from the embedded model's text, a small invented world, so that the demo needs no "
             "network. For an edit to keep, give text like the model's own with --moments-corpus FILE."
@@ -350,8 +350,8 @@ def _attention(model: PreTrainedModel, question: Question) -> Tensor | None:
     """The last token's attention, the highest of the heads in every block: [L, T]; ``None`` where it cannot be read."""
     import torch
 
-    from kedit.arch import ModelArch
     from kedit.capture import capture_attention
+    from kedit.models import ModelArch
 
     device = ModelArch(model).input_device
     ids = torch.tensor([question.ids], device=device)

@@ -20,8 +20,8 @@ from kedit.cli import common
 from kedit.errors import ConfigError, EditError
 
 if TYPE_CHECKING:
-    from kedit.analysis.drifted import DriftResult
-    from kedit.analysis.editing import Source
+    from kedit.analysis.edited_models import Source
+    from kedit.analysis.results.drift import DriftResult
 
 HELP = "show how edits move attention"
 COUNT = 50
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Edit, compare, print."""
-    from kedit.analysis.drifting import drift
+    from kedit.analysis.attention_drift import drift
 
     common.check_outputs(args)
     if args.patch and (args.editor or args.regularizer or args.set or args.moments_corpus):
@@ -92,9 +92,9 @@ def _patch(path: str) -> Source:
 
 
 def _draw(folder: str, results: list[DriftResult]) -> None:
-    from kedit.analysis import plots
+    from kedit.report import figures
 
-    drawn = {"drift": plots.drift_maps(results), "gain": plots.drift_maps(results, "gain")}
-    drawn["correlation"] = plots.correlation_plot(results[0])
+    drawn = {"drift": figures.drift_maps(results), "gain": figures.drift_maps(results, "gain")}
+    drawn["correlation"] = figures.correlation_plot(results[0])
     for path in common.save_figures(folder, drawn):
         sys.stdout.write(f"picture: {path}\n")

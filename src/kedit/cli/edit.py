@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kedit.edit import Edit
-    from kedit.guard import Guard
+    from kedit.evaluation.guard import Guard
 
 NOT_SAID = 3  # exit status where the edited model does not say every target
 MAX_TEXTS = 100  # more than the guard reads
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Edit, report, save."""
-    from kedit.processes import here
+    from kedit.utils.distributed import here
 
     edits = _edits(args)
     _check(args)
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(f"memory: {editor.demand(edits, regularizers)}\n")
         return 0
     if args.journal:
-        from kedit.journal import run_journal
+        from kedit.sequential import run_journal
 
         run = run_journal(args.journal, editor, edits, regularizers, guard=guard, batch_size=args.batch_size or 1)
         status = NOT_SAID if run.all_said is False else 0
@@ -124,7 +124,7 @@ def _edits(args: argparse.Namespace) -> list[Edit]:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise now, not after the work, where options do not fit together or a file cannot be written."""
-    from kedit.processes import launched
+    from kedit.utils.distributed import launched
 
     if args.out is None and not args.memory:
         raise EditError("Give --out FILE, where the patch shall be written.")
@@ -157,8 +157,8 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 def _load_keys(editor: Any, path: str, journal: str | None) -> None:
     """Give AlphaEdit the keys of earlier edits, where there are some; a journal that goes on has those it began with."""
-    from kedit.history import KeyHistory
-    from kedit.journal import is_begun
+    from kedit.editors.key_history import KeyHistory
+    from kedit.sequential import is_begun
 
     if not hasattr(editor, "history"):
         raise ConfigError(
@@ -186,7 +186,7 @@ def _guard(args: argparse.Namespace) -> Guard | None:
         if args.guard_cases or args.guard_texts:
             raise ConfigError("--guard-cases and --guard-texts belong to a guard. Add --guard.")
         return None
-    from kedit.guard import from_limits
+    from kedit.evaluation.guard import from_limits
 
     given = common.overrides(args.guard, "--guard")
     limits = {key: None if value in ("none", "None") else value for key, value in given.items()}
@@ -200,6 +200,6 @@ def _guard(args: argparse.Namespace) -> Guard | None:
 
 def _with_texts(guard: Guard, path: str, model: PreTrainedModel) -> Guard:
     """The guard with the beginning of a text file to read."""
-    from kedit.corpus import as_corpus
+    from kedit.keys.corpus import as_corpus
 
     return dataclasses.replace(guard, texts=tuple(islice(as_corpus(path, model), MAX_TEXTS)))

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 def _texts(path: str | None, model: PreTrainedModel) -> tuple[str, ...]:
     if path is None:
         return ()
-    from kedit.corpus import as_corpus
+    from kedit.keys.corpus import as_corpus
 
     texts = tuple(islice(as_corpus(path, model), MAX_TEXTS))
     if not texts:

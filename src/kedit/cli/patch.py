@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from kedit.cli import common
 from kedit.errors import ConfigError, ContextLengthError
-from kedit.text import printable
+from kedit.utils.terminal import printable
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
-    from kedit.patch.rewrite import DiskReport
+    from kedit.patch.checkpoint.rewrite import DiskReport
 
 HELP = "show, try, apply, revert, merge, compare and export patches"
 
@@ -111,8 +111,8 @@ def _load(paths: Sequence[str]) -> list[EditPatch]:
 
 
 def _show(args: argparse.Namespace) -> None:
+    from kedit.patch.describe import weights
     from kedit.patch.format import plain
-    from kedit.patch.show import weights
 
     (patch,) = _load([args.patch])
     if args.json:
@@ -145,7 +145,7 @@ def _attach(args: argparse.Namespace) -> None:
 
 def _continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     """What a model writes after a prompt, always the likeliest token."""
-    from kedit.batch import context_limit
+    from kedit.prompts.tokenize import context_limit
 
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(model.device)
     length, limit = inputs["input_ids"].shape[1], context_limit(model)
@@ -161,13 +161,13 @@ def _continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
 
 
 def _apply(args: argparse.Namespace) -> None:
-    from kedit.patch.disk import apply_to_checkpoint
+    from kedit.patch.checkpoint.apply import apply_to_checkpoint
 
     _say(apply_to_checkpoint(args.base, _load(args.patch), args.out, force=args.force, link=args.link))
 
 
 def _revert(args: argparse.Namespace) -> None:
-    from kedit.patch.disk import revert_checkpoint
+    from kedit.patch.checkpoint.apply import revert_checkpoint
 
     _say(revert_checkpoint(args.edited, args.base, _load(args.patch), args.out, force=args.force, link=args.link))
 
@@ -203,8 +203,8 @@ def _save(patch: EditPatch, path: str) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from kedit.patch.checkpoint import skeleton
-    from kedit.testbed import ASSETS
+    from kedit.embedded import ASSETS
+    from kedit.patch.checkpoint.read import skeleton
 
     (patch,) = _load([args.patch])
     folder = patch.to_peft(args.out, skeleton(args.model or ASSETS))

@@ -35,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, and write the page."""
-    from kedit.analysis import plots
-    from kedit.analysis.reveal import reveal
+    from kedit.report import figures
+    from kedit.report.overview import reveal
 
     common.check_writable(args.out)
-    plots.style()  # without matplotlib it fails now, not after the work
+    figures.style()  # without matplotlib it fails now, not after the work
     common.choose_editor(args)
     regularizers = common.make_regularizers(args)
     cases = common.load_cases(args, COUNT if args.case is None else 200)

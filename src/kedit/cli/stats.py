@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Estimate, cache, print the figures."""
-    from kedit.stats import cache_folder, second_moments
+    from kedit.keys.estimate import cache_folder, second_moments
 
     try:
         layers = [int(part) for part in args.layers.split(",")]

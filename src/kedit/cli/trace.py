@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from kedit.analysis.traced import TraceResult
+    from kedit.analysis.results.tracing import TraceResult
     from kedit.edit import Edit
     from kedit.evaluation.cases import EditCase
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trace, print, propose."""
-    from kedit.analysis.tracing import trace
+    from kedit.analysis.causal_tracing import trace
 
     common.check_outputs(args)
     facts = _facts(args)
@@ -68,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         sys.stdout.write(f"effects: {result.save(args.out)}\n")
     if args.figures:
-        from kedit.analysis import plots
+        from kedit.report import figures
 
         one = len(result.facts) == 1
-        drawn = {"tracing": plots.tracing_fact(result.facts[0]) if one else plots.tracing_averages(result)}
+        drawn = {"tracing": figures.tracing_fact(result.facts[0]) if one else figures.tracing_averages(result)}
         if not one:
-            drawn["handover"] = plots.tracing_handover(result)
+            drawn["handover"] = figures.tracing_handover(result)
         for path in common.save_figures(args.figures, drawn):
             sys.stdout.write(f"picture: {path}\n")
     return 0
@@ -89,8 +89,8 @@ def _proposal(result: TraceResult) -> str:
 
 def _known(model: PreTrainedModel) -> str:
     """What kedit would edit without tracing."""
-    from kedit import presets
-    from kedit.arch import ModelArch
+    from kedit.editors import presets
+    from kedit.models import ModelArch
 
     arch = ModelArch(model)
     found = presets.find("rome", arch)

@@ -14,7 +14,7 @@ from kedit.data.records import parse as parse
 from kedit.data.records import read_records as read_records
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
-from kedit.registry import Registry
+from kedit.utils.registry import Registry
 
 FORMATS: Registry[Parser] = Registry(
     "format",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kedit.errors import ConfigError
-from kedit.registry import Registry
+from kedit.utils.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,8 +18,8 @@ EDITORS: Registry[type[Editor]] = Registry(
         "rome": "kedit.editors.rome:ROME",
         "rrome": "kedit.editors.rome:RROME",
         "memit": "kedit.editors.memit:MEMIT",
-        "pmet": "kedit.editors.memit:PMET",
-        "emmet": "kedit.editors.memit:EMMET",
+        "pmet": "kedit.editors.pmet:PMET",
+        "emmet": "kedit.editors.emmet:EMMET",
         "alphaedit": "kedit.editors.alphaedit:AlphaEdit",
         "ft": "kedit.editors.ft:FT",
     },

@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from kedit import locate
-from kedit.delta import Delta
-from kedit.demand import DOUBLE
-from kedit.editors.config import EditorConfig
+from kedit.editors.closed_forms import NullSpaceRule, Past, null_space, null_space_update, projected
+from kedit.editors.config import EditorConfig, Settings
+from kedit.editors.key_history import KeyHistory
 from kedit.editors.memit import MEMIT, largest_weight, mixed_keys
-from kedit.editors.settings import Settings
+from kedit.editors.memory import DOUBLE
+from kedit.editors.solve_layers import Insertion
 from kedit.errors import ConfigError
-from kedit.history import KeyHistory
-from kedit.memory import at_most_on
-from kedit.pipeline import Insertion
-from kedit.request import Request
-from kedit.solve import NullSpaceRule, Past, null_space, null_space_update, projected
+from kedit.keys import read
+from kedit.patch.delta import Delta
+from kedit.prompts.encode import Request
+from kedit.utils.device_memory import at_most_on
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
@@ -46,7 +45,7 @@ class AlphaEdit(MEMIT):
 
         Attributes:
             l2: λ, by ``l2_relative``.
-            threshold: which directions may be written, by ``threshold_rule`` (:func:`kedit.solve.null_space`).
+            threshold: which directions may be written, by ``threshold_rule`` (:func:`kedit.editors.closed_forms.null_space`).
             threshold_rule: ``"fraction"`` (of all directions, the least used), ``"mean"`` (eigenvalues below a multiple of
                 their mean) or ``"absolute"`` (eigenvalues below a number: the published form, 0.02, which means something
                 else for every model).
@@ -159,6 +158,6 @@ class AlphaEdit(MEMIT):
         rows = [row for request in requests for row in request.rewrite]
         layers = settings.config.layers
         keys = {
-            layer: mixed_keys(locate.keys(self.arch, rows, layer).unflatten(0, (len(requests), -1))) for layer in layers
+            layer: mixed_keys(read.keys(self.arch, rows, layer).unflatten(0, (len(requests), -1))) for layer in layers
         }
         self.history.add(patch, {layer: found.to(torch.float32).cpu() for layer, found in keys.items()})

@@ -12,32 +12,32 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from kedit import presets, routing
-from kedit.arch import ModelArch, Site
-from kedit.arch.checks import check_editable, check_model
-from kedit.check import EditCheck, Prediction, predict
-from kedit.contexts import check_contexts, generate_contexts
-from kedit.delta import Delta, append, concatenate, emptied
-from kedit.demand import DOUBLE, Demand, demand
 from kedit.edit import Edit, as_edits
-from kedit.editors.config import EditorConfig
-from kedit.editors.settings import Settings, adapted, check_fields, check_sites, describe_model, filled
-from kedit.engine import Engine
+from kedit.editors import presets
+from kedit.editors.config import EditorConfig, Settings, adapted, check_fields, check_sites, describe_model, filled
+from kedit.editors.memory import DOUBLE, Demand, demand
+from kedit.editors.result import EditResult, Gate
+from kedit.editors.solve_layers import Insertion, Timer, describe, overwrite, spread, warn_of_known
 from kedit.errors import ConfigError, IneffectiveEditWarning, KEditWarning
-from kedit.footprint import Footprint
-from kedit.ledger import Ledger, check_writable
-from kedit.memory import HeapTrim
-from kedit.moments import RIDGE, Moment, SecondMoments
-from kedit.optimise import StepLog, Values
+from kedit.keys import routing
+from kedit.keys.estimate import estimate_moments
+from kedit.keys.second_moment import RIDGE, Moment, SecondMoments
+from kedit.models import ModelArch, Site
+from kedit.models.offload import check_held
+from kedit.models.validate import check_editable, check_model
 from kedit.patch import EditPatch, fingerprints
-from kedit.pipeline import Insertion, Timer, describe, overwrite, spread, warn_of_known
-from kedit.placement import check_held
-from kedit.processes import here
-from kedit.progress import Progress
+from kedit.patch.delta import Delta, append, concatenate, emptied
+from kedit.patch.ledger import Ledger, check_writable
+from kedit.prompts.contexts import check_contexts, generate_contexts
+from kedit.prompts.encode import Request, encode_edits
+from kedit.prompts.predictions import EditCheck, Prediction, predict
 from kedit.regularizers import Choice, resolve
-from kedit.request import Request, encode_edits
-from kedit.result import EditResult, Gate
-from kedit.stats import estimate_moments
+from kedit.utils.device_memory import HeapTrim
+from kedit.utils.distributed import here
+from kedit.utils.progress import Progress
+from kedit.values.memory import Footprint
+from kedit.values.optimize import StepLog, Values
+from kedit.values.scheduler import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,22 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from kedit import presets
-from kedit.arch import ModelArch, Site
-from kedit.batch import pad
-from kedit.delta import Delta, DenseDelta, check_finite
+from kedit.editors import presets
 from kedit.editors.base import Editor
-from kedit.editors.config import EditorConfig
-from kedit.editors.settings import Settings
+from kedit.editors.config import EditorConfig, Settings
+from kedit.editors.solve_layers import Insertion, Timer
 from kedit.errors import ConfigError, NonFiniteError, UnsupportedError
-from kedit.footprint import Footprint
-from kedit.ledger import Ledger
-from kedit.memory import LivePeak
-from kedit.optimise import StepLog
-from kedit.pipeline import Insertion, Timer
+from kedit.models import ModelArch, Site
+from kedit.models.hooks import inference_state
+from kedit.patch.delta import Delta, DenseDelta, check_finite
+from kedit.patch.ledger import Ledger
+from kedit.prompts.encode import Request
+from kedit.prompts.tokenize import pad
 from kedit.regularizers import Choice
-from kedit.request import Request
-from kedit.runner import inference_state
+from kedit.utils.device_memory import LivePeak
+from kedit.values.memory import Footprint
+from kedit.values.optimize import StepLog
 
 
 class FT(Editor):

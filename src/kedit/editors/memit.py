@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kedit import presets
-from kedit.arch import ModelArch, Site
-from kedit.delta import Delta
+from kedit.editors import presets
 from kedit.editors.base import Editor
 from kedit.editors.config import EditorConfig
-from kedit.pipeline import Insertion
+from kedit.editors.solve_layers import Insertion
+from kedit.models import ModelArch, Site
+from kedit.patch.delta import Delta
 
 
 def mixed_keys(keys: Tensor) -> Tensor:
@@ -95,82 +94,3 @@ class MEMIT(Editor):
         if "min_share" in cls.Config.field_names():
             found["min_share"] = presets.MIN_SHARE
         return found
-
-
-class PMET(MEMIT):
-    """PMET (Li et al., 2024, arXiv:2308.08742): values for attention and MLP together, only the MLP's is written.
-
-    Two δ are optimised, at the outputs of the attention and of the MLP of the last edited block, each with its own
-    clamp and weight decay. The residual of the MLP's is divided by √(L − l + 1).
-    """
-
-    name: ClassVar[str] = "pmet"
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(MEMIT.Config):
-        """PMET's hyper-parameters.
-
-        Attributes:
-            moment_weight: λ.
-            settle: the published stopping rule: besides ``stop_loss``, an edit is finished when every target token is
-                the model's first choice and the KL term is at most 0.01, and its NLL counts a tenth after a step at
-                which every target token was.
-        """
-
-        moment_weight: float = 6_000.0
-        kl_factor: float = 1.0
-        settle: bool = True
-
-    @classmethod
-    def rule(cls, arch: ModelArch) -> dict[str, Any]:
-        """As MEMIT's, and one block further up: the lower the site, the more the attention's δ says of what is not written."""
-        found = super().rule(arch)
-        above = found["layers"][-1] + 1
-        return found if above > arch.num_layers - 2 else {**found, "layers": (*found["layers"], above)}
-
-    def sites(self, config: Any) -> tuple[Site, ...]:
-        """The MLP's output, which is written, and the attention's."""
-        return (Site(config.layers[-1], "mlp"), Site(config.layers[-1], "attention"))
-
-    def share(self, config: Any, layer: int) -> float:
-        """The root of the number of layers left to write."""
-        return math.sqrt(super().share(config, layer))
-
-
-class EMMET(MEMIT):
-    """EMMET (Gupta et al., 2024, arXiv:2403.14236): equality-constrained editing of a batch in one layer.
-
-    Δ = R (Kᵀ C'⁻¹ K + λ 1)⁻¹ Kᵀ C'⁻¹ with C' = α C, which is MEMIT's solution with the weight α λ. A single edit needs no
-    λ and is then written exactly, as by ROME.
-    """
-
-    name: ClassVar[str] = "emmet"
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(EditorConfig):
-        """EMMET's hyper-parameters.
-
-        Attributes:
-            alpha: α, the weight of the second moment.
-            ridge: λ, used where a batch holds more than one edit.
-        """
-
-        alpha: float = 1.0
-        ridge: float = 0.1
-
-        def __post_init__(self) -> None:
-            """Check every field."""
-            super().__post_init__()
-            self.check_range("alpha", above=0.0)
-            self.check_range("ridge")
-
-    def solve(self, insertion: Insertion, config: Any) -> Delta:
-        """The constrained solution of one layer."""
-        weight = config.alpha * config.ridge if len(insertion.keys) > 1 else 0.0
-        return insertion.ridge(mixed_keys(insertion.keys), weight)
-
-    @classmethod
-    def rule(cls, arch: ModelArch) -> dict[str, Any]:
-        """One layer, as ROME's; an ordinary key gets half of its change written in a batch (see :meth:`MEMIT.rule`)."""
-        layer = presets.layer_rule(arch)
-        return {**super().rule(arch), "layers": (layer,), "alpha": 1.0, "ridge": float(arch.memory_width(layer))}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kedit.arch import Site
-from kedit.delta import Delta
 from kedit.editors.base import Editor
+from kedit.editors.closed_forms import rank_one
 from kedit.editors.config import EditorConfig
+from kedit.editors.solve_layers import Insertion
 from kedit.errors import ConfigError
-from kedit.pipeline import Insertion
-from kedit.solve import rank_one
+from kedit.models import Site
+from kedit.patch.delta import Delta
 
 
 class ROME(Editor):

@@ -10,13 +10,13 @@ from kedit.editors import editor as make_editor
 from kedit.editors.base import Editor
 from kedit.errors import ConfigError
 from kedit.evaluation.cases import EditCase, check_cases
-from kedit.evaluation.examine import Extent
 from kedit.evaluation.journal import Journal
 from kedit.evaluation.metrics import METRICS
+from kedit.evaluation.probing import Extent
 from kedit.evaluation.report import EvalReport
 from kedit.evaluation.runner import CHUNK, Mode, Run
-from kedit.processes import here
 from kedit.regularizers import Choice
+from kedit.utils.distributed import here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ def evaluate(
         metrics: name or names of the figures to report; all that have values if not given.
         chunk: cases whose values are optimised together in single mode.
         batch_size: cases per step of a sequence.
-        extent: what is measured beside the likelihoods: the fields of :class:`~kedit.evaluation.examine.Extent`
+        extent: what is measured beside the likelihoods: the fields of :class:`~kedit.evaluation.probing.Extent`
             (``exact``, ``generate``, ``attention``, ``texts``, ...).
 
     Raises:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from kedit.batch import separator
 from kedit.edit import Edit, check_encodable
 from kedit.errors import EditError
+from kedit.prompts.tokenize import separator
 
 
 class Kind(StrEnum):

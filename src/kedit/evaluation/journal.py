@@ -12,10 +12,10 @@ from typing import IO, Any, TypeVar
 
 from kedit.edit import json_lines
 from kedit.errors import EditError, PatchError
-from kedit.evaluation.scores import CaseRecord
+from kedit.evaluation.records import CaseRecord
 from kedit.patch import EditPatch
-from kedit.patch.files import write_whole
-from kedit.processes import here
+from kedit.utils.distributed import here
+from kedit.utils.files import write_whole
 
 RUN, RECORDS, PATCHES, STEPS = "run.json", "records.jsonl", "patches", "steps.jsonl"
 Found = TypeVar("Found")

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kedit.arch import ModelArch
-from kedit.batch import context_limit, pad
 from kedit.errors import EditError
-from kedit.scoring import last_logits
+from kedit.models import ModelArch
+from kedit.prompts.likelihood import last_logits
+from kedit.prompts.tokenize import context_limit, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

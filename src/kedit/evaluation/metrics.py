@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from kedit.errors import ConfigError
 from kedit.evaluation.cases import Kind
-from kedit.evaluation.scores import CaseRecord, CaseScore, ProbeScore
+from kedit.evaluation.records import CaseRecord, CaseScore, ProbeScore
 from kedit.evaluation.statistics import Estimate, Floats, Tally, difference, estimate
-from kedit.registry import Registry
+from kedit.utils.registry import Registry
 
 PerProbe = Callable[[ProbeScore, ProbeScore], float | None]
 PerCase = Callable[[CaseScore, CaseScore], float | None]

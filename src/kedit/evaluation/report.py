@@ -13,7 +13,7 @@ from kedit.edit import json_lines
 from kedit.errors import EditError
 from kedit.evaluation.journal import make_folder, write_text
 from kedit.evaluation.metrics import METRICS, Metric, chosen
-from kedit.evaluation.scores import CaseRecord
+from kedit.evaluation.records import CaseRecord
 from kedit.evaluation.statistics import Estimate, Floats, case_weights, difference
 
 Figures = dict[str, Estimate | None]
@@ -124,7 +124,7 @@ class EvalReport:
 
     def to_html(self) -> str:
         """One page with tables and plots, without anything from elsewhere."""
-        from kedit.evaluation.html import page
+        from kedit.report.evaluation import page
 
         return page(self)
 

@@ -8,25 +8,23 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
-from kedit.arch import unwrap
 from kedit.editors.base import Editor
+from kedit.editors.solve_layers import describe
 from kedit.errors import ConfigError
 from kedit.evaluation.cases import EditCase, drop_edited
-from kedit.evaluation.environment import describe_model, environment
-from kedit.evaluation.examine import Examiner, Extent, check_whole
-from kedit.evaluation.identity import describe_editor, digest, versions
-from kedit.evaluation.joint import JointEdit
 from kedit.evaluation.journal import Journal
 from kedit.evaluation.metrics import Running
-from kedit.evaluation.scores import CaseRecord, CaseScore
-from kedit.evaluation.single import SingleEdits
-from kedit.fingerprint import model_fingerprint, tensor_fingerprint
+from kedit.evaluation.modes import JointEdit, SingleEdits
+from kedit.evaluation.probing import Examiner, Extent, check_whole
+from kedit.evaluation.provenance import describe_editor, describe_model, digest, environment, versions
+from kedit.evaluation.records import CaseRecord, CaseScore
+from kedit.keys.estimate import tokenizer_fingerprint
+from kedit.models import unwrap
+from kedit.models.fingerprint import model_fingerprint, tensor_fingerprint
 from kedit.patch import EditPatch
-from kedit.pipeline import describe
-from kedit.processes import here
-from kedit.progress import Progress
 from kedit.regularizers import Choice, resolve
-from kedit.stats import tokenizer_fingerprint
+from kedit.utils.distributed import here
+from kedit.utils.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kedit.arch import ARCHITECTURES, ArchSpec, Experts, ModelArch, unwrap
-from kedit.delta import Delta, LowRankDelta
 from kedit.errors import ArchitectureError, KEditWarning, PatchMismatchError, UnsupportedError
-from kedit.fingerprint import has_fingerprint
-from kedit.ledger import WRITABLE, Ledger
-from kedit.patch.files import numbered
-from kedit.placement import check_held
+from kedit.models import ARCHITECTURES, ArchSpec, Experts, ModelArch, unwrap
+from kedit.models.fingerprint import has_fingerprint
+from kedit.models.offload import check_held
+from kedit.patch.delta import Delta, LowRankDelta
+from kedit.patch.ledger import WRITABLE, Ledger
+from kedit.utils.files import numbered
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-    from kedit.patch.core import EditPatch
+    from kedit.patch.patch import EditPatch
 
 
 class Attachment:

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kedit.arch import unwrap, weight_of
-from kedit.delta import Delta, LowRankDelta, check_finite, is_finite
 from kedit.errors import ArchitectureError, ConfigError, KEditError, NonFiniteError, PatchError, PatchMismatchError
-from kedit.fingerprint import tensor_fingerprint
-from kedit.patch.checkpoint import Checkpoint, stored_experts
-from kedit.patch.combine import check_tolerance, choose_rank, from_svd
-from kedit.placement import read
+from kedit.models import unwrap, weight_of
+from kedit.models.fingerprint import tensor_fingerprint
+from kedit.models.offload import read
+from kedit.patch.checkpoint.read import Checkpoint, stored_experts
+from kedit.patch.delta import Delta, LowRankDelta, check_finite
+from kedit.patch.merge import check_tolerance, choose_rank, from_svd
+from kedit.utils.linalg import is_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kedit.patch.core import EditPatch
+    from kedit.patch.patch import EditPatch
 
 _SMALL = 1024  # up to this many rows or columns, the whole SVD is taken
 _FIRST_GUESS = 16
@@ -58,7 +59,7 @@ def diff(
             is named.
         NonFiniteError: a weight holds NaN, or a difference has no norm in float64.
     """
-    from kedit.patch.core import EditPatch
+    from kedit.patch.patch import EditPatch
 
     check_tolerance(tolerance)
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):

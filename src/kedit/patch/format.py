@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedit.delta import Delta, DenseDelta, LowRankDelta, check_finite
 from kedit.errors import NonFiniteError, PatchError
-from kedit.patch.files import DTYPES, NAME, parse_json, read_header, to_bytes, write_safetensors
+from kedit.patch.delta import Delta, DenseDelta, LowRankDelta, check_finite
+from kedit.utils.files import DTYPES, NAME, parse_json, read_header, to_bytes, write_safetensors
 
 FORMAT = "kedit-patch"
 FORMAT_VERSION = 1

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kedit.arch import unwrap, weight_of
-from kedit.delta import Delta, DenseDelta, LowRankDelta, check_finite
 from kedit.errors import PatchError, UnsupportedError
-from kedit.patch.combine import recompress
-from kedit.patch.files import open_to_others, sync_folder, write_safetensors
-from kedit.patch.folders import check_new
+from kedit.models import unwrap, weight_of
+from kedit.patch.delta import Delta, DenseDelta, LowRankDelta, check_finite
+from kedit.patch.merge import recompress
+from kedit.utils.files import open_to_others, sync_folder, write_safetensors
+from kedit.utils.folders import check_new
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kedit.patch.core import EditPatch
+    from kedit.patch.patch import EditPatch
 
 EXACT = 1e-7  # relative error to which a dense update is factored
 

@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from kedit.errors import ConfigError
-from kedit.registry import Registry
 from kedit.regularizers.base import Captured as Captured
 from kedit.regularizers.base import Needs as Needs
 from kedit.regularizers.base import Regularizer as Regularizer
 from kedit.regularizers.base import Rows as Rows
 from kedit.regularizers.base import blocks_from as blocks_from
-from kedit.regularizers.keynorm import KeyNorm as KeyNorm
+from kedit.regularizers.key_norm import KeyNorm as KeyNorm
+from kedit.utils.registry import Registry
 
 REGULARIZERS: Registry[Any] = Registry(
-    "regularizer", {"sadr": "kedit.regularizers.sadr:SADR", "key_norm": "kedit.regularizers.keynorm:KeyNorm"}
+    "regularizer", {"sadr": "kedit.regularizers.sadr:SADR", "key_norm": "kedit.regularizers.key_norm:KeyNorm"}
 )
 
 RESERVED = frozenset({"step", "total", "nll", "kl", "weight_decay"})  # the log's own columns

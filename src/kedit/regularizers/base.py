@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from kedit.arch import Site
 from kedit.errors import ConfigError
+from kedit.models import Site
 
 
 def blocks_from(first: int, last: int | None = None) -> range:

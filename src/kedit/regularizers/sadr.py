@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kedit.arch import Site
 from kedit.capture.divergence import row_divergence
 from kedit.errors import ConfigError
+from kedit.models import Site
 from kedit.regularizers.base import Captured, Needs, Rows, blocks_from
 
 

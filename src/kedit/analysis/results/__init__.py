@@ -1,0 +1,1 @@
+"""Results of the analysis functions: figures, summaries and JSON."""

@@ -1,0 +1,156 @@
+"""What an edit will hold in memory, said before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import nn
+
+from kedit.keys import read, routing
+from kedit.keys.second_moment import SecondMoments
+from kedit.models import ModelArch
+from kedit.prompts.encode import Request
+from kedit.utils.device_memory import LivePeak
+from kedit.values.memory import Footprint
+
+DOUBLE = 8  # bytes of a float64, in which everything is solved
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes that one apply holds at its peak, and what stays afterwards.
+
+    Not in it: Python and its libraries, workspace inside a BLAS or LAPACK routine, freed memory that the C library's heap
+    keeps (on the CPU up to about a third more), the forward passes that estimate second moments where there are none yet.
+
+    Attributes:
+        model: parameters and buffers, as far as they lie in memory.
+        moments: second moments of the edited layers.
+        wave: the optimisation's largest wave.
+        solving: the closed forms and the writing, at their peak.
+        kept: of ``solving``, what stays for the next edit or for the revert: factors of the moments, original weights.
+    """
+
+    model: int
+    moments: int
+    wave: Footprint
+    solving: int
+    kept: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.model + self.moments + max(self.wave.total, self.solving)
+
+    def __str__(self) -> str:
+        parts = {"model": self.model, "second moments": self.moments, "largest wave": self.wave.total}
+        listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in (parts | {"solving": self.solving}).items())
+        return f"{self.total / 2**20:,.0f} MiB ({listed}; kept afterwards {self.kept / 2**20:,.0f})"
+
+
+class Solver(Protocol):
+    """What is asked of an editor."""
+
+    arch: ModelArch
+    joint: ClassVar[bool]
+    needs_moments: ClassVar[bool]
+
+    @property
+    def moments(self) -> SecondMoments:
+        """Second moments of the edited layers."""
+        ...
+
+    def solving_bytes(self, shape: tuple[int, int], edits: int, contexts: int) -> tuple[int, int]:
+        """Bytes that the closed form of one weight keeps, and those it holds meanwhile besides."""
+        ...
+
+
+def demand(
+    editor: Solver, requests: Sequence[Request], layers: Sequence[int], wave: Footprint, *, trains: bool
+) -> Demand:
+    """What applying ``requests`` will hold; runs a few tokens to see what one costs.
+
+    Args:
+        editor: who applies them.
+        requests: the edits, encoded.
+        layers: the edited layers, lowest first.
+        wave: what the optimisation holds at its peak.
+        trains: whether the weights themselves are optimised, and no value.
+    """
+    work = editor.arch.work_dtype.itemsize
+    places = _places(editor, requests, layers)
+    kept, solving = (0, 0) if trains else _solving(editor, requests, places)
+    for place in places:
+        numbers = place.outer * place.inner
+        factors = numbers if trains else len(requests) * (place.outer + place.inner)
+        # The patch, the original, and the sum where rounding it to a shorter dtype would lose something.
+        lost = work if work > place.stored else 0
+        kept += place.touched * (min(factors, numbers) * work + numbers * (place.stored + lost))
+    sums = sum(place.touched * place.outer * place.inner * work for place in places)
+    moments = sum(_moment_bytes(editor, place.layer) for place in places)
+    return Demand(_model_bytes(editor.arch.model), moments, wave, max(solving, kept + sums), kept)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one layer is written: how many matrices [O, I] of how many, and the bytes of a stored number."""
+
+    layer: int
+    touched: int
+    count: int
+    outer: int
+    inner: int
+    stored: int
+
+
+def _places(editor: Solver, requests: Sequence[Request], layers: Sequence[int]) -> list[_Place]:
+    routed = routing.shares(editor.arch, requests, layers, contexts=True)  # keys are averaged over contexts
+    found = []
+    for layer in layers:
+        weights = editor.arch.weights(layer)
+        served = {expert for shares in routed.get(layer, []) for expert in shares}
+        outer, inner = weights[0].matrix.shape
+        stored = weights[0].stored.element_size()
+        found.append(_Place(layer, len(served) or len(weights), len(weights), outer, inner, stored))
+    return found
+
+
+def _solving(editor: Solver, requests: Sequence[Request], places: Sequence[_Place]) -> tuple[int, int]:
+    """What the closed forms keep, and what they hold at their peak, that included."""
+    edits, contexts = len(requests) if editor.joint else 1, len(requests[0].rewrite)
+    work = editor.arch.work_dtype.itemsize
+    kept = copies = peak = 0
+    for place in places:
+        factor, solving = editor.solving_bytes((place.outer, place.inner), edits, contexts)
+        peak = max(peak, kept + copies + _reading(editor, requests, place.layer))
+        kept += place.touched * factor
+        keys = edits * contexts * place.inner * place.count * work
+        peak = max(peak, kept + copies + keys + solving)
+        if place is not places[-1]:  # overwritten while the next is solved for: a copy to go back to, and the sum
+            copies += place.touched * place.outer * place.inner * place.stored
+            peak = max(peak, kept + copies + 3 * place.outer * place.inner * work)
+    return kept, peak
+
+
+def _moment_bytes(editor: Solver, layer: int) -> int:
+    return editor.moments[layer].matrix.nbytes if editor.needs_moments else 0
+
+
+def _reading(editor: Solver, requests: Sequence[Request], layer: int) -> int:
+    """What the pass that reads the keys holds: per token as one short prompt shows."""
+    together = requests if editor.joint else [max(requests, key=lambda request: request.rewrite[-1].lookup)]
+    rows = [row for request in together for row in request.rewrite]
+    probe = max(rows, key=lambda row: row.lookup)
+    seen = LivePeak(editor.arch.model)
+    with seen:
+        read.keys(editor.arch, [probe], layer)
+    tokens = min(read.TOKENS_PER_PASS, len(rows) * (probe.lookup + 1))
+    return seen.peak * tokens // (probe.lookup + 1)
+
+
+def _model_bytes(model: nn.Module) -> int:
+    tensors = {t.untyped_storage()._cdata: t for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
+    sizes: list[int] = [tensor.untyped_storage().nbytes() for tensor in tensors.values()]
+    return sum(sizes)

@@ -1,0 +1,157 @@
+"""Ways of editing in a run: each case's edit alone in the model, or all facts together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from kedit.edit import Edit
+from kedit.editors.base import Editor
+from kedit.errors import ConfigError, DependencyError, EditError, KEditError, ProcessError
+from kedit.evaluation.cases import EditCase
+from kedit.evaluation.journal import Journal, Step
+from kedit.patch import EditPatch
+from kedit.patch.ledger import Ledger
+from kedit.regularizers import Regularizer
+from kedit.utils.distributed import alone, here
+from kedit.utils.progress import Progress
+
+HOPELESS = (ConfigError, DependencyError, ProcessError)  # would fail for every case, or says nothing about this one
+
+
+class SingleEdits:
+    """The edits of a run that makes each one on the unedited model."""
+
+    def __init__(self, editor: Editor, regularizers: Sequence[Regularizer]) -> None:
+        self.editor, self.regularizers = editor, list(regularizers)
+
+    def propose(self, cases: Sequence[EditCase]) -> dict[str, EditPatch | str]:
+        """A patch, or why there is none, for every case that writes one fact."""
+        plain = [case for case in cases if not case.more]
+        if not plain:
+            return {}
+        with alone():
+            try:
+                found = self.editor.propose([case.edit for case in plain], self.regularizers)
+                return {case.id: patch for case, patch in zip(plain, found, strict=True)}
+            except HOPELESS:
+                raise
+            except KEditError:  # find the one that fails
+                return {case.id: self._one(case) for case in plain}
+
+    @contextmanager
+    def in_place(self, case: EditCase, patch: EditPatch | None) -> Iterator[str | None]:
+        """The edited model inside; yields why the edit failed, if it did."""
+        with ExitStack() as stack:
+            failure = None
+            try:
+                if patch is not None:
+                    patch.apply(self.editor.model, force=True)
+                    stack.callback(patch.revert, self.editor.model)
+                else:
+                    with alone(), self.editor.unchecked():
+                        result = self.editor.apply(case.edits, self.regularizers)
+                    stack.callback(result.revert)
+            except HOPELESS:
+                raise
+            except KEditError as error:
+                failure = str(error)
+            yield failure
+
+    def _one(self, case: EditCase) -> EditPatch | str:
+        try:
+            return self.editor.propose(case.edit, self.regularizers)[0]
+        except HOPELESS:
+            raise
+        except KEditError as error:
+            return str(error)
+
+
+class JointEdit:
+    """The edit of a batch (one step) or sequential run.
+
+    Attributes:
+        patches: of the steps that succeeded, in order.
+        failures: why the others did not, by case.
+        seconds: that editing took, in the interrupted runs before this one too.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        regularizers: Sequence[Regularizer],
+        steps: Sequence[Sequence[EditCase]],
+        journal: Journal | None,
+    ) -> None:
+        self.editor, self.regularizers, self.steps, self.journal = editor, list(regularizers), steps, journal
+        self.patches: list[EditPatch] = []
+        self.failures: dict[str, str] = {}
+        self.seconds = 0.0
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The edited model inside; unedited again outside, whatever happens.
+
+        Raises:
+            EditError: no step succeeded; or as ``Editor.apply`` for a batch.
+        """
+        clean = not Ledger.of(self.editor.model).touched
+        try:
+            self._write()
+            if not self.patches:
+                raise EditError(f"No edit succeeded. The first: {next(iter(self.failures.values()), 'none was tried')}")
+            yield
+        finally:
+            self._take_back(clean)
+
+    def _write(self) -> None:
+        group, journal = here(), self.journal
+        known = group.attempt(lambda: journal.steps() if journal is not None and group.leads else [])[0]
+        with Progress(sum(map(len, self.steps)), "editing") as progress:
+            for number, cases in enumerate(self.steps):
+                edits = [edit for case in cases for edit in case.edits]
+                if number < len(known):
+                    step = known[number]
+                    self._again(step, edits)
+                else:
+                    step = self._new(number, edits)
+                if step.failure is not None:
+                    self.failures |= {case.id: step.failure for case in cases}
+                self.seconds += step.seconds
+                progress.advance(len(cases))
+
+    def _again(self, step: Step, edits: list[Edit]) -> None:
+        """Put a step of the interrupted run back."""
+        if step.patch is not None:
+            self.patches.append(step.patch)
+            self.editor.reapply(step.patch, edits, self.regularizers)
+
+    def _new(self, number: int, edits: list[Edit]) -> Step:
+        start = time.perf_counter()
+        patch, failure = None, None
+        try:
+            with self.editor.unchecked():  # the probes ask more
+                patch = self.editor.apply(edits, self.regularizers).patch
+            self.patches.append(patch)
+        except HOPELESS:
+            raise
+        except KEditError as error:
+            if len(self.steps) == 1:
+                raise
+            failure = str(error)
+        step = Step(patch, failure, time.perf_counter() - start)
+        group, journal = here(), self.journal
+        if journal is not None:
+            group.attempt(lambda: journal.add_step(number, step) if group.leads else None)
+        return step
+
+    def _take_back(self, clean: bool) -> None:
+        """Revert; all at once where the model carried nothing before, since each single revert sums up all others."""
+        ledger = Ledger.of(self.editor.model)
+        if clean:
+            ledger.revert_all()
+            return
+        for patch in reversed(self.patches):
+            if ledger.carries(patch):
+                patch.revert(self.editor.model)

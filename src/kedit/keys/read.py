@@ -1,0 +1,107 @@
+"""Reading keys and outputs at the subject's last token, no further up and no further right than needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit.errors import ArchitectureError
+from kedit.models import ModelArch, Site
+from kedit.models.hooks import StopForward, by_prompt, inference_state, on_arguments, on_input, on_output, stops_early
+from kedit.prompts.tokenize import Row, pad
+
+TOKENS_PER_PASS = 16_384
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts serve some tokens.
+
+    Attributes:
+        hidden: what the experts see, [P, H].
+        chosen: the router's choice, [P, k].
+        weights: the router's weights, [P, k].
+    """
+
+    hidden: Tensor
+    chosen: Tensor
+    weights: Tensor
+
+    def shares(self) -> list[dict[int, float]]:
+        """Per token, the weight of every chosen expert, by its number."""
+        pairs = zip(self.chosen.tolist(), self.weights.tolist(), strict=True)
+        return [dict(sorted(zip(chosen, weights, strict=True))) for chosen, weights in pairs]
+
+
+def keys(arch: ModelArch, rows: Sequence[Row], layer: int) -> Tensor:
+    """The down-projection's input at the subject's last token of every row, [P, I], in the work dtype.
+
+    In a mixture of experts, the key of all experts together (:mod:`kedit.models.experts`), [P, N · I].
+    """
+    experts = arch.experts(layer)
+    if experts is None:
+        [found] = _read(arch, rows, arch.down(layer), on_input)
+        return found.to(arch.work_dtype)
+    routed = routing(arch, rows, layer)
+    return experts.keys(routed.hidden, routed.chosen, routed.weights, arch.work_dtype)
+
+
+def outputs(arch: ModelArch, rows: Sequence[Row], site: Site) -> Tensor:
+    """The site's output at the subject's last token of every row, [P, H], in the work dtype."""
+    [found] = _read(arch, rows, arch.site(site), on_output)
+    return found.to(arch.work_dtype)
+
+
+def routing(arch: ModelArch, rows: Sequence[Row], layer: int) -> Routing:
+    """Which experts of a mixture serve the subject's last token of every row."""
+    experts = arch.experts(layer)
+    assert experts is not None, "only mixtures route"
+    return Routing(*_read(arch, rows, experts.module, on_arguments))
+
+
+@torch.no_grad()
+def _read(arch: ModelArch, rows: Sequence[Row], module: torch.nn.Module, hook: Callable[..., Any]) -> list[Tensor]:
+    """What ``hook`` sees of ``module`` at each row's lookup token: per tensor, [P, ...].
+
+    Later tokens cannot change it, so rows end there; the pass ends at the module.
+    """
+    device = arch.input_device
+    found: list[list[Tensor]] = []
+    with inference_state(arch.model):
+        for part in packed(rows, TOKENS_PER_PASS):
+            ids, mask = pad([row.ids[: row.lookup + 1] for row in part])
+            last = torch.tensor([row.lookup for row in part])
+
+            def take(*tensors: Tensor, last: Tensor = last) -> None:
+                where = torch.arange(len(last))
+                found.append([by_prompt(tensor, len(last))[where, last.to(tensor.device)] for tensor in tensors])
+                raise StopForward
+
+            seen = len(found)
+            with hook(module, take), stops_early():
+                arch.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            if len(found) == seen:
+                raise ArchitectureError(
+                    f"{type(arch.model).__name__} does not call its {type(module).__name__} as a module, so kedit cannot read "
+                    "there. (A Bloom model with slow_but_exact, say: switch it off.)"
+                )
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def packed(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
+    """Rows in order, cut into parts that hold at most ``tokens`` tokens when padded (one row at least)."""
+    parts: list[list[Row]] = []
+    width = 0
+    for row in rows:
+        length = row.lookup + 1
+        if parts and max(width, length) * (len(parts[-1]) + 1) <= tokens:
+            parts[-1].append(row)
+            width = max(width, length)
+        else:
+            parts.append([row])
+            width = length
+    return parts

@@ -1,0 +1,1 @@
+"""Patches applied to and reverted from checkpoint folders on disk."""

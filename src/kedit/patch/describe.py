@@ -1,0 +1,104 @@
+"""A patch as a text for people: who, what, where, how large, how good."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from kedit.patch.delta import Delta
+from kedit.prompts.predictions import Prediction
+from kedit.utils.terminal import printable
+
+if TYPE_CHECKING:
+    from kedit.patch.patch import EditPatch
+
+_MOST = 20
+
+
+def show(patch: EditPatch) -> str:
+    """Who, what, where, norms and scores."""
+    known = patch.provenance
+    lines = [_who(known), _base(known.get("model", {}))]
+    config = ", ".join(
+        f"{key}={value}" for key, value in known.get("config", {}).items() if not isinstance(value, dict)
+    )
+    if config:
+        lines.append(f"config: {config}")
+    lines += _edits(known.get("edits", []), known.get("before", []), known.get("after", []))
+    if known.get("merged"):
+        lines.append(f"merged from {len(known['merged'])} patch(es)")
+    lines.append("weights:")
+    lines += [_weight(item) for item in weights(patch)]
+    scores = known.get("scores", {})
+    if scores:
+        lines.append("scores:")
+        lines += [f"  {key}: {_figure(value)}" for key, value in scores.items()]
+    return "\n".join(map(printable, lines))
+
+
+def weights(patch: EditPatch) -> list[dict[str, Any]]:
+    """Per weight: name, shape, kind, rank, Frobenius and spectral norm, fingerprint, and the error of what made it."""
+    config = patch.provenance.get("config", {})
+    errors = config.get("errors") if isinstance(config.get("errors"), dict) else {}
+    return [
+        {
+            "name": name,
+            "shape": list(delta.shape),
+            "kind": "dense" if "dense" in delta.tensors() else "low-rank",
+            "rank": delta.rank,
+            "norm": delta.norm,
+            "spectral_norm": _spectral_norm(delta),
+            "fingerprint": patch.fingerprints.get(name, ""),
+            **({"error": errors[name]} if isinstance(errors.get(name), float) else {}),
+        }
+        for name, delta in patch.deltas.items()
+    ]
+
+
+def _spectral_norm(delta: Delta) -> float:
+    try:
+        return delta.spectral_norm
+    except RuntimeError:  # LinAlgError: numbers whose products are infinite
+        return math.nan
+
+
+def _weight(item: dict[str, Any]) -> str:
+    kind = f"rank {item['rank']}" if item["kind"] == "low-rank" else "dense"
+    error = f", relative error {item['error']:.2g}" if "error" in item else ""
+    return (
+        f"  {item['name']} {item['shape'][0]}x{item['shape'][1]}: {kind}{error}, norm {item['norm']:.4g}, "
+        f"largest singular value {item['spectral_norm']:.4g}, made for {item['fingerprint'][:19]}"
+    )
+
+
+def _who(known: dict[str, Any]) -> str:
+    names = [_regularizer(item) for item in known.get("regularizers", [])]
+    return f"editor: {known.get('editor', 'unknown')}" + (f" with {', '.join(names)}" if names else "")
+
+
+def _regularizer(item: dict[str, Any]) -> str:
+    fields = [f"{key}={value}" for key, value in item.items() if key not in ("name", "class")]
+    return str(item.get("name", "?")) + (f" ({', '.join(fields)})" if fields else "")
+
+
+def _base(model: dict[str, Any]) -> str:
+    name = model.get("name") or "unnamed"
+    facts = [f"{key} {model[key]}" for key in ("type", "num_layers", "hidden", "dtype") if key in model]
+    return f"base model: {name}" + (f" ({', '.join(facts)})" if facts else "")
+
+
+def _edits(edits: list[dict[str, Any]], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+    """The edits, with what the model said before and after where the patch tells."""
+    lines = [f"edits: {len(edits)}"]
+    states = [(name, found) for name, found in (("before", before), ("after", after)) if len(found) == len(edits)]
+    for number, edit in enumerate(edits[:_MOST]):
+        text, target = str(edit.get("prompt", "?")).replace("{}", str(edit.get("subject", "?"))), edit.get("target_new")
+        lines.append(f"  {text!r} -> {str(target or '?')!r}")
+        lines += [f"    {name}: {Prediction.from_dict(found[number]).describe(str(target))}" for name, found in states]
+    if len(edits) > _MOST:
+        lines.append(f"  and {len(edits) - _MOST} more")
+    return lines
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Edits as tokens: templates, contexts and encoded prompts."""

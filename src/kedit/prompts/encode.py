@@ -1,0 +1,118 @@
+"""Edits as the engine sees them: all their prompts, encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from kedit.edit import Edit
+from kedit.errors import EditError
+from kedit.models import ModelArch
+from kedit.prompts.tokenize import Row, Text, context_limit, encode, rewrite_texts
+from kedit.regularizers.base import Needs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+SUBJECT_PROMPT = "{} is a"  # where the model's idea of the subject is held in place (ROME's KL term)
+
+
+class Role(IntEnum):
+    """Why a prompt runs."""
+
+    REWRITE = 0  # the edit's prompt with its target, in one context
+    KL = 1  # "{subject} is a", read at the subject's last token
+    EXTRA = 2  # a regularizer's own prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a wave.
+
+    ``tokens`` is what the model is fed: the last token of a target, and what follows the subject in the KL prompt,
+    predict nothing that is read. ``reads`` are the positions whose logits are wanted.
+    """
+
+    row: Row
+    edit: int
+    context: int
+    role: Role
+    subject: bool = False  # a rewrite prompt that begins as the KL prompt does is read in its place too
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What the model is fed."""
+        if self.role is Role.REWRITE:
+            return self.row.ids[:-1]
+        return self.row.ids[: self.row.lookup + 1] if self.role is Role.KL else self.row.ids
+
+    @property
+    def last(self) -> int:
+        """Position at which regularizers read: the last token of the prompt."""
+        if self.role is Role.REWRITE:
+            return self.row.prompt_last
+        return self.row.lookup if self.role is Role.KL else len(self.row.ids) - 1
+
+    @property
+    def reads(self) -> list[int]:
+        """Positions whose logits are wanted, ascending."""
+        stop = len(self.row.ids) - 1 if self.role is Role.REWRITE else self.last + 1
+        found = list(range(self.last, stop))
+        return [self.row.lookup, *found] if self.subject and self.row.lookup < self.last else found
+
+
+@dataclass(frozen=True)
+class Request:
+    """An encoded edit: its prompt in every context, the KL prompt, the regularizers' prompts."""
+
+    edit: Edit
+    rewrite: tuple[Row, ...]
+    kl: Row
+    extra: tuple[Row, ...] = ()
+
+    def prompts(self, edit: int) -> list[Prompt]:
+        """The prompts of a wave in which this is edit number ``edit``."""
+        until = self.kl.lookup + 1
+        shared = self.rewrite[0].ids[:until] == self.kl.ids[:until]  # the bare prompt begins with the subject
+        rows = [Prompt(row, edit, i, Role.REWRITE, shared and i == 0) for i, row in enumerate(self.rewrite)]
+        if not shared:
+            rows.append(Prompt(self.kl, edit, 0, Role.KL))
+        return rows + [Prompt(row, edit, i, Role.EXTRA) for i, row in enumerate(self.extra)]
+
+    @property
+    def span(self) -> int:
+        """Tokens from the subject's last token on, in the longest prompt."""
+        return max(len(prompt.tokens) - prompt.row.lookup for prompt in self.prompts(0))
+
+
+def encode_edits(
+    arch: ModelArch, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], contexts: Sequence[str], needs: Needs
+) -> list[Request]:
+    """Encode every prompt of every edit; bad input is found here, before anything runs.
+
+    Raises:
+        EditError: an edit does not fit the tokenizer or the context window; its number is named.
+    """
+    table: Any = arch.model.get_input_embeddings().weight
+    limit, size = context_limit(arch.model), int(table.shape[0])
+    requests = []
+    for number, edit in enumerate(edits):
+        texts = rewrite_texts(edit, contexts)
+        texts += [Text.fill(template, edit.subject) for template in (SUBJECT_PROMPT, *needs.prompts)]
+        try:
+            rows = encode(tokenizer, texts, limit=limit)
+        except EditError as error:
+            if len(edits) == 1:
+                raise
+            raise type(error)(f"Edit {number}: {error}") from error
+        if (largest := max(max(row.ids) for row in rows)) >= size:
+            raise EditError(
+                f"Edit {number}: the tokenizer gives token {largest}, and the model knows {size} tokens. Use the model's own "
+                "tokenizer."
+            )
+        count = len(contexts)
+        requests.append(Request(edit, tuple(rows[:count]), rows[count], tuple(rows[count + 1 :])))
+    return requests

@@ -1,0 +1,174 @@
+"""Several processes that share one job, as ``accelerate launch -m kedit ...`` starts them.
+
+Nothing here happens by itself: a process belongs to a :class:`Group` from :func:`join` on, which the command line calls. Then
+the corpus of the second moments, the edits whose values are optimised together and the cases of an evaluation are
+shared out, and every process ends up with the whole result. What is exchanged goes through gloo on the CPU, so that a
+process that dies is noticed by the others at once, whatever device the model is on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kedit.errors import KEditError, ProcessError
+from kedit.utils.progress import Progress
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)  # a process may be busy; one that died closes its connections, which is seen at once
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of one job, seen from one of them.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: how many there are.
+        link: what they talk through; ``None`` for a process on its own.
+    """
+
+    rank: int = 0
+    size: int = 1
+    link: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Every ``size``-th item, from ``rank`` on: this process's part of a job."""
+        return list(items[self.rank :: self.size])
+
+    def gather(self, mine: T) -> list[T]:
+        """What every process has, by rank; tensors in it must be on the CPU.
+
+        Raises:
+            ProcessError: another process is gone.
+        """
+        if self.size == 1:
+            return [mine]
+        found: list[Any] = [None] * self.size
+        self._talk(lambda dist: dist.all_gather_object(found, mine, group=self.link))
+        return found
+
+    def attempt(self, call: Callable[[], T]) -> list[T]:
+        """What ``call`` gives in every process, by rank; an error in one of them is raised in all.
+
+        Raises:
+            KEditError: the call failed somewhere; or as :meth:`gather`.
+        """
+        mine: tuple[T | None, KEditError | None]
+        try:
+            mine = call(), None
+        except KEditError as error:
+            mine = None, error
+        found = self.gather(mine)
+        for _, failure in found:
+            if failure is not None:
+                raise failure
+        return [result for result, _ in found]  # type: ignore[misc]
+
+    def from_leader(self, mine: T) -> T:
+        """What process 0 has; raises as :meth:`gather`."""
+        if self.size == 1:
+            return mine
+        box: list[Any] = [mine if self.leads else None]
+        self._talk(lambda dist: dist.broadcast_object_list(box, src=0, group=self.link))
+        found: T = box[0]
+        return found
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every process's tensor, on its device; raises as :meth:`gather`."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().to("cpu", copy=True)
+        self._talk(lambda dist: dist.all_reduce(total, group=self.link))
+        return total.to(tensor.device)
+
+    def wait(self) -> None:
+        """Return when every process is here; raises as :meth:`gather`."""
+        self.gather(None)
+
+    def _talk(self, call: Callable[[Any], object]) -> None:
+        try:
+            call(torch.distributed)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"Another of the {self.size} processes of this job is gone: {str(error).splitlines()[0]}. "
+                "Nothing was half written; look at its own message, and start the job again."
+            ) from error
+
+
+_ALONE = Group()
+_group = _ALONE
+
+
+def here() -> Group:
+    """The group this process belongs to; on its own unless :func:`join` was called."""
+    return _group
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works on its own: its part of a job is not shared out again."""
+    global _group
+    held, _group = _group, _ALONE
+    try:
+        yield
+    finally:
+        _group = held
+
+
+def launched() -> int:
+    """How many processes a launcher (``accelerate launch``, ``torchrun``) has started; 1 without one."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdigit() else 1
+
+
+def join() -> Group:
+    """Become one of the processes that a launcher has started; on its own where none did.
+
+    Raises:
+        ProcessError: the others cannot be reached.
+    """
+    global _group
+    if _group.size == 1 and launched() > 1:
+        dist = torch.distributed
+        try:
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=PATIENCE)
+            link = dist.new_group(backend="gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise ProcessError(
+                f"The {launched()} processes of this job cannot reach one another: {error}. "
+                "Start them with `accelerate launch -m kedit ...`."
+            ) from error
+        _group = Group(dist.get_rank(), dist.get_world_size(), link)
+        Progress.shown = _group.leads
+    return _group
+
+
+def leave() -> None:
+    """End what :func:`join` began."""
+    global _group
+    if _group.size > 1:
+        _group = _ALONE
+        Progress.shown = True
+        torch.distributed.destroy_process_group()
+
+
+def device() -> str | None:
+    """The GPU of this process among those of its machine; ``None`` without one."""
+    if not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

@@ -1,0 +1,1 @@
+"""The optimisation of values, and the forward passes under it."""

@@ -1,0 +1,249 @@
+"""The only Adam loop: the value to write, for several edits at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from kedit.errors import NonFiniteError
+from kedit.regularizers.base import Captured, Regularizer, score
+from kedit.utils.progress import Progress
+from kedit.values.forward import Reading, Runner
+
+StepLog = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised, and when to stop.
+
+    total = mean over contexts of NLL(target) + kl_factor · KL("{subject} is a") + weight_decay · ‖δ‖ / ‖v₀‖²
+    + the regularizers' penalties. (The norm of δ is not squared: the published code's form.)
+
+    Attributes:
+        steps: forward passes at most; the last one does not update.
+        lr: Adam's step size.
+        lr_relative: whether ``lr`` counts in units of v₀'s root mean square, ‖v₀‖ / √H, per edit and site. A step then has a
+            length of about ``lr`` · ‖v₀‖, so the same number means the same for every model.
+        clamp: bound of ‖δ‖ / ‖v₀‖, enforced after every update.
+        stop_loss: an edit whose total falls below is finished.
+        settle: PMET's rule: an edit is also finished when every target token is the first choice and the KL term is
+            at most 0.01; its NLL counts a tenth after a step at which every target token was.
+        dtype: of δ; ``None``: float32, or float64 for a float64 model.
+    """
+
+    steps: int
+    lr: float
+    weight_decay: float
+    kl_factor: float
+    clamp: float
+    stop_loss: float
+    lr_relative: bool = False
+    settle: bool = False
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Values:
+    """Optimised values.
+
+    Attributes:
+        delta: δ, [E, S, H].
+        initial: v₀, the sites' output on the bare prompt before the edit, [E, S, H].
+        log: per edit and step: step, total, nll, kl, weight_decay and one column per regularizer.
+        known: per edit, whether the model said the target before the edit.
+    """
+
+    delta: Tensor
+    initial: Tensor
+    log: list[list[StepLog]]
+    known: list[bool]
+
+    @property
+    def value(self) -> Tensor:
+        """v* = v₀ + δ, [E, S, H]."""
+        return self.initial + self.delta
+
+    def to(self, device: torch.device | str) -> Values:
+        """The same on another device."""
+        return replace(self, delta=self.delta.to(device), initial=self.initial.to(device))
+
+    def only(self, edit: int) -> Values:
+        """The value of one edit."""
+        one = slice(edit, edit + 1)
+        return Values(self.delta[one], self.initial[one], self.log[one], self.known[one])
+
+
+def optimise(
+    runner: Runner,
+    objective: Objective,
+    regularizers: Sequence[Regularizer] = (),
+    *,
+    numbers: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Values:
+    """Minimise the objective over δ for all edits of the runner's wave, each stopping on its own.
+
+    The edits do not depend on one another: Adam works element by element, and a finished edit leaves the batch.
+
+    Args:
+        runner: executes the wave.
+        objective: the terms' factors and the stopping rule.
+        regularizers: further terms.
+        numbers: how the edits are called in messages; 0, 1, ... by default.
+        progress: told about every finished edit.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    state = _State(runner, numbers or range(runner.wave.num_edits), objective.dtype)
+    with runner.installed():
+        for step in range(objective.steps):
+            reading = runner.run(state.delta[state.active])
+            terms = state.terms(reading, step, objective, regularizers)
+            total = torch.stack(list(terms.values())).sum(0)
+            state.record(step, total, terms)
+            last = step == objective.steps - 1
+            finished = torch.full_like(total, last, dtype=torch.bool) | (total < objective.stop_loss)
+            if objective.settle:
+                finished |= state.settle(terms["kl"])
+            if progress is not None:
+                progress.advance(int(finished.sum()))
+            if finished.all():
+                break
+            state.update(total, ~finished, objective)
+            del reading, terms, total  # or this step's logits would live on through the next one
+            if finished.any():
+                state.keep(torch.nonzero(~finished).flatten())
+    return state.values()
+
+
+class _State:
+    """δ of all edits, and which of them are still at work."""
+
+    def __init__(self, runner: Runner, names: Sequence[int], dtype: torch.dtype | None) -> None:
+        arch, num_edits, device = runner.arch, runner.wave.num_edits, runner.device
+        shape = (num_edits, len(runner.sites), arch.hidden)
+        self.runner = runner
+        self.names = names
+        self.delta = torch.zeros(shape, dtype=dtype or arch.work_dtype, device=device, requires_grad=True)
+        self.active = torch.arange(num_edits, device=device)
+        self.log: list[list[StepLog]] = [[] for _ in range(num_edits)]
+        self.known = [False] * num_edits
+        self._initial: Tensor | None = None
+        self._before: Captured | None = None
+        self._subject_log_probs: Tensor | None = None
+        self._nll_factor = torch.ones(num_edits, device=device)
+        self._missed: Tensor | None = None  # target tokens that are not the first choice, per active edit
+        self._adam: torch.optim.Adam | None = None
+
+    @property
+    def initial(self) -> Tensor:
+        """v₀ of all edits, [E, S, H]; known after the first forward pass."""
+        assert self._initial is not None
+        return self._initial
+
+    def values(self) -> Values:
+        return Values(self.delta.detach(), self.initial, self.log, self.known)
+
+    def terms(
+        self, reading: Reading, step: int, objective: Objective, regularizers: Sequence[Regularizer]
+    ) -> dict[str, Tensor]:
+        """The objective's terms, one value per active edit each."""
+        dtype, device = self.delta.dtype, self.delta.device
+        if step == 0:
+            self._initial = reading.initial.to(dtype)
+        delta = self.delta[self.active]
+        nll, subject = self._read(reading.logits, count_misses=step == 0 or objective.settle)
+        if step == 0:
+            self._subject_log_probs = subject.detach()
+        assert self._subject_log_probs is not None
+        kl = kl_div(self._subject_log_probs, subject, log_target=True, reduction="none").sum(-1)
+        norms = self.initial[self.active].norm(dim=-1)
+        decay = (delta.norm(dim=-1) / norms.square()).sum(-1)
+        terms = {
+            "nll": (nll * self._nll_factor.to(nll)).to(dtype),
+            "kl": objective.kl_factor * kl.to(dtype),
+            "weight_decay": objective.weight_decay * decay,
+        }
+        now = Captured(
+            step=step, delta=delta, initial=self.initial[self.active], rewrite=reading.rewrite, extra=reading.extra
+        )
+        if step == 0:
+            self._before = now.detach()
+        assert self._before is not None
+        for regularizer in regularizers:
+            penalty = score(regularizer, now, self._before, self.runner.sites, self.runner.needs)
+            terms[regularizer.name] = penalty.to(device, dtype)
+        return terms
+
+    def _read(self, logits: Tensor, *, count_misses: bool) -> tuple[Tensor, Tensor]:
+        """NLL of the target, mean over tokens and contexts, [E]; log-probabilities of the KL prompt [E, V]."""
+        reads = self.runner.reads
+        log_probs = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        token_nll = -log_probs[reads.target, reads.label]
+        nll = log_probs.new_zeros(len(self.active)).index_add(0, reads.edit, token_nll * reads.weight.to(token_nll))
+        if count_misses:
+            missed = log_probs.detach().argmax(1)[reads.target] != reads.label
+            self._missed = torch.zeros_like(reads.subject).index_add(0, reads.edit, missed.long())
+            if self._before is None:
+                bare = torch.zeros_like(reads.subject).index_add(0, reads.edit, (missed & reads.bare).long())
+                self.known = (bare == 0).tolist()
+        return nll, log_probs[reads.subject]
+
+    def record(self, step: int, total: Tensor, terms: dict[str, Tensor]) -> None:
+        """Write the log; raise where a loss is not finite."""
+        columns = {"total": total, **terms}
+        figures = torch.stack(list(columns.values())).detach().cpu().tolist()
+        for i, edit in enumerate(self.active.tolist()):
+            row = {name: figures[j][i] for j, name in enumerate(columns)}
+            self.log[edit].append({"step": float(step), **row})
+            if not math.isfinite(row["total"]):
+                bad = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+                raise NonFiniteError(
+                    f"The loss of edit {self.names[edit]} is not finite at step {step} ({bad}). Nothing was written. "
+                    "Lower lr, or load the model in float32 or bfloat16 if it is float16."
+                )
+
+    def settle(self, kl: Tensor) -> Tensor:
+        """PMET's second stopping rule [E]; sets the factor of the NLL for the next step."""
+        assert self._missed is not None
+        all_first = self._missed == 0
+        self._nll_factor = torch.ones_like(kl).masked_fill(all_first, 0.1)
+        return all_first & (kl <= 0.01)
+
+    def update(self, total: Tensor, goes_on: Tensor, objective: Objective) -> None:
+        """One Adam step for the edits that go on, and the clamp."""
+        if self._adam is None:
+            self._adam = torch.optim.Adam([self.delta], lr=objective.lr)
+        self._adam.zero_grad()
+        total[goes_on].sum().backward()
+        self.runner.pass_on()
+        frozen = torch.ones(len(self.delta), dtype=torch.bool, device=self.delta.device)
+        frozen[self.active[goes_on]] = False
+        before = self.delta.detach().clone()
+        self._adam.step()
+        with torch.no_grad():
+            initial = self.initial.norm(dim=-1, keepdim=True)
+            if objective.lr_relative:  # Adam's step does not depend on the gradient's scale
+                unit = initial / math.sqrt(self.initial.shape[-1])
+                self.delta.copy_(before + (self.delta - before) * unit)
+            bound = objective.clamp * initial
+            norm = self.delta.norm(dim=-1, keepdim=True)
+            self.delta.mul_(torch.where(norm > bound, bound / norm, torch.ones_like(norm)))
+            self.delta[frozen] = before[frozen]  # Adam's momentum would carry finished edits on
+
+    def keep(self, stays: Tensor) -> None:
+        """Let the other edits leave the batch."""
+        assert self._before is not None
+        assert self._subject_log_probs is not None
+        self.active = self.active[stays]
+        self._before = self._before.keep_edits(stays)
+        self._subject_log_probs = self._subject_log_probs[stays]
+        self._nll_factor = self._nll_factor[stays]
+        self.runner.restrict(stays.tolist())

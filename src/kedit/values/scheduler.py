@@ -1,0 +1,299 @@
+"""Packing edits into waves, choosing how they run, and surviving a lack of memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from kedit.errors import KEditError
+from kedit.models import ModelArch, Site
+from kedit.regularizers.base import Needs, Regularizer
+from kedit.utils.device_memory import SHARE, TRIM_ABOVE, HeapTrim, free_memory
+from kedit.utils.distributed import here
+from kedit.utils.progress import Progress, logger
+from kedit.values.cached_forward import PartialRunner, first_block
+from kedit.values.chunked_forward import InParts
+from kedit.values.forward import Runner, Wave
+from kedit.values.memory import Footprint, UnitCosts
+from kedit.values.optimize import Objective, Values, optimise
+
+if TYPE_CHECKING:
+    from kedit.prompts.encode import Request
+
+Mode = Literal["auto", "partial", "plain"]
+TOKENS_PER_WAVE = 8_192
+FIXED_COST = {
+    "cpu": 64,
+    "cuda": 1_024,
+}  # of a step besides its tokens (weights read, kernels launched), as so many tokens
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class Engine:
+    """How the value optimisation of one model runs.
+
+    Attributes:
+        arch: the model.
+        mode: ``"partial"`` runs only what depends on δ, ``"plain"`` everything; ``"auto"`` is partial where a check
+            on the model's first wave finds both to agree, and says so where they do not.
+        budget: tokens per wave, padding included. Running out of memory lowers it for good.
+        used: the budget of the latest edits, lower where little memory was free; recorded in the patch, as results are
+            bit-equal for one budget only.
+        halved: how often a lack of memory halved a budget.
+    """
+
+    arch: ModelArch
+    mode: Mode = "auto"
+    budget: int = TOKENS_PER_WAVE
+    used: int = TOKENS_PER_WAVE
+    halved: int = 0
+    _verdicts: dict[tuple[Site, ...], bool] = field(default_factory=dict)
+    _costs: dict[tuple[object, ...], UnitCosts] = field(default_factory=dict)
+
+    def optimise(
+        self,
+        sites: Sequence[Site],
+        requests: Sequence[Request],
+        objective: Objective,
+        regularizers: Sequence[Regularizer],
+        needs: Needs,
+    ) -> Values:
+        """The values of all edits, in the order of ``requests``; of several processes each optimises its share.
+
+        Edits of similar length go into one wave, which stays together for all its steps. Where memory runs out, the
+        budget is halved and the wave begins again in smaller ones; an edit that exceeds it alone runs in parts.
+
+        Raises:
+            NonFiniteError: a loss is not finite.
+            KEditError: a single prompt does not fit into memory.
+        """
+        group = here()
+        order = group.share(_by_span(requests))
+
+        def mine() -> list[tuple[list[int], Values]]:
+            return self._optimise(sites, requests, order, objective, regularizers, needs) if order else []
+
+        if group.size == 1:
+            return _in_order(mine())
+        device = self.arch.input_device
+        shares = group.attempt(lambda: [(numbers, values.to("cpu")) for numbers, values in mine()])
+        return _in_order([wave for share in shares for wave in share]).to(device)
+
+    def _optimise(
+        self,
+        sites: Sequence[Site],
+        requests: Sequence[Request],
+        order: Sequence[int],
+        objective: Objective,
+        regularizers: Sequence[Regularizer],
+        needs: Needs,
+    ) -> list[tuple[list[int], Values]]:
+        """The edits ``order``, wave by wave."""
+        self.used = self.budget
+        pending: list[list[int]] | None = None  # not packed yet
+        rest = list(order)
+        footprint: Footprint | None = None
+        done: list[tuple[list[int], Values]] = []
+        with Progress(len(order), "optimising") as progress:
+            while rest:
+                numbers = rest[:1]
+                try:
+                    if pending is None:
+                        footprint = self._fit(sites, requests, rest, needs)
+                        pending = self._waves(requests, rest)
+                    numbers = pending[0]
+                    runner = self.runner(sites, _wave(requests, numbers), needs)
+                    values = optimise(runner, objective, regularizers, numbers=numbers, progress=progress)
+                except torch.OutOfMemoryError as error:
+                    alone = len(numbers) == 1
+                    if alone and self.used <= requests[numbers[0]].span:  # its prompts run one by one already
+                        tokens = max(len(prompt.tokens) for prompt in requests[numbers[0]].prompts(0))
+                        raise KEditError(
+                            f"Edit {numbers[0]} does not fit into the device's memory, not even one prompt after the other (the "
+                            f"longest has {tokens} tokens). Use shorter contexts, or a dtype of 16 bits."
+                        ) from error
+                else:
+                    done.append((numbers, values))
+                    rest = [number for wave in pending[1:] for number in wave]
+                    pending = pending[1:]
+                    if footprint is not None and footprint.total > TRIM_ABOVE:
+                        HeapTrim.now()  # or the next stage would come on top of what this one no longer needs
+                    continue
+                self._halve("Out of memory", _tokens(requests[numbers[0]]) if alone else None)
+                self.budget = self.used
+                torch.cuda.empty_cache()
+                pending = None
+        return done
+
+    def _fit(self, sites: Sequence[Site], requests: Sequence[Request], order: Sequence[int], needs: Needs) -> Footprint:
+        """Say what the largest wave will hold and return it; halve the budget until that is a fair share of the free memory."""
+        # Of a model on several devices, the fullest one decides: how a wave spreads over them is not known.
+        free = min(map(free_memory, self.arch.devices))
+        while True:
+            waves = self._waves(requests, order)
+            largest = _largest(requests, waves)
+            footprint = self.footprint(sites, _wave(requests, largest), needs)
+            alone = requests[largest[0]] if len(largest) == 1 else None
+            if footprint.total <= SHARE * free or (alone is not None and self.used <= alone.span):
+                break
+            reason = f"{footprint} is more than {SHARE:.0%} of the {free / 2**20:,.0f} MiB that are free"
+            self._halve(reason, None if alone is None else _tokens(alone))
+        level = logging.INFO if footprint.total > 1 << 28 else logging.DEBUG
+        logger.log(level, "%d edits in %d wave(s); the largest holds %s.", len(requests), len(waves), footprint)
+        return footprint
+
+    def largest_footprint(self, sites: Sequence[Site], requests: Sequence[Request], needs: Needs) -> Footprint:
+        """What the largest of the waves of ``requests`` will hold in memory."""
+        self.used = self.budget
+        waves = self._waves(requests, _by_span(requests))
+        return self.footprint(sites, _wave(requests, _largest(requests, waves)), needs)
+
+    def footprint(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Footprint:
+        """What ``wave`` will hold in memory at its peak, beside the model."""
+        runner = self.runner(sites, wave, needs)
+        if isinstance(runner, InParts):
+            return Footprint.in_parts([self._footprint(sites, part) for part in runner.parts])
+        return self._footprint(sites, runner)
+
+    def _footprint(self, sites: Sequence[Site], runner: Runner) -> Footprint:
+        wave, needs = runner.wave, runner.needs
+        # What a token costs depends on how many it attends to, so lengths that differ by more are measured anew.
+        length = round(math.log(runner.width + runner.prefix, 1.2))
+        key = (tuple(sites), type(runner), needs, length)
+        if key not in self._costs:
+            self._costs[key] = UnitCosts.measure(self.arch, sites, wave, needs, type(runner))
+        return self._costs[key].footprint(wave, runner.width, runner.prefix)
+
+    def _halve(self, reason: str, tokens: int | None = None) -> None:
+        """Halve the budget; where one edit of so many tokens runs already, at least so that it runs in two parts."""
+        self.used = (self.used if tokens is None else min(self.used, tokens)) // 2
+        self.halved += 1
+        logger.warning("%s: waves now hold %d tokens.", reason, self.used)
+
+    def runner(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
+        """What executes ``wave``, by the mode and, for ``"auto"``, by the check of the model.
+
+        One edit that exceeds the budget alone runs in parts.
+        """
+        whole = self._whole(sites, wave, needs)
+        rows = max(1, self.used // whole.width)
+        return InParts(whole, rows) if wave.num_edits == 1 and rows < len(wave.prompts) else whole
+
+    def _whole(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
+        if self.mode == "plain":
+            return Runner(self.arch, sites, wave, needs)
+        first = first_block(self.arch, sites)
+        if any(wanted and wanted.start < first for wanted in (needs.attention, needs.hidden, needs.keys)):
+            logger.info("A regularizer reads blocks below %d, so every prompt runs whole at every step.", first)
+            return Runner(self.arch, sites, wave, needs)
+        key = tuple(sites)
+        if self.mode == "auto" and key not in self._verdicts:
+            self._verdicts[key] = self._check(sites, wave)
+        if self.mode == "auto" and not self._verdicts[key]:
+            return Runner(self.arch, sites, wave, needs)
+        return PartialRunner(self.arch, sites, wave, needs)
+
+    def _waves(self, requests: Sequence[Request], order: Sequence[int]) -> list[list[int]]:
+        """Numbers of the edits that run together: of similar length, at most ``budget`` padded tokens (one edit at least)."""
+        fixed = FIXED_COST["cuda" if self.arch.input_device.type == "cuda" else "cpu"]
+        waves: list[list[int]] = []
+        for alike in _alike(requests, order, fixed):
+            width = rows = 0
+            for number in alike:
+                span, count = requests[number].span, len(requests[number].prompts(0))
+                if rows and max(width, span) * (rows + count) <= self.used:
+                    waves[-1].append(number)
+                    width, rows = max(width, span), rows + count
+                else:
+                    waves.append([number])
+                    width, rows = span, count
+        return waves
+
+    def _check(self, sites: Sequence[Site], wave: Wave) -> bool:
+        """Whether the partial way gives the plain way's logits on the wave's first edit, with a δ of some size."""
+        first, _ = wave.select([0])
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, len(sites), self.arch.hidden)
+        delta = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.arch.input_device)
+        logits: list[torch.Tensor] = []
+        reason = ""
+        try:
+            for kind in (Runner, PartialRunner):
+                runner = kind(self.arch, sites, first, Needs())
+                with runner.installed(), torch.no_grad():
+                    if not logits:
+                        reading = runner.run(delta.to(self.arch.work_dtype) * 0)
+                        delta = delta / delta.norm(dim=-1, keepdim=True) * reading.initial.norm(dim=-1, keepdim=True)
+                    logits.append(runner.run(delta.to(self.arch.work_dtype)).logits.to(torch.float64))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            error_size = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-30))
+            if not error_size <= _TOLERANCE.get(self.arch.dtype, 1e-2):
+                reason = f"its logits differ by {error_size:.1e} relative"
+        if reason:
+            logger.warning(
+                "This %s is run the plain way, every prompt whole at every step: the partial way failed its check (%s).",
+                self.arch.model_type,
+                reason,
+            )
+        return not reason
+
+
+def _alike(requests: Sequence[Request], order: Sequence[int], fixed: int) -> list[list[int]]:
+    """``order`` (by span) cut where the padding saved is worth the fixed cost of one more wave, both in tokens."""
+    groups = [list(group) for _, group in groupby(order, key=lambda number: requests[number].span)]
+    spans = [requests[group[0]].span for group in groups]
+    rows = [sum(len(requests[number].prompts(0)) for number in group) for group in groups]
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first i groups, and where the last cut is
+    for i, span in enumerate(spans):
+        choices = ((best[j][0] + fixed + span * sum(rows[j : i + 1]), j) for j in range(i + 1))
+        best.append(min(choices))
+    found, end = [], len(groups)
+    while end:
+        start = best[end][1]
+        found.append([number for group in groups[start:end] for number in group])
+        end = start
+    return found[::-1]
+
+
+def _by_span(requests: Sequence[Request]) -> list[int]:
+    """The edits' numbers, those of similar length side by side."""
+    return sorted(range(len(requests)), key=lambda number: (requests[number].span, number))
+
+
+def _tokens(request: Request) -> int:
+    """Tokens that one edit runs, padding included."""
+    return request.span * len(request.prompts(0))
+
+
+def _largest(requests: Sequence[Request], waves: Sequence[list[int]]) -> list[int]:
+    return max(waves, key=lambda numbers: len(numbers) * max(requests[number].span for number in numbers))
+
+
+def _wave(requests: Sequence[Request], numbers: Sequence[int]) -> Wave:
+    prompts = [prompt for i, number in enumerate(numbers) for prompt in requests[number].prompts(i)]
+    return Wave(tuple(prompts), len(numbers))
+
+
+def _in_order(done: Sequence[tuple[list[int], Values]]) -> Values:
+    """Put the waves' values together in the order of the edits' numbers."""
+    numbers = [number for wave, _ in done for number in wave]
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    log = [steps for _, values in done for steps in values.log]
+    known = [flag for _, values in done for flag in values.known]
+    return Values(
+        torch.cat([values.delta for _, values in done])[order],
+        torch.cat([values.initial for _, values in done])[order],
+        [log[i] for i in order],
+        [known[i] for i in order],
+    )
