@@ -21,8 +21,7 @@ from kedit.analysis.activation_patching import patch_activations
 from kedit.cli import main
 from kedit.errors import DependencyError, EditError
 from kedit.report import figures as plots
-from kedit.report.html import page
-from kedit.report.overview import head_sets, reveal
+from kedit.report.overview import head_sets, page, reveal
 from tiny_models import tiny_model
 
 CASE = "test-7"  # plain ROME breaks all its neighbours

@@ -15,6 +15,7 @@ from kedit.evaluation.journal import make_folder, write_text
 from kedit.evaluation.metrics import METRICS, Metric, chosen
 from kedit.evaluation.records import CaseRecord
 from kedit.evaluation.statistics import Estimate, Floats, case_weights, difference
+from kedit.utils.registry import import_target
 
 Figures = dict[str, Estimate | None]
 
@@ -124,9 +125,7 @@ class EvalReport:
 
     def to_html(self) -> str:
         """One page with tables and plots, without anything from elsewhere."""
-        from kedit.report.evaluation import page
-
-        return page(self)
+        return str(import_target("kedit.report.evaluation:page")(self))
 
     def save(self, folder: str | Path) -> Path:
         """Write ``records.jsonl``, ``summary.json``, ``summary.md`` and ``report.html``; returns the folder.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from kedit.analysis.results.drift import DriftProbe, DriftResult
 from kedit.analysis.results.patching import PatchingResult
@@ -16,13 +16,9 @@ from kedit.report import figures
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kedit.report.overview import Reveal
-
-Shown = TypeVar("Shown", bound=Any)
-
 SHOWN_HEADS = 10
 SHOWN_PROBES = 40
-_STYLE = """
+STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff; }
 h1 { font-size: 1.6em; line-height: 1.25; } h2 { margin-top: 2em; border-top: 1px solid #ddd; padding-top: .8em; }
 figure { margin: 1.2em 0; } figure img { max-width: 100%; height: auto; } figcaption { color: #555; max-width: 48em; }
@@ -33,41 +29,13 @@ pre { background: #f6f6f6; padding: .8em; white-space: pre-wrap; } .bad { color:
 """
 
 
-def page(found: Reveal) -> str:
-    """The whole page about one edit or a run."""
-    parts = [
-        f"<h1>{escape(found.title)}</h1>",
-        f"<p>{escape(found.intro)}</p>",
-        "<h2>What the model says</h2>",
-        answers_html(found.drifts),
-        "<h2>Where the fact is kept</h2>",
-        _absent(found.missing["trace"]) if found.trace is None else trace_html(found.trace),
-        "<h2>Where the last token looks</h2>",
-        maps_html(found.drifts),
-        "<h2>Which heads moved</h2>",
-        heads_html(found.drifts),
-        _absent(found.missing["regularized"], "The run with the regularizer is not")
-        if "regularized" in found.missing
-        else "",
-        "<h2>What carries the damage</h2>",
-        _absent(found.missing["patching"]) if found.patching is None else patching_html(found.patching),
-        "<h2>Run</h2>",
-        table([], [[escape(key), escape(str(value))] for key, value in found.meta.items()]),
-    ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
-        f"<title>{escape(found.title)}</title><style>{_STYLE}</style>"
-    )
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+def notebook_html(result: Any) -> str:
+    """What a notebook shows of a result of :mod:`kedit.analysis`."""
+    return in_notebook(result, next(html for kind, html in _HTML.items() if isinstance(result, kind)))
 
 
-def _absent(reason: str, what: str = "Not") -> str:
-    """Why a part is not on the page."""
-    return f"<p>{escape(what)} available: {escape(reason)}</p>"
-
-
-def in_notebook(result: Shown, html: Callable[[Shown], str]) -> str:
-    """What a notebook shows of a result; its summary where there is no matplotlib."""
+def in_notebook(result: Any, html: Callable[[Any], str]) -> str:
+    """The HTML of a result; its summary where there is no matplotlib."""
     try:
         return html(result)
     except DependencyError as error:
@@ -217,3 +185,10 @@ def _worst_first(result: DriftResult) -> list[DriftProbe]:
     if len(result.probes) <= SHOWN_PROBES:
         return list(result.probes)
     return sorted(result.probes, key=lambda probe: -probe.loss)
+
+
+_HTML: dict[type, Callable[[Any], str]] = {
+    TraceResult: trace_html,
+    DriftResult: drift_html,
+    PatchingResult: patching_html,
+}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from kedit.evaluation.cases import EditCase
 from kedit.evaluation.provenance import describe_model, environment
 from kedit.models import ModelArch
 from kedit.regularizers import Choice
+from kedit.report.html import STYLE, answers_html, heads_html, in_notebook, maps_html, patching_html, table, trace_html
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,8 +62,6 @@ class Reveal:
 
     def save(self, path: str | Path) -> Path:
         """Write the page: one HTML file that needs nothing else."""
-        from kedit.report.html import page
-
         target = Path(path)
         text = page(self)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,9 +69,40 @@ class Reveal:
         return target
 
     def _repr_html_(self) -> str:
-        from kedit.report.html import in_notebook, page
-
         return in_notebook(self, page)
+
+
+def page(found: Reveal) -> str:
+    """The whole page about one edit or a run."""
+    parts = [
+        f"<h1>{escape(found.title)}</h1>",
+        f"<p>{escape(found.intro)}</p>",
+        "<h2>What the model says</h2>",
+        answers_html(found.drifts),
+        "<h2>Where the fact is kept</h2>",
+        _absent(found.missing["trace"]) if found.trace is None else trace_html(found.trace),
+        "<h2>Where the last token looks</h2>",
+        maps_html(found.drifts),
+        "<h2>Which heads moved</h2>",
+        heads_html(found.drifts),
+        _absent(found.missing["regularized"], "The run with the regularizer is not")
+        if "regularized" in found.missing
+        else "",
+        "<h2>What carries the damage</h2>",
+        _absent(found.missing["patching"]) if found.patching is None else patching_html(found.patching),
+        "<h2>Run</h2>",
+        table([], [[escape(key), escape(str(value))] for key, value in found.meta.items()]),
+    ]
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        f"<title>{escape(found.title)}</title><style>{STYLE}</style>"
+    )
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _absent(reason: str, what: str = "Not") -> str:
+    """Why a part is not on the page."""
+    return f"<p>{escape(what)} available: {escape(reason)}</p>"
 
 
 def reveal(

@@ -6,11 +6,17 @@ import difflib
 import importlib
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from kedit.errors import UnknownNameError
 
 T = TypeVar("T")
+
+
+def import_target(target: str) -> Any:
+    """Import what ``"module:attribute"`` names; for what is needed only when it is asked for."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 class Registry(Generic[T]):
@@ -54,8 +60,7 @@ class Registry(Generic[T]):
 
     def _resolve(self, name: str, key: str) -> T:
         if key in self._targets:
-            module, _, attribute = self._targets[key].partition(":")
-            return cast(T, getattr(importlib.import_module(module), attribute))
+            return cast(T, import_target(self._targets[key]))
         outside = self._entry_points().get(key, [])
         if len(outside) > 1:
             raise UnknownNameError(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kedit.analysis.bootstrap import Floats, correlation, pearson, spearman
 from kedit.analysis.checks import as_kind
+from kedit.analysis.results.base import NotebookResult
 from kedit.errors import EditError
 from kedit.evaluation.cases import Kind
 from kedit.evaluation.statistics import Estimate, Tally, case_weights, difference, estimate
@@ -106,7 +107,7 @@ class Head:
 
 
 @dataclass(frozen=True, eq=False)
-class DriftResult:
+class DriftResult(NotebookResult):
     """Attention before and after the edits of some cases.
 
     Attributes:
@@ -248,11 +249,6 @@ class DriftResult:
         if self.failures:
             lines.append(f"{len(self.failures)} cases could not be edited.")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from kedit.report.html import drift_html, in_notebook
-
-        return in_notebook(self, drift_html)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every probe with its figures by block and head."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from kedit.analysis.bootstrap import Floats
 from kedit.analysis.interventions import LABELS
+from kedit.analysis.results.base import NotebookResult
 from kedit.errors import UnknownNameError
 from kedit.evaluation.cases import Kind
 from kedit.evaluation.statistics import Estimate, case_weights
@@ -70,7 +71,7 @@ class Condition:
 
 
 @dataclass(frozen=True, eq=False)
-class PatchingResult:
+class PatchingResult(NotebookResult):
     """Probabilities of right and wrong answers under every exchange of activations.
 
     Attributes:
@@ -167,11 +168,6 @@ class PatchingResult:
                 cell = "none was done" if share is None else _percent(share, 100.0)
                 lines.append(f"  {one!s:68s} {_percent(self.score(i)):20s} {cell}")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from kedit.report.html import in_notebook, patching_html
-
-        return in_notebook(self, patching_html)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every probability."""

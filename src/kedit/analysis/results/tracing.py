@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kedit.analysis.bootstrap import Floats, mean_map
 from kedit.analysis.interventions import LABELS
+from kedit.analysis.results.base import NotebookResult
 from kedit.errors import ConfigError, EditError
 
 ROLES = ("subject first", "subject middle", "subject last", "next", "between", "last")
@@ -114,7 +115,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True, eq=False)
-class TraceResult:
+class TraceResult(NotebookResult):
     """Traced facts and their averages.
 
     Attributes:
@@ -192,11 +193,6 @@ class TraceResult:
                 layer = int(np.nanargmax(found[0, role]))
                 lines.append(f"  {LABELS[kind]:16s} {label:18s} block {layer:2d}: {_cell(found[:, role, layer])}")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from kedit.report.html import in_notebook, trace_html
-
-        return in_notebook(self, trace_html)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every fact's effects and the averages (NaN as null)."""
