@@ -17,7 +17,7 @@ import kedit
 from kedit.cli import COMMANDS, _parser
 from kedit.data import FORMATS
 from kedit.editors import EDITORS
-from kedit.embedded import corpus
+from kedit.embedded.defaults import corpus
 from kedit.evaluation import METRICS
 from kedit.keys.estimate import estimate_moments
 from kedit.regularizers import REGULARIZERS

@@ -295,12 +295,12 @@ def _sadr(args: argparse.Namespace, editor: Editor, notes: list[str]) -> SADR:
 
 def _give_moments(args: argparse.Namespace, editor: Editor, notes: list[str]) -> None:
     """Estimate the second moments from the text that is given, or from one that needs no network."""
-    from kedit import embedded
+    from kedit.embedded.defaults import corpus as invented
     from kedit.keys.estimate import estimate_moments
 
     layers, tokens, corpus = editor.config.layers, None, args.moments_corpus
     if corpus is None:
-        corpus, tokens = embedded.corpus(), KEYS_PER_DIMENSION * max(map(editor.arch.memory_width, layers))
+        corpus, tokens = invented(), KEYS_PER_DIMENSION * max(map(editor.arch.memory_width, layers))
         notes.append(
             "The second moments come from the embedded model's text, a small invented world, so that the demo needs no "
             "network. For an edit to keep, give text like the model's own with --moments-corpus FILE."

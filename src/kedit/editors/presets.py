@@ -9,24 +9,11 @@ EasyEdit's for Llama-2, Llama-3, Mistral and Qwen2. γ of SADR is published for 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from kedit.models import ModelArch
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Hyper-parameters of one editor for one model.
-
-    Attributes:
-        values: fields of the editor's ``Config``.
-        regularized: by regularizer name: changed ``Config`` fields, and fields of the regularizer under ``"self"``.
-    """
-
-    values: Mapping[str, Any]
-    regularized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
+from kedit.models.defaults import Preset as Preset
+from kedit.models.defaults import model_defaults
 
 Model = tuple[str, int, int]  # model type, blocks, width
 
@@ -114,38 +101,18 @@ PRESETS: dict[str, dict[Model, Preset]] = {
     "ft": _FT,
 }
 
-# The embedded model is recognised by its mark, not by its shape. All chosen on the development half of its world: a step
-# size at which the edits are as firm as in large models, where plain ROME loses what SADR is there to keep (at half of it
-# ROME loses a third as much DNS), and the smallest γ that wins nearly all of it back.
-_TESTBED_VALUE = {"steps": 40, "lr": 1.0, "weight_decay": 0.1, "clamp": 4.0}
-_TESTBED_NULL_SPACE = {"l2": 0.1, "threshold": 0.1, "threshold_rule": "mean", "l2_relative": False}
-_TESTBED_SADR: dict[str, Mapping[str, Any]] = {"sadr": {"self": {"gamma": 1.0}}}
-TESTBED_PRESETS: dict[str, Preset] = {
-    "rome": Preset({"layers": (0,), **_TESTBED_VALUE}, _TESTBED_SADR),
-    "rrome": Preset({"layers": (0,), **_TESTBED_VALUE}, _TESTBED_SADR),
-    "emmet": Preset({"layers": (0,), **_TESTBED_VALUE}, _TESTBED_SADR),
-    "memit": Preset({"layers": (0, 1), "moment_weight": 1.0, **_TESTBED_VALUE}, _TESTBED_SADR),
-    "pmet": Preset(
-        {"layers": (0, 1), "moment_weight": 1.0, **_TESTBED_VALUE, "steps": 60, "clamp": 16.0}, _TESTBED_SADR
-    ),
-    "alphaedit": Preset({"layers": (0, 1), **_TESTBED_NULL_SPACE, **_TESTBED_VALUE}, _TESTBED_SADR),
-    "ft": Preset({"layers": (0,), "steps": 40, "lr": 3e-3, "clamp": 7e-3}),
-}
-
-
-# Its keys are few and lie in few directions; a firmer ridge keeps C⁻¹ from blowing up the rest.
-TESTBED_RIDGE = 1e-2
-
 
 def ridge(arch: ModelArch) -> float | None:
     """The relative ridge of second moments that are estimated for a model; ``None``: the usual one."""
-    return TESTBED_RIDGE if getattr(arch.model.config, "kedit_testbed", False) else None
+    own = model_defaults(arch.model)
+    return None if own is None else own.ridge
 
 
 def find(editor: str, arch: ModelArch) -> Preset | None:
     """The preset of an editor for a model, or ``None``."""
-    if getattr(arch.model.config, "kedit_testbed", False) and editor in TESTBED_PRESETS:
-        return TESTBED_PRESETS[editor]
+    own = model_defaults(arch.model)
+    if own is not None and editor in own.presets:
+        return own.presets[editor]
     return PRESETS.get(editor, {}).get((arch.model_type, arch.num_layers, arch.hidden))
 
 

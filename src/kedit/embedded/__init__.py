@@ -14,11 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kedit.embedded.world import World
-    from kedit.keys.corpus import Corpus
 
 ASSETS = Path(__file__).parent / "assets"
 NAME = "kedit-testbed"
-NUM_DOCUMENTS = 12_000
 
 
 def load(*, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -27,7 +25,7 @@ def load(*, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, Pr
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=dtype or torch.float32)
-    model.config.kedit_testbed = True  # by this mark presets and the default corpus know it
+    model.config.kedit_testbed = True  # by this mark it gets the defaults of kedit.embedded.defaults
     model.config._name_or_path = NAME
     return model.eval(), AutoTokenizer.from_pretrained(ASSETS)
 
@@ -37,11 +35,3 @@ def load_world() -> World:
     from kedit.embedded.world import World
 
     return World.load(ASSETS / "world.json")
-
-
-def corpus() -> Corpus:
-    """Texts like those the embedded model was trained on: its default corpus for second moments."""
-    from kedit.keys.corpus import Corpus
-
-    known = load_world()
-    return Corpus("the invented world", f"world:{known.seed}:1", lambda: known.documents(1, NUM_DOCUMENTS))

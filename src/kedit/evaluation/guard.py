@@ -21,8 +21,8 @@ from kedit.evaluation.cases import EditCase, Kind
 from kedit.evaluation.metrics import all_tokens, success
 from kedit.evaluation.probing import Examiner, Extent
 from kedit.evaluation.records import CaseScore, ProbeScore
-from kedit.keys.corpus import as_corpus
 from kedit.models import ModelArch
+from kedit.models.defaults import model_defaults
 from kedit.patch.ledger import Ledger
 from kedit.utils.linalg import is_finite
 
@@ -38,7 +38,6 @@ PLAIN = (
     "rice and potatoes take longer to cook.",
 )
 """What a model reads for KL and perplexity where no text is given."""
-OWN = 40  # documents of its own world that the embedded model reads instead
 
 _GAINS = {"efficacy": Kind.REWRITE, "paraphrase": Kind.PARAPHRASE}
 _DROPS = {"neighbour_drop": Kind.NEIGHBOUR, "distracted_drop": Kind.DISTRACTED, "relation_drop": Kind.RELATION}
@@ -166,7 +165,8 @@ class Guard:
         """The plain text that ``model`` is asked to read."""
         if self.texts is not None:
             return tuple(self.texts)
-        return tuple(islice(as_corpus(None, model), OWN)) if getattr(model.config, "kedit_testbed", False) else PLAIN
+        own = model_defaults(model)
+        return PLAIN if own is None else tuple(islice(own.texts(), own.guard_texts))
 
     def watch(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit]) -> Watch:
         """Measure ``model`` as it is, before ``edits`` are written."""

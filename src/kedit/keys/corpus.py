@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kedit.errors import ConfigError
+from kedit.models.defaults import model_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,10 +63,9 @@ def as_corpus(corpus: Corpus | Iterable[str] | str | Path | None, model: PreTrai
 
 
 def _default(model: PreTrainedModel) -> Corpus:
-    if getattr(model.config, "kedit_testbed", False):
-        from kedit import embedded
-
-        return embedded.corpus()
+    own = model_defaults(model)
+    if own is not None:
+        return Corpus(own.corpus_name, own.corpus_key, own.texts)
     try:
         return _dataset(*WIKIPEDIA)
     except ConfigError as error:
