@@ -14,7 +14,7 @@ from kedit.arch.experts import Experts
 from kedit.arch.lookup import bare, part, weight_of
 from kedit.arch.table import ARCHITECTURES, ArchSpec
 from kedit.arch.weight import Weight
-from kedit.compat import forward_parameters
+from kedit.compat import forward_parameters, head_of
 from kedit.errors import ArchitectureError, ConfigError, UnsupportedError
 from kedit.hooks import by_prompt, on_input
 from kedit.placement import device_of, unwrap
@@ -97,7 +97,8 @@ class ModelArch:
     @property
     def head(self) -> nn.Module:
         """The language-model head."""
-        return self._part(self.spec.head)
+        found = head_of(self.model, self.spec.head)
+        return self._part(self.spec.head) if found is None else found
 
     @property
     def final_norm(self) -> nn.Module:
@@ -174,9 +175,9 @@ class ModelArch:
     def _at_the_end(self) -> list[torch.device]:
         """Devices of the last block, of the final norm (some types have none) and of the head."""
         found = [self.device(self.num_layers - 1)]
-        for path in (self.spec.final_norm, self.spec.head):
+        for name in ("final_norm", "head"):
             with suppress(ArchitectureError):
-                module = bare(self._part(path))
+                module = bare(getattr(self, name))
                 found += [device_of(module)] if getattr(module, "weight", None) is not None else []
         return found
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from kedit.capture import state
+from kedit.compat import uses_interface
 from kedit.errors import ArchitectureError, CaptureError
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def follows_interface(file: str) -> bool:
     except (OSError, TypeError):
         source = ""
     branches = re.search(r"_attn_implementation\s*(==|!=|in|not in)\b.*sdpa", source)
-    return "ALL_ATTENTION_FUNCTIONS.get_interface(" in source and not branches
+    return uses_interface(source) and not branches
 
 
 @contextmanager
