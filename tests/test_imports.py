@@ -143,7 +143,7 @@ def test_public_names_resolve_and_no_others():
 
 def test_importing_everything_touches_no_random_state_and_no_threads():
     code = (
-        "import random, torch; a = torch.get_rng_state(); b = random.getstate(); n = torch.get_num_threads();"
+        "import random, torch, transformers; a = torch.get_rng_state(); b = random.getstate(); n = torch.get_num_threads();"
         "import kedit; [getattr(kedit, name) for name in kedit.__all__]; import kedit.cli;"
         "print(torch.equal(a, torch.get_rng_state()), b == random.getstate(), n == torch.get_num_threads(), kedit.ROME.name)"
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kedit.capture import capture_attention, row_kl
+from kedit.capture.install import follows_interface
 from kedit.models.compat import cache_argument
 
 PADS = ("none", "right", "left")
@@ -147,6 +148,9 @@ def test_sdpa_in_place_of_eager_attention(name: str, pad: str) -> None:
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_outside_types_have_nothing_left_on_them(name: str) -> None:
     model = make(name)
+    homes = {type(module).__module__ for module in model.modules() if "Attention" in type(module).__name__}
+    if all(map(follows_interface, homes)):
+        pytest.skip(f"This version of transformers calls the attention of {name} by its interface.")
     before = {key: set(vars(module)) for key, module in model.named_modules()}
     with capture_attention(model, inputs()[1]):
         assert {key: set(vars(module)) for key, module in model.named_modules()} != before

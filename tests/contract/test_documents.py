@@ -5,13 +5,17 @@ import importlib
 import re
 import shlex
 import sys
-import tomllib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 import kedit
 from kedit.cli import COMMANDS, _parser

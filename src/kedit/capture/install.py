@@ -16,6 +16,7 @@ from torch import nn
 
 from kedit.capture import open_contexts
 from kedit.errors import ArchitectureError, CaptureError
+from kedit.models.compat import uses_interface
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +98,7 @@ def follows_interface(file: str) -> bool:
     except (OSError, TypeError):
         source = ""
     branches = re.search(r"_attn_implementation\s*(==|!=|in|not in)\b.*sdpa", source)
-    return "ALL_ATTENTION_FUNCTIONS.get_interface(" in source and not branches
+    return uses_interface(source) and not branches
 
 
 @contextmanager

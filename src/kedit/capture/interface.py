@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kedit.capture import open_contexts
 from kedit.capture.attention_rule import Rule
 from kedit.errors import CaptureError
+from kedit.models.compat import attention_scaling, attention_softcap
 
 NAME = "kedit_rows"
 _OWN = ("sdpa", "eager")
@@ -147,6 +148,7 @@ def _attention(
 def rule_of(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, extra: dict[str, Any]) -> Rule:
     """Read one call of the interface as a :class:`Rule`."""
     scaling = extra.get("scaling")
+    eager = _is_eager(module)
     causal = extra.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
@@ -162,11 +164,11 @@ def rule_of(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, extra:
         else:
             add = mask if add is None else add + mask
     return Rule(
-        scaling=q.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        scaling=attention_scaling(module, q.shape[-1], eager=eager) if scaling is None else float(scaling),
         allow=allow,
         add=add,
         causal=bool(causal) and mask is None and q.shape[2] > 1,
         offset=0,
-        softcap=extra.get("softcap"),
+        softcap=attention_softcap(extra.get("softcap"), eager=eager),
         sinks=extra.get("s_aux"),
     )

@@ -123,9 +123,9 @@ class AlphaEdit(MEMIT):
         """λ for some projected keys [E, N · I]; relative to what ordinary keys have in the directions of their experts."""
         weight = config.l2
         if config.l2_relative:
-            used = (part.any() for part in keys.chunk(len(insertion.weights), 1))
-            rule = (config.threshold, config.threshold_rule)
-            weight *= sum(self._energy[insertion.layer, *rule, expert] for expert, some in enumerate(used) if some)
+            rule = (insertion.layer, config.threshold, config.threshold_rule)
+            parts = enumerate(keys.chunk(len(insertion.weights), 1))
+            weight *= sum(self._energy[rule + (expert,)] for expert, part in parts if bool(part.any()))
         if config.min_share:
             weight = largest_weight(weight, keys.square().sum(1), config.min_share)
         return max(float(weight), torch.finfo(torch.float64).tiny)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from enum import Enum
 from typing import Any
 
 from kedit.edit import Edit, check_encodable
@@ -12,8 +12,10 @@ from kedit.errors import EditError
 from kedit.prompts.tokenize import separator
 
 
-class Kind(StrEnum):
+class Kind(str, Enum):
     """What a probe asks about."""
+
+    __str__ = str.__str__  # also in f-strings, as of enum.StrEnum, which Python 3.10 lacks
 
     REWRITE = "rewrite"  # the edit's own prompt
     PARAPHRASE = "paraphrase"  # the same fact in other words

@@ -79,11 +79,13 @@ def _default(model: PreTrainedModel) -> Corpus:
 def _file(path: Path) -> Corpus:
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.sha256()
+            while part := file.read(1 << 20):
+                found.update(part)
     except OSError as error:
         raise ConfigError(f"The corpus {path} cannot be read ({error}). Give a text or JSONL file.") from error
     kind, read = ("records", _records) if path.suffix == ".jsonl" else ("paragraphs", _paragraphs)
-    return Corpus(str(path), f"{kind}:sha256:{digest}", lambda: read(path))
+    return Corpus(str(path), f"{kind}:sha256:{found.hexdigest()}", lambda: read(path))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kedit.errors import ArchitectureError, ConfigError, UnsupportedError
 from kedit.models.architectures import ARCHITECTURES, ArchSpec
-from kedit.models.compat import forward_parameters
+from kedit.models.compat import forward_parameters, head_of
 from kedit.models.experts import Experts
 from kedit.models.hooks import by_prompt, on_input
 from kedit.models.offload import device_of, unwrap
@@ -97,7 +97,8 @@ class ModelArch:
     @property
     def head(self) -> nn.Module:
         """The language-model head."""
-        return self._part(self.spec.head)
+        found = head_of(self.model, self.spec.head)
+        return self._part(self.spec.head) if found is None else found
 
     @property
     def final_norm(self) -> nn.Module:
@@ -174,9 +175,9 @@ class ModelArch:
     def _at_the_end(self) -> list[torch.device]:
         """Devices of the last block, of the final norm (some types have none) and of the head."""
         found = [self.device(self.num_layers - 1)]
-        for path in (self.spec.final_norm, self.spec.head):
+        for name in ("final_norm", "head"):
             with suppress(ArchitectureError):
-                module = bare(self._part(path))
+                module = bare(getattr(self, name))
                 found += [device_of(module)] if getattr(module, "weight", None) is not None else []
         return found
 

@@ -1,18 +1,26 @@
 """What differs between the supported versions of transformers, in one place.
 
-transformers 5.24 renamed ``past_key_values`` to ``cache``, as an argument of every model's ``forward`` and as a field of its
-output. The name is read from the model's own signature, not from the version: a model that brings its own code
-(``trust_remote_code``) may keep the old one.
+Differences are read from the model at hand, not from the version: a model that brings its own code
+(``trust_remote_code``) may keep what transformers has changed.
+
+- 5.24 renames ``past_key_values`` to ``cache``, as an argument of every ``forward`` and as a field of its output.
+- 5.4 gives GPT-2's scaling to the attention function; before, eager attention reads its factors off the module.
+- 5.1 looks attention functions up with ``get_interface``; before, by index where the name is not "eager".
+- 5.3 knows experts without a gate; before, all have one.
+- Older versions run SDPA without a model's softcap; newer ones refuse to.
+- Older versions call GPT-NeoX's head ``embed_out``.
 """
 
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 _CACHE_NAMES = ("cache", "past_key_values")
+_LOOKUPS = ("ALL_ATTENTION_FUNCTIONS.get_interface(", "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]")
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
@@ -35,3 +43,42 @@ def cache_of(output: Any) -> Any:
     """The keys and values that a forward pass returned."""
     # In this order: where an output has the new field, reading the old one logs a warning.
     return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+def head_of(model: nn.Module, path: str) -> nn.Module | None:
+    """The language-model head at ``path``, or under the name that this version gives it; ``None`` where there is none."""
+    with suppress(AttributeError):
+        return model.get_submodule(path)
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Module) else None
+
+
+def has_gate(experts: nn.Module) -> bool:
+    """Whether experts multiply their up-projection with a gate."""
+    return bool(getattr(experts, "has_gate", True))
+
+
+def uses_interface(source: str) -> bool:
+    """Whether a model's code looks its attention function up by the name in its configuration."""
+    return any(call in source for call in _LOOKUPS)
+
+
+def attention_scaling(module: nn.Module, width: int, *, eager: bool) -> float:
+    """The factor of the scores where a model gives its attention function none.
+
+    Args:
+        module: the attention module.
+        width: of a head.
+        eager: whether the function is the model's own eager one.
+    """
+    scaling = width**-0.5
+    if eager and not getattr(module, "scale_attn_weights", True):
+        scaling = 1.0
+    if eager and getattr(module, "scale_attn_by_inverse_layer_idx", False):
+        scaling /= int(module.layer_idx) + 1  # type: ignore[arg-type]
+    return float(scaling)
+
+
+def attention_softcap(given: float | None, *, eager: bool) -> float | None:
+    """The softcap that an attention function applies of the one it is given."""
+    return given if eager else None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit.errors import ArchitectureError, UnsupportedError
+from kedit.models.compat import has_gate
 from kedit.models.offload import offloaded
 from kedit.models.weight import Weight
 
@@ -39,7 +40,7 @@ class Experts:
     def __post_init__(self) -> None:
         """Check that the module is of the form that is understood."""
         fused = getattr(self.module, self.leaf, None)
-        known = all(hasattr(self.module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+        known = all(hasattr(self.module, name) for name in ("has_bias", "is_transposed", "_apply_gate"))
         if not known or not isinstance(fused, nn.Parameter) or fused.ndim != 3:
             raise UnsupportedError(
                 f"{self.path} is a {type(self.module).__name__}: kedit edits experts whose down-projections are one plain tensor "
@@ -93,12 +94,13 @@ class Experts:
     def expert_keys(self, hidden: Tensor, expert: int) -> Tensor:
         """k_e: what one expert's down-projection sees of hidden states [n, H]; [n, I]."""
         module = self.module
-        name = "gate_up_proj" if module.has_gate else "up_proj"
+        gated = has_gate(module)
+        name = "gate_up_proj" if gated else "up_proj"
         matrix = self._read(name)[expert].to(hidden.device)
         inner = hidden.to(matrix) @ (matrix if module.is_transposed else matrix.T)
         if module.has_bias:
             inner = inner + self._read(f"{name}_bias")[expert].to(inner)
-        keys: Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        keys: Tensor = module._apply_gate(inner) if gated else module.act_fn(inner)
         return keys
 
     def _read(self, leaf: str) -> Tensor:
