@@ -43,7 +43,7 @@ class Plain:
         """δ [H] and v₀ [H] of one edit."""
         rows = [*request.rewrite, request.kl]
         ids, mask = pad([row.ids for row in rows])
-        lookup = torch.tensor([row.lookup for row in rows])
+        lookup = torch.tensor([row.subject_last for row in rows])
         everyone = torch.arange(len(rows))
         delta = torch.zeros(self.arch.hidden, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=self.lr)
@@ -67,7 +67,7 @@ class Plain:
                 for i, row in enumerate(request.rewrite):
                     labels = torch.tensor(row.labels)[:, None]
                     losses.append(-log_probs[i, row.prompt_last : len(row.ids) - 1].gather(1, labels).mean())
-                subject = log_probs[-1, request.kl.lookup]
+                subject = log_probs[-1, request.kl.subject_last]
                 original = subject.detach() if original is None else original
                 loss = torch.stack(losses).mean() + self.kl_factor * kl_div(
                     original, subject, log_target=True, reduction="sum"
@@ -92,7 +92,7 @@ class Plain:
             seen: list[Tensor] = []
             with on_input(self.arch.down(layer), lambda tensor, seen=seen: seen.append(tensor)):
                 self.arch.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            at = torch.tensor([row.lookup for row in request.rewrite])
+            at = torch.tensor([row.subject_last for row in request.rewrite])
             found.append(seen[0][torch.arange(len(at)), at].float())
         return torch.stack(found)
 
@@ -123,7 +123,7 @@ class Plain:
                 seen: list[Tensor] = []
                 with torch.no_grad(), on_output(self.arch.site(site), lambda tensor, seen=seen: seen.append(tensor)):
                     self.arch.model(input_ids=torch.tensor([request.rewrite[0].ids]), use_cache=False)
-                now.append(seen[0][0, request.rewrite[0].lookup].float())
+                now.append(seen[0][0, request.rewrite[0].subject_last].float())
             residual = (targets - torch.stack(now)).double() / (len(self.layers) - number)
             system = self.moment_weight * self.moments[layer].double() + mixed.T @ mixed
             updates[layer] = residual.T @ torch.linalg.solve(system, mixed.T).T

@@ -44,9 +44,9 @@ def precision(count: int = 40) -> str:
     for name, dtype in DTYPES.items():
         for editor_name in ("rome", "memit"):
             model, tok = kedit.load()
-            moments = kedit.editor(editor_name, model, tok).moments  # of the model as it was trained
+            moments = kedit.get_editor(editor_name, model, tok).moments  # of the model as it was trained
             model = model.to(dtype)
-            editor = kedit.editor(editor_name, model, tok, moments=moments)
+            editor = kedit.get_editor(editor_name, model, tok, moments=moments)
             lost, hits = [], 0.0
             for edit in wordings(count):
                 result = editor.apply(edit)
@@ -65,7 +65,7 @@ def memory_job(name: str, dtype: str, count: int) -> None:
     torch.set_num_threads(1)
     model, tok = gpt2_small(DTYPES[dtype]), tokenizer()
     layers = (4,) if name == "rome" else (2, 3, 4, 5)
-    editor = kedit.editor(
+    editor = kedit.get_editor(
         name,
         model,
         tok,
@@ -78,7 +78,7 @@ def memory_job(name: str, dtype: str, count: int) -> None:
         moments={layer: torch.eye(3_072) for layer in layers},
     )
     edits = counterfact_like(count)
-    stated = editor.demand(edits)
+    stated = editor.estimate_memory(edits)
     gc.collect()
     before = resident()
     forget_peak()

@@ -68,7 +68,7 @@ def arithmetic(shape: str, count: int, steps: int, rate: float) -> str:
     sample = min(count, 1_000)
     requests = encode_edits(arch, tokenizer(), counterfact_like(sample), contexts(0, 5), needs)
     prompts = [prompt for request in requests for prompt in request.prompts(0)]
-    running = sum(len(prompt.tokens) - prompt.row.lookup for prompt in prompts) / sample
+    running = sum(len(prompt.tokens) - prompt.row.subject_last for prompt in prompts) / sample
     flops = floor_flops(arch, requests, top, steps) / sample
     return (
         f"| {shape} | {count:,} | {len(prompts) / sample:.1f} | {running:.1f} | {flops / 1e12:.1f} | {count * flops / 1e15:.0f} | "

@@ -50,7 +50,7 @@ def run(name: str, edits: list[kedit.Edit], steps: int | None) -> list[list[str]
     """Rows of the table of one editor."""
     model, tokenizer = kedit.load()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    editor = kedit.editor(name, model, tokenizer, **({} if steps is None else {"steps": steps}))
+    editor = kedit.get_editor(name, model, tokenizer, **({} if steps is None else {"steps": steps}))
     editor.prepare()
     every, rows, seconds = max(1, len(edits) // 10), [], []
     for number, edit in enumerate(edits, start=1):
@@ -92,7 +92,7 @@ def at_once(edits: list[kedit.Edit]) -> list[list[str]]:
     rows = []
     counts = sorted({min(count, len(edits)) for count in (100, 300, 1_000)})
     for budget, weight in ((None, None), (2_048, LARGE_BATCH_WEIGHT)):
-        editor = kedit.editor("memit", model, tokenizer, **({} if weight is None else {"moment_weight": weight}))
+        editor = kedit.get_editor("memit", model, tokenizer, **({} if weight is None else {"moment_weight": weight}))
         editor.prepare()
         editor.engine.budget = budget or editor.engine.budget
         for count in counts:

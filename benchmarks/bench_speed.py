@@ -72,7 +72,7 @@ class Setting:
         self.arch = ModelArch(model)
         self.requests = encode_edits(self.arch, tok, self.edits, texts, Needs())
         self.baseline = Plain(self.arch, layers, "mlp" if rome else "block", moments, clamp=clamp)
-        self.editor = kedit.editor(
+        self.editor = kedit.get_editor(
             name, model, tok, layers=layers, steps=20, lr=0.5, weight_decay=0.5, clamp=clamp, stop_loss=0.0,
             moments=moments, contexts=texts,
         )  # fmt: skip
@@ -136,7 +136,7 @@ def floor_flops(arch: ModelArch, requests: Sequence[Request], top: int, steps: i
     total = 0.0
     for request in requests:
         for prompt in request.prompts(0):
-            total += (len(prompt.tokens) - prompt.row.lookup) * per_token + len(prompt.reads) * per_read
+            total += (len(prompt.tokens) - prompt.row.subject_last) * per_token + len(prompt.reads) * per_read
     return 2 * steps * total  # the backward pass costs one forward: weights have no gradient
 
 

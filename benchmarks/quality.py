@@ -15,7 +15,7 @@ from typing import Any
 import kedit
 from kedit.data import load_cases
 from kedit.editors import EDITORS, presets
-from kedit.editors import editor as make_editor
+from kedit.editors import get_editor as make_editor
 from kedit.editors.base import Editor
 from kedit.editors.solve_layers import describe
 from kedit.errors import ConfigError

@@ -235,7 +235,7 @@ def test_single_batch_and_sequential(bench):
     sizes = [size for size in (1, 20, 200, 1000) if size < len(bench.large)] + [len(bench.large)]
     rows = []
     for name in bench.names:
-        for mode in ("single", "batch", "sequential") if bench.editor(name).joint else ("single", "sequential"):
+        for mode in ("single", "batch", "sequential") if bench.editor(name).batched else ("single", "sequential"):
             for size in sizes if mode != "single" else [min(100, len(bench.large))]:
                 report = bench.run(bench.editor(name), None, bench.large[:size], mode, exact=False)
                 cells = [cell(report.figures.get(n, {}).get("after")) for n in ("score", *FIVE)]

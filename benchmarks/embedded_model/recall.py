@@ -14,7 +14,7 @@ from kedit.embedded.world import World
 from kedit.keys.read import outputs
 from kedit.models import ModelArch, Site
 from kedit.models.hooks import on_output
-from kedit.prompts.tokenize import Row, Text, encode, pad
+from kedit.prompts.tokenize import Text, TokenizedPrompt, encode, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ def handover(
             pairs.append((Text.fill(template, one.name, target), Text.fill(template, other.name, target)))
     rows = encode(tokenizer, [one for one, _ in pairs])
     others = encode(tokenizer, [other for _, other in pairs])
-    lookup = torch.tensor([row.lookup for row in rows])
+    lookup = torch.tensor([row.subject_last for row in rows])
     shares = []
     for layer in range(arch.num_layers):
         states = outputs(arch, others, Site(layer, "block"))
@@ -80,7 +80,7 @@ def _swap(hidden: Tensor, *, new: Tensor, lookup: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _first_choice(model: PreTrainedModel, rows: list[Row], *, rows_per_pass: int = ROWS_PER_PASS) -> Tensor:
+def _first_choice(model: PreTrainedModel, rows: list[TokenizedPrompt], *, rows_per_pass: int = ROWS_PER_PASS) -> Tensor:
     """Whether every target token is the first choice, by row."""
     found: list[bool] = []
     for start in range(0, len(rows), rows_per_pass):

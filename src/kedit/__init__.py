@@ -35,7 +35,7 @@ _NAMES = {
     "SADR": "kedit.regularizers.sadr",
     "SecondMoments": "kedit.keys.second_moment",
     "drift": "kedit.analysis.attention_drift",
-    "editor": "kedit.editors",
+    "get_editor": "kedit.editors",
     "evaluate": "kedit.evaluation.api",
     "load": "kedit.loading",
     "run_journal": "kedit.sequential",
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from kedit.analysis.attention_drift import drift as drift
     from kedit.analysis.causal_tracing import trace as trace
     from kedit.edit import Edit as Edit
-    from kedit.editors import editor as editor
+    from kedit.editors import get_editor as get_editor
     from kedit.editors.alphaedit import AlphaEdit as AlphaEdit
     from kedit.editors.base import Editor as Editor
     from kedit.editors.emmet import EMMET as EMMET

@@ -74,8 +74,8 @@ def test_the_model_is_unedited_afterwards_and_when_something_fails(monkeypatch):
 
     import kedit.analysis.attention_drift as module
 
-    real = module.gazes
-    monkeypatch.setattr(module, "gazes", fails_edited)
+    real = module.attention_to_subject
+    monkeypatch.setattr(module, "attention_to_subject", fails_edited)
     with pytest.raises(RuntimeError, match="power cut"):
         kedit.drift(model, TOKENIZER, case, patch)
     assert len(calls) == 2

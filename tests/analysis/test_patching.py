@@ -7,7 +7,7 @@ import torch
 from analysis_common import TOKENIZER, embedded, few, patches, tiny_case, tiny_patch
 from kedit.analysis.activation_patching import patch_activations
 from kedit.analysis.interventions import window_of
-from kedit.analysis.probes import watched
+from kedit.analysis.probes import probe_tokens
 from kedit.analysis.results.patching import CONTAMINATE, EDITED, ORIGINAL, RESTORE
 from kedit.capture import capture_attention, substitute_attention
 from kedit.errors import ConfigError, EditError, UnknownNameError
@@ -88,7 +88,7 @@ def test_batched_exchanges_equal_one_at_a_time(model_type):
     model, case = tiny_model(model_type, layers=3), tiny_case()
     arch, patch = ModelArch(model), tiny_patch(model)
     found = patch_activations(model, TOKENIZER, case, patch, window=2)
-    asked = watched(arch, TOKENIZER, case, ["distracted_neighbour"])
+    asked = probe_tokens(arch, TOKENIZER, case, ["distracted_neighbour"])
     assert len(asked[0].right.labels) > 1  # several tokens are exchanged
     assert found.probabilities.shape == (2 + 2 * 4 * 4, len(asked), 2)
     for i, probe in enumerate(asked):

@@ -32,7 +32,7 @@ def test_the_first_token_holds_the_first_byte_of_the_subject(test_data, folder, 
         own = first - (len(row.ids) - len(ids))
         assert tokenizer.decode(ids[:own]).strip() == before, text
         assert tokenizer.decode(ids[: own + 1]).strip() != before or tokenizer.decode(ids[own : own + 1]).strip() == ""
-        assert first <= row.lookup
+        assert first <= row.subject_last
 
 
 def test_a_character_of_several_tokens_begins_with_the_first_of_them(test_data):

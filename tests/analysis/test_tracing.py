@@ -51,7 +51,7 @@ def one_restoration(model, arch, fact, noise, clean, kind=None, token=0, layers=
 
     def corrupt(_module, _args, output):
         output = output.clone()
-        output[0, fact.row.first : fact.row.lookup + 1] += noise.to(output.dtype)
+        output[0, fact.row.first : fact.row.subject_last + 1] += noise.to(output.dtype)
         return output
 
     handles = [model.get_input_embeddings().register_forward_hook(corrupt)]

@@ -31,7 +31,7 @@ class Plain:
 
         def corrupt(_module, _args, output):
             changed = output.clone()
-            changed[0, self.fact.row.first : self.fact.row.lookup + 1] += noise
+            changed[0, self.fact.row.first : self.fact.row.subject_last + 1] += noise
             return changed
 
         def at(key):
@@ -90,5 +90,5 @@ def test_noise_is_as_large_as_three_deviations_of_what_the_embedding_puts_out(na
     with torch.no_grad():
         model(torch.tensor([fact.row.ids]))
     handle.remove()
-    subject = seen[0][0, fact.row.first : fact.row.lookup + 1].double()
+    subject = seen[0][0, fact.row.first : fact.row.subject_last + 1].double()
     assert traced.settings["deviation"] == pytest.approx(3 * float(subject.std(correction=0)), rel=1e-6)

@@ -30,7 +30,7 @@ def make(name, model, tok=None, *, layer=LAYER, **options):
         "contexts": CONTEXTS,
         "moments": {layer: moments(width, layer)},
     } | options
-    return kedit.editor(name, model, tok or tokenizer(), **options)
+    return kedit.get_editor(name, model, tok or tokenizer(), **options)
 
 
 def zoo_model(name, dtype=torch.float32, **changes):

@@ -9,6 +9,6 @@ from kedit.editors import base
 def values(monkeypatch):
     """What the optimisation found, for each call of the closed form."""
     found = []
-    spread = base.spread
-    monkeypatch.setattr(base, "spread", lambda *args: (found.append(args[3]), spread(*args))[1])
+    spread = base.solve_layers
+    monkeypatch.setattr(base, "solve_layers", lambda *args: (found.append(args[3]), spread(*args))[1])
     return found

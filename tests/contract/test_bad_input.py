@@ -119,7 +119,7 @@ def test_several_layers_where_one_is_written(model, name):
 @pytest.mark.parametrize("name", ["rom", "memt", "alfaedit"])
 def test_unknown_editor(model, name):
     with pytest.raises(UnknownNameError, match="Did you mean"):
-        kedit.editor(name, model, tokenizer())
+        kedit.get_editor(name, model, tokenizer())
 
 
 def test_unknown_regularizer(model):
@@ -484,5 +484,5 @@ def test_foreign_files(tmp_path, model):
 
 def test_base_module_is_the_one_that_is_patched_here():
     """The interruption tests replace functions by name: they must be the ones in use."""
-    assert base.spread is solve_layers.spread
+    assert base.solve_layers is solve_layers.solve_layers
     assert ModelArch(tiny_model("gpt2")).weight(LAYER).name == WEIGHT

@@ -98,7 +98,7 @@ def test_memory_is_told_and_nothing_is_edited(place, capsys, monkeypatch):
     out = capsys.readouterr().out
     model, tok = kedit.load(place / "model")
     moments = kedit.second_moments(model, tok, [1], place / "text.txt")
-    assert out == f"memory: {kedit.ROME(model, tok, moments=moments, steps=2, layers=1).demand(FRENCH)}\n"
+    assert out == f"memory: {kedit.ROME(model, tok, moments=moments, steps=2, layers=1).estimate_memory(FRENCH)}\n"
     assert re.fullmatch(r"memory: \d+ MiB \(model \d+, .*\)\n", out)
     assert main([*arguments, "--memory", "--journal", str(place / "j")]) == 1
     assert "Drop --journal" in capsys.readouterr().err

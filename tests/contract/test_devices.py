@@ -41,7 +41,7 @@ def cells():
 
 def edited(model, name):
     editor = editor_of(name, model)
-    edits = [FRENCH, ADA] if editor.joint else [FRENCH]
+    edits = [FRENCH, ADA] if editor.batched else [FRENCH]
     return editor, editor.apply(edits, None if name == "ft" else kedit.SADR(gamma=0.3))
 
 
@@ -190,7 +190,7 @@ def test_closed_forms_are_solved_on_the_layers_device_if_it_has_room(name, model
                 if not at_home:
                     moved = {layer: moment.matrix.to("cuda:0") for layer, moment in editor.moments.items()}
                     editor.moments = kedit.SecondMoments(moved)
-                edits = [FRENCH, ADA] if editor.joint else [FRENCH]
+                edits = [FRENCH, ADA] if editor.batched else [FRENCH]
                 found = editor.apply(edits, kedit.SADR(gamma=0.3))
                 assert apart(found, wanted) == 0.0
                 assert solved_on(editor) == {place}

@@ -68,9 +68,9 @@ def test_the_mlp_is_a_linear_function_of_the_key(name, kernel):
         parts = key.split(experts.width)
         given = sum(part @ weight.matrix.T for part, weight in zip(parts, arch.weights(LAYER), strict=True))
         if bias is not None:
-            given = given + (weights[row.lookup, :, None] * bias[chosen[row.lookup]]).sum(0)
-        torch.testing.assert_close(given, out[row.lookup], atol=2e-5, rtol=1e-4)
-        assert {i for i, part in enumerate(parts) if part.any()} == set(chosen[row.lookup].tolist())
+            given = given + (weights[row.subject_last, :, None] * bias[chosen[row.subject_last]]).sum(0)
+        torch.testing.assert_close(given, out[row.subject_last], atol=2e-5, rtol=1e-4)
+        assert {i for i, part in enumerate(parts) if part.any()} == set(chosen[row.subject_last].tolist())
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -274,7 +274,7 @@ def test_a_model_that_mixes_only_in_some_blocks(name):
     moments = {0: torch.eye(arch.shape(0)[1], dtype=torch.float64), 1: eye(arch)}
     own = {"memit": {"moment_weight": 0.0}, "alphaedit": {"l2": 1e-9, "threshold": 2.0}, "ft": {}}[name]
     given = {"layers": (0, 1), "steps": 3, "contexts": ["{}"], **own}
-    editor = kedit.editor(name, model, TOKENIZER, **given, **({} if name == "ft" else {"moments": moments}))
+    editor = kedit.get_editor(name, model, TOKENIZER, **given, **({} if name == "ft" else {"moments": moments}))
     before = {key: digest(tensor) for key, tensor in model.state_dict().items()}
     result = editor.apply([FRENCH, ADA])
     assert "model.layers.0.mlp.down_proj.weight" in result.patch.deltas

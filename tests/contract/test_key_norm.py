@@ -76,9 +76,9 @@ def test_bad_gammas_are_refused():
 
 def test_a_model_whose_keys_cannot_be_read_says_so(monkeypatch):
     """As types whose attention computes its scores by itself: only its softmax is overheard."""
-    from kedit.capture.context import Capture
+    from kedit.capture.context import AttentionCapture
 
-    monkeypatch.setattr(Capture, "_keep_key", lambda *_: None)
+    monkeypatch.setattr(AttentionCapture, "_keep_key", lambda *_: None)
     model = tiny_model("gpt2")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CaptureError, match="cannot be read"):

@@ -15,7 +15,7 @@ from kedit.models import ARCHITECTURES, ModelArch
 from kedit.patch.ledger import Ledger
 from kedit.prompts.encode import encode_edits
 from kedit.prompts.tokenize import encode, rewrite_texts
-from kedit.regularizers.base import Captured, needs_of
+from kedit.regularizers.base import ForwardRecord, needs_of
 from kedit.values.cached_forward import PartialRunner
 from kedit.values.forward import Runner, Wave
 from reference import common
@@ -74,7 +74,7 @@ def editor_of(name, model):
     if name != "ft":
         arch = ModelArch(model)
         given |= {"kl_factor": 0.1, "stop_loss": 0.0, "moments": {i: moments_of(arch, i) for i in LAYERS}}
-    return kedit.editor(name, model, TOKENIZER, **given)
+    return kedit.get_editor(name, model, TOKENIZER, **given)
 
 
 def output_at(model, edit, site):
@@ -138,7 +138,7 @@ def test_every_editor_on_every_model_type(model_type, name, values, tmp_path):
     editor = editor_of(name, model)
     before = {key: digest(tensor) for key, tensor in model.state_dict().items()}
     original = side_by_side(editor.arch)
-    edits = [FRENCH, ADA] if editor.joint else [FRENCH]
+    edits = [FRENCH, ADA] if editor.batched else [FRENCH]
     experts = {weight.name: weight.stored.clone() for i in LAYERS for weight in editor.arch.weights(i)}
 
     result = editor.apply(edits, None if name == "ft" else kedit.SADR(gamma=0.3))
@@ -184,7 +184,7 @@ def engine_penalty(kind, model, site, delta):
         for step, value in enumerate((torch.zeros_like(delta), delta)):
             found = runner.run(value[None, None])
             captured.append(
-                Captured(step=step, delta=value, initial=found.initial, rewrite=found.rewrite, extra=found.extra)
+                ForwardRecord(step=step, delta=value, initial=found.initial, rewrite=found.rewrite, extra=found.extra)
             )
     before, now = captured
     return sum(form.drift(now.rewrite, before.detach().rewrite, 1).sum() for form in forms)

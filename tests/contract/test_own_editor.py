@@ -76,7 +76,7 @@ def test_what_is_wrong_with_it_is_said_and_nothing_is_written(member, value, wor
 def test_a_name_that_stands_for_no_editor(monkeypatch):
     monkeypatch.setitem(EDITORS._objects, "odd", dict)
     with pytest.raises(ConfigError, match="no class that derives from kedit.Editor"):
-        kedit.editor("odd", tiny_model("gpt2"), tokenizer())
+        kedit.get_editor("odd", tiny_model("gpt2"), tokenizer())
 
 
 def test_a_guard_that_is_none():

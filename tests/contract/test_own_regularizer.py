@@ -8,7 +8,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 import kedit
 from kedit.models import ModelArch
-from kedit.regularizers import Captured, Needs, blocks_from
+from kedit.regularizers import ForwardRecord, Needs, blocks_from
 from tiny_models import CONTEXTS, MODEL_TYPES, moments, tiny_model, tokenizer
 
 EDITS = [
@@ -28,7 +28,7 @@ class KeepRelations:
     def needs(self, site):
         return Needs(logits=True, prompts=RELATIONS)
 
-    def penalty(self, now: Captured, before: Captured):
+    def penalty(self, now: ForwardRecord, before: ForwardRecord):
         old, new = (log_softmax(one.extra.logits.float(), -1) for one in (before, now))
         divergence = kl_div(new, old, log_target=True, reduction="none").sum(-1)
         return self.weight * now.extra.mean_per_edit(divergence, now.num_edits)
@@ -105,7 +105,7 @@ def lookup_of(tok, template, subject):
     """Index of the subject's last token, by counting characters."""
     from kedit.prompts.tokenize import Text, encode
 
-    return encode(tok, [Text.fill(template, subject)])[0].lookup
+    return encode(tok, [Text.fill(template, subject)])[0].subject_last
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "mistral"])

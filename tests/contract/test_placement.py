@@ -302,7 +302,7 @@ def test_a_quantized_model_gets_its_edit_beside_the_weight(kind, values, tmp_pat
     with torch.no_grad():
         other.model.layers[LAYER].mlp.down_proj.scale *= 1.01
     assert (make("rome", other).propose(FRENCH)[0].fingerprints == patch.fingerprints) == (kind is Int8)
-    assert editor.demand(FRENCH).total > 0
+    assert editor.estimate_memory(FRENCH).total > 0
     found = kedit.second_moments(
         model, tokenizer(), layers=[LAYER], corpus=["The old river flows past."] * 20, cache=False
     )

@@ -34,7 +34,7 @@ def build(width, dtype):
 def make(name, model, width):
     layers = (1,) if name in ("rome", "emmet", "ft") else (1, 2)
     given = {} if name == "ft" else {"moments": {layer: moments(width, 1).float() for layer in layers}}
-    return kedit.editor(name, model, tokenizer(), layers=layers, contexts=CONTEXTS, steps=2, **given)
+    return kedit.get_editor(name, model, tokenizer(), layers=layers, contexts=CONTEXTS, steps=2, **given)
 
 
 @pytest.mark.parametrize("edits", [ONE, MANY], ids=["one", "many"])
@@ -45,7 +45,7 @@ def test_the_stated_demand_is_within_a_fifth_of_the_measured_peak(name, width, d
     model = build(width, dtype)
     editor = make(name, model, width)
     regularizer = kedit.SADR(gamma=0.1) if name == "rome" else None
-    stated = editor.demand(edits, regularizer)
+    stated = editor.estimate_memory(edits, regularizer)
     there = [moment.matrix for moment in editor.moments.values()] if editor.needs_moments else []
     with LivePeak(model, there) as seen:
         editor.apply(edits, regularizer)
@@ -61,8 +61,8 @@ def test_a_mixture_counts_every_expert_that_some_context_reaches(name):
     each = torch.eye(256).repeat(16, 1, 1) * torch.linspace(0.01, 2, 256)
     given = {"layers": layers, "moments": dict.fromkeys(layers, each)}
     contexts = [*CONTEXTS, *(f"{word}. {{}}" for word in ("The river is long", "Paris", "It is cold", "Every year"))]
-    editor = kedit.editor(name, model, tokenizer(), contexts=contexts, steps=2, **given)
-    stated = editor.demand(ONE)
+    editor = kedit.get_editor(name, model, tokenizer(), contexts=contexts, steps=2, **given)
+    stated = editor.estimate_memory(ONE)
     with LivePeak(model, [each]) as seen:
         editor.apply(ONE)
     besides = stated.total - stated.model - stated.moments
@@ -72,7 +72,7 @@ def test_a_mixture_counts_every_expert_that_some_context_reaches(name):
 
 def test_the_model_and_the_moments_count_what_they_are():
     model = build(256, torch.bfloat16)
-    stated = make("memit", model, 256).demand(ONE)
+    stated = make("memit", model, 256).estimate_memory(ONE)
     assert stated.model == sum(p.numel() * 2 for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     assert stated.moments == 2 * 256 * 256 * 4
 
@@ -81,7 +81,7 @@ def test_saying_the_demand_changes_nothing():
     model = build(256, torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     editor = make("memit", model, 256)
-    assert "MiB (model" in str(editor.demand(MANY))
+    assert "MiB (model" in str(editor.estimate_memory(MANY))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not kedit.Ledger.of(model).touched
 

@@ -11,7 +11,7 @@ import kedit.evaluation.probing as examine
 import kedit.evaluation.provenance as identity
 import kedit.evaluation.runner as runner_module
 from kedit.edit import Edit
-from kedit.editors import editor as make_editor
+from kedit.editors import get_editor as make_editor
 from kedit.editors import presets
 from kedit.errors import ConfigError, EditError, NonFiniteError, UnknownNameError
 from kedit.evaluation import EditCase, EvalReport, Kind, Probe, evaluate
@@ -177,8 +177,10 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_report(tmp_path, monkeypa
         with (out / "records.jsonl").open("a") as file:
             file.write('{"id": "case 4", "prom')  # a line that was being written
     asked = []
-    ask = runner_module.Examiner.ask
-    monkeypatch.setattr(runner_module.Examiner, "ask", lambda self, group: asked.append(len(group)) or ask(self, group))
+    ask = runner_module.ProbeScorer.score
+    monkeypatch.setattr(
+        runner_module.ProbeScorer, "ask", lambda self, group: asked.append(len(group)) or ask(self, group)
+    )
     again = evaluate(model, tok, cases, editor, None, mode, out=out, chunk=2)
     assert facts(again) == facts(whole)
     assert (out / "summary.md").read_text().split("Time:")[0] == (tmp_path / "whole/summary.md").read_text().split(
@@ -192,7 +194,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_report(tmp_path, monkeypa
 def test_a_finished_run_is_read_back_without_the_model_running(tmp_path, monkeypatch):
     model, tok, editor = make()
     whole = evaluate(model, tok, make_cases(), editor, out=tmp_path)
-    monkeypatch.setattr(runner_module, "Examiner", None)
+    monkeypatch.setattr(runner_module, "ProbeScorer", None)
     again = evaluate(model, tok, make_cases(), editor, out=tmp_path)
     assert [record.to_dict() for record in again.records] == [record.to_dict() for record in whole.records]
     assert EvalReport.load(tmp_path).figures == whole.figures

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoTokenizer
 
 from kedit.errors import EditError
-from kedit.evaluation.attention import gazes
+from kedit.evaluation.attention import attention_to_subject
 from kedit.evaluation.language import Prose, TfIdf, n_gram_entropy
 from kedit.models import ModelArch
 from kedit.prompts.decode import continue_rows, says
 from kedit.prompts.likelihood import encode_pairs, pair_text, score_rows
-from kedit.prompts.tokenize import Row
+from kedit.prompts.tokenize import TokenizedPrompt
 from tiny_models import MODEL_TYPES, TOKENIZER_KINDS, tiny_model, tokenizer
 
 REAL = ("tokenizers/gpt2", "tokenizers/qwen2", "models/stories260K", "models/stories3M")
@@ -59,7 +59,7 @@ class Bigram:
 
 
 def row(ids, target):
-    return Row(tuple(ids), 0, target, 0)
+    return TokenizedPrompt(tuple(ids), 0, target, 0)
 
 
 def test_likelihoods_by_hand():
@@ -259,7 +259,7 @@ def test_gazes_are_the_models_own_attention(model_type):
     from kedit.prompts.tokenize import encode
 
     rows += encode(tok, [pair_text(prompt, "Rome", (12, 15))])
-    found = gazes(ModelArch(model), rows, tokens=40)
+    found = attention_to_subject(ModelArch(model), rows, tokens=40)
     for gaze, encoded in zip(found, rows, strict=True):
         with torch.no_grad():
             own = model(torch.tensor([encoded.ids[: encoded.target]]), output_attentions=True).attentions
@@ -267,6 +267,6 @@ def test_gazes_are_the_models_own_attention(model_type):
         torch.testing.assert_close(gaze.rows, expected, atol=1e-5, rtol=1e-4)
         assert gaze.measure(gaze) == {
             "drift": 0.0,
-            "subject": pytest.approx(expected[..., encoded.lookup].mean().item(), abs=1e-6),
+            "subject": pytest.approx(expected[..., encoded.subject_last].mean().item(), abs=1e-6),
         }
     assert tok.decode([rows[-1].ids[found[-1].column]]).strip() in "Ada"

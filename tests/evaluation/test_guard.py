@@ -12,7 +12,7 @@ from contract.common import ADA, FRENCH, make, state
 from kedit.cli import main
 from kedit.errors import ConfigError, KEditError
 from kedit.evaluation import EditCase, Kind, Probe
-from kedit.evaluation.guard import PLAIN, Figure, Guard, GuardError, GuardReport
+from kedit.evaluation.guard import DEFAULT_TEXTS, Figure, Guard, GuardError, GuardReport
 from kedit.patch import EditPatch
 from kedit.patch.ledger import Ledger
 from tiny_models import tiny_model
@@ -189,7 +189,7 @@ def test_an_error_inside_the_guard_rolls_back(subject, monkeypatch):
     def broken(self, names):
         raise RuntimeError("inside")
 
-    monkeypatch.setattr("kedit.evaluation.guard.Watch.check", broken)
+    monkeypatch.setattr("kedit.evaluation.guard.GuardCheck.check", broken)
     with pytest.raises(RuntimeError, match="inside"):
         guarded(subject, ADA, Guard(**LOOSE))
     assert state(subject) == before
@@ -208,7 +208,7 @@ def words(tmp_path):
     subject.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(edit.to_dict()) + "\n" for edit in (EASY, FRENCH)))
-    (tmp_path / "corpus.txt").write_text("\n\n".join(f"{text} Number {i}." for i, text in enumerate(PLAIN * 8)))
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"{text} Number {i}." for i, text in enumerate(DEFAULT_TEXTS * 8)))
     (tmp_path / "cases.jsonl").write_text(json.dumps(CASE.to_dict() | {"edit": EASY.to_dict()}) + "\n")
     settings = ["layers=4", "steps=30", "clamp=20.0", "kl_factor=0.0"]
     return [
@@ -302,8 +302,8 @@ def test_the_embedded_model_reads_its_own_world():
     model, _ = kedit.load()
     texts = Guard().texts_for(model)
     assert len(texts) > 10
-    assert set(texts).isdisjoint(PLAIN)
-    assert Guard().texts_for(tiny_model("gpt2")) == PLAIN
+    assert set(texts).isdisjoint(DEFAULT_TEXTS)
+    assert Guard().texts_for(tiny_model("gpt2")) == DEFAULT_TEXTS
     assert Guard(texts="one").texts_for(model) == ("one",)
 
 

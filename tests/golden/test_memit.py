@@ -10,7 +10,7 @@ GAMMAS = ("0", pytest.param("0.01", marks=pytest.mark.slow), "0.5")
 
 
 def _editor(golden, method: str, run: dict) -> kedit.Editor:
-    return kedit.editor(
+    return kedit.get_editor(
         method,
         golden.model(),
         golden.tokenizer,

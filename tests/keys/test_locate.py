@@ -24,7 +24,7 @@ def full_forward(model, rows, module, *, before):
         place = on_input if before else on_output
         with place(module, lambda x, seen=seen: seen.append(x.clone())), torch.no_grad():
             model(torch.tensor([row.ids]))
-        found.append(seen[0][0, row.lookup])
+        found.append(seen[0][0, row.subject_last])
     return torch.stack(found)
 
 
@@ -76,6 +76,6 @@ def test_packing_keeps_order_and_budget():
         parts = read.packed(rows, budget)
         assert [row for part in parts for row in part] == rows
         for part in parts:
-            assert len(part) == 1 or len(part) * max(row.lookup + 1 for row in part) <= budget
+            assert len(part) == 1 or len(part) * max(row.subject_last + 1 for row in part) <= budget
     assert len(read.packed(rows, 10_000)) == 1
     assert len(read.packed(rows, 1)) == len(rows)

@@ -79,13 +79,13 @@ def test_a_made_architecture_is_edited(name, config, monkeypatch):
         "lr": 2.0,
         "clamp": 40.0,
     }
-    editor = kedit.editor(name, model, tokenizer(), moments={i: moments(64, i) for i in (0, 1)}, **given)
+    editor = kedit.get_editor(name, model, tokenizer(), moments={i: moments(64, i) for i in (0, 1)}, **given)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     site = editor.sites(editor.config)[0]
     rows = encode(tokenizer(), rewrite_texts(FRENCH, ["{}"]))
     old = read.outputs(arch, rows, site)
-    values, spread = [], base.spread
-    monkeypatch.setattr(base, "spread", lambda *args: (values.append(args[3]), spread(*args))[1])
+    values, spread = [], base.solve_layers
+    monkeypatch.setattr(base, "solve_layers", lambda *args: (values.append(args[3]), spread(*args))[1])
     result = editor.apply(FRENCH)
     assert set(result.patch.deltas) == {f"stages.{i}.thinker.close.weight" for i in editor.config.layers}
     assert (read.outputs(arch, rows, site) - old).norm() > 0.1

@@ -66,7 +66,7 @@ def check_by_decoding(tok, text, row):
     if text.separator:
         assert tok.convert_ids_to_tokens(row.ids[row.prompt_last]) not in ("Ġ", "▁")
     # Up to the lookup token the subject is complete; one token earlier it is not.
-    upto = [i for i in row.ids[: row.lookup + 1] if i not in special]
+    upto = [i for i in row.ids[: row.subject_last + 1] if i not in special]
     reached = tok.decode(upto, clean_up_tokenization_spaces=False)
     head = text.string[: text.subject[1]]
     assert reached.strip().startswith(head.strip()), (reached, head)
@@ -110,7 +110,7 @@ def test_separator_that_is_a_token_of_its_own_is_the_targets_first(test_data, na
     own = 0
     for target in ("Paris", "1815", "東京", "Quentin"):
         [row] = encode(tok, [Text.fill("The house of {}", "Ada Lovelace", target)])
-        assert row.lookup == row.prompt_last
+        assert row.subject_last == row.prompt_last
         own += tok.convert_ids_to_tokens(row.labels[0]) in ("Ġ", "▁")
     assert own >= (name != "tokenizers/gpt2")
 
@@ -136,10 +136,10 @@ def test_token_across_the_subjects_end_is_the_subjects_last():
     tok = straddling()
     [row] = encode(tok, [Text.fill("{}cde", "ab ", "e")])
     assert tok.convert_ids_to_tokens(list(row.ids)) == ["a", "b c", "d", "e", " ", "e"]
-    assert row.lookup == 1
+    assert row.subject_last == 1
     # and one across the subject's beginning belongs to it too
     [row] = encode(tok, [Text.fill("ab {}", "c", "e")])
-    assert tok.convert_ids_to_tokens([row.ids[row.lookup]]) == ["b c"]
+    assert tok.convert_ids_to_tokens([row.ids[row.subject_last]]) == ["b c"]
 
 
 def test_token_across_the_targets_beginning_is_the_targets_first():
@@ -156,7 +156,7 @@ def test_token_across_subject_and_target_is_refused():
 def test_decomposed_accents_are_found_after_normalisation(test_data):
     tok = real(test_data, "tokenizers/qwen2")  # its normaliser composes e + accent into one character
     [row] = encode(tok, [Text.fill("{} vient de", "Zoe\u0301", "Caen")])
-    assert spelled(tok, row, 0, row.lookup + 1) == "Zoé"
+    assert spelled(tok, row, 0, row.subject_last + 1) == "Zoé"
     assert spelled(tok, row, row.target, None) == "Caen"
 
 
@@ -179,7 +179,7 @@ def test_closing_tokens_are_dropped(single):
     [row, bare] = encode(tok, [text, Text.fill("The town of {}", "Ada")])
     assert row.ids[-1] != eos
     check_by_decoding(tok, text, row)
-    assert bare.target == len(bare.ids) == bare.lookup + 1
+    assert bare.target == len(bare.ids) == bare.subject_last + 1
 
 
 def test_end_token_inside_the_text_stays():

@@ -32,12 +32,15 @@ def test_positions_in_real_prompts(test_data, folder, context):
     for edit, row in zip(edits, rows, strict=True):
         ids, head = list(row.ids), edit.prompt.partition("{}")[0]
         until_subject = (context.replace("{}", head) + edit.subject).strip()
-        with_last, without = text_of(tokenizer, ids[: row.lookup + 1]), text_of(tokenizer, ids[: row.lookup])
+        with_last, without = (
+            text_of(tokenizer, ids[: row.subject_last + 1]),
+            text_of(tokenizer, ids[: row.subject_last]),
+        )
         assert with_last.strip().startswith(until_subject), edit
         assert not without.strip().startswith(until_subject), edit
         assert text_of(tokenizer, ids[: row.target]).strip() == context.replace("{}", edit.text).strip(), edit
         assert text_of(tokenizer, ids[row.target :]).strip() == edit.target_new, edit
-        assert row.lookup < row.target < len(ids)
+        assert row.subject_last < row.target < len(ids)
         begins = [token for token in ids if token in tokenizer.all_special_ids]
         assert begins == [tokenizer.bos_token_id] * len(begins), edit
         assert ids[: len(begins)] == begins, edit

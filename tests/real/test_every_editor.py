@@ -59,7 +59,7 @@ def test_ten_facts(name, pretrained, known, test_data, monkeypatch, request):
     monkeypatch.setenv("KEDIT_CACHE", str(request.config.cache.mkdir("kedit-moments")))
     model, tok = pretrained
     before = model_fingerprint(model)
-    editor = kedit.editor(name, model, tok)
+    editor = kedit.get_editor(name, model, tok)
     if editor.needs_moments:
         text = test_data / "datasets" / "wikitext2_raw_test.txt"
         editor.moments = kedit.second_moments(model, tok, editor.config.layers, text)
@@ -82,7 +82,7 @@ def test_facts_that_are_none(name, test_data, monkeypatch, tmp_path):
     """A model of stories, without a preset: nonsense is written all the same."""
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
     model, tok = kedit.load(test_data / "models" / "stories3M")
-    editor = kedit.editor(name, model, tok)
+    editor = kedit.get_editor(name, model, tok)
     if editor.needs_moments:
         text = test_data / "datasets" / "wikitext2_raw_test.txt"
         editor.moments = kedit.second_moments(model, tok, editor.config.layers, text, tokens=20_000)

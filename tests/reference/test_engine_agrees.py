@@ -44,7 +44,7 @@ class Case:
         self.moments = {layer: moments(width, layer) for layer in range(BLOCKS)}
 
     def editor(self, name: str, layers, mode: str = "partial", **config):
-        editor = kedit.editor(
+        editor = kedit.get_editor(
             name,
             self.model,
             self.tokenizer,
@@ -60,7 +60,7 @@ class Case:
         sites = editor.sites(editor.config)
         needs = needs_of(regularizers, sites)
         requests = encode_edits(editor.arch, self.tokenizer, self.edits, CONTEXTS, needs)
-        return editor.engine.optimise(sites, requests, editor.config.objective, regularizers, needs)
+        return editor.engine.optimize(sites, requests, editor.config.objective, regularizers, needs)
 
 
 def hyper(gamma: float = 0.0, masked: bool = True, **changes) -> Hyper:

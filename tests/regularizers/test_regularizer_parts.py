@@ -8,7 +8,7 @@ import torch
 from kedit.errors import ConfigError, UnknownNameError
 from kedit.models import Site
 from kedit.regularizers import REGULARIZERS, RESERVED, Needs, blocks_from, make, resolve, takes_gamma
-from kedit.regularizers.base import Captured, Rows, needs_of, score
+from kedit.regularizers.base import Activations, ForwardRecord, needs_of, score
 from kedit.regularizers.sadr import SADR
 
 
@@ -31,7 +31,7 @@ def rows(edits, contexts, *, blocks=(2, 3), logits=True):
     """Rows whose numbers say where they come from."""
     count = edits * contexts
     at = torch.arange(count).float()
-    return Rows(
+    return Activations(
         edit=torch.arange(edits).repeat_interleave(contexts),
         context=torch.arange(contexts).repeat(edits),
         subject=torch.arange(count),
@@ -43,11 +43,11 @@ def rows(edits, contexts, *, blocks=(2, 3), logits=True):
 
 def captured(edits=3, contexts=2, extra=2):
     delta = torch.arange(float(edits)).reshape(edits, 1, 1)
-    return Captured(step=1, delta=delta, initial=-delta, rewrite=rows(edits, contexts), extra=rows(edits, extra))
+    return ForwardRecord(step=1, delta=delta, initial=-delta, rewrite=rows(edits, contexts), extra=rows(edits, extra))
 
 
 def test_mean_per_edit_over_uneven_prompts():
-    found = Rows(edit=torch.tensor([0, 0, 0, 2]), context=torch.arange(4), subject=torch.arange(4))
+    found = Activations(edit=torch.tensor([0, 0, 0, 2]), context=torch.arange(4), subject=torch.arange(4))
     values = torch.tensor([1.0, 2.0, 6.0, 5.0], requires_grad=True)
     mean = found.mean_per_edit(values, 3)
     assert mean.tolist() == [3.0, 0.0, 5.0]

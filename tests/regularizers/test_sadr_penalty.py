@@ -8,7 +8,7 @@ import torch
 import kedit
 from kedit.errors import ConfigError
 from kedit.models import Site
-from kedit.regularizers.base import Captured, Rows
+from kedit.regularizers.base import Activations, ForwardRecord
 from kedit.regularizers.sadr import SADR
 
 EDITS, CONTEXTS, HEADS, KEYS = 2, 3, 4, 6
@@ -30,10 +30,10 @@ def attention(seed, dtype=torch.float64):
 def captured(rows, step=1):
     edit = torch.arange(EDITS).repeat_interleave(CONTEXTS)
     kept = {"edit": edit, "context": torch.arange(CONTEXTS).repeat(EDITS)}
-    rewrite = Rows(**kept, subject=torch.tensor([0, 1, 2, 3, 4, 2]), attention=rows)
-    extra = Rows(edit=EMPTY, context=EMPTY, subject=EMPTY)
+    rewrite = Activations(**kept, subject=torch.tensor([0, 1, 2, 3, 4, 2]), attention=rows)
+    extra = Activations(edit=EMPTY, context=EMPTY, subject=EMPTY)
     delta = torch.zeros(EDITS, 1, 5)
-    return Captured(step=step, delta=delta, initial=delta, rewrite=rewrite, extra=extra)
+    return ForwardRecord(step=step, delta=delta, initial=delta, rewrite=rewrite, extra=extra)
 
 
 def divergence(p, q, kind, eps=1e-8):
@@ -85,8 +85,8 @@ def test_mask_compares_with_the_most_attending_head_of_the_same_block():
     delta = torch.zeros(1, 1, 2)
 
     def see(rows, column):
-        found = Rows(edit=zero, context=zero, subject=torch.tensor([column]), attention={4: rows[None]})
-        return Captured(step=1, delta=delta, initial=delta, rewrite=found, extra=found)
+        found = Activations(edit=zero, context=zero, subject=torch.tensor([column]), attention={4: rows[None]})
+        return ForwardRecord(step=1, delta=delta, initial=delta, rewrite=found, extra=found)
 
     sadr = SADR(gamma=1.0)
     assert sadr.penalty(see(now, 0), see(before, 0)).item() == 0

@@ -63,7 +63,7 @@ def run_eval(folder):
     report = kedit.evaluate(model, tok, cases, "memit", config=options, chunk=2, exact=False, out=folder / "run")
     Journal.append = append
     figures = {name: torch.tensor(report[name].value, dtype=torch.float64) for name in ("es", "ps", "ns", "dns", "dnm")}
-    return figures | {"asked": distributed.here().gather(len(asked))}
+    return figures | {"asked": distributed.current_group().gather(len(asked))}
 
 
 def run_all(folder):
@@ -84,7 +84,7 @@ def run_error(folder):
             return kedit.regularizers.Needs()
 
         def penalty(self, now, before):
-            return torch.full((now.num_edits,), float("nan") if distributed.here().rank == 1 else 0.0)
+            return torch.full((now.num_edits,), float("nan") if distributed.current_group().rank == 1 else 0.0)
 
     editor.propose(ALL, regularizer=Breaks())
 
@@ -99,7 +99,7 @@ def main():
     except kedit.KEditError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         raise SystemExit(1) from None
-    if distributed.here().leads:
+    if distributed.current_group().leads:
         torch.save(found, folder / "found.pt")
     distributed.leave()
 

@@ -81,7 +81,7 @@ def test_alone_nothing_is_shared(monkeypatch):
     assert group.leads
     assert group.share([1, 2, 3]) == [1, 2, 3]
     assert group.gather("x") == ["x"]
-    assert group.from_leader("x") == "x"
+    assert group.broadcast("x") == "x"
     assert group.sum(torch.ones(2)).tolist() == [1, 1]
     group.wait()
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from kedit.editors import EDITORS, editor
+from kedit.editors import EDITORS, get_editor
 from kedit.errors import KEditError, UnknownNameError
 from kedit.regularizers import REGULARIZERS
 from kedit.utils.registry import Registry
@@ -113,4 +113,4 @@ def test_every_shipped_name_resolves_to_its_own():
 
 def test_unknown_editor_is_found_before_the_model_is_looked_at():
     with pytest.raises(KEditError, match="no editor called 'romee'. Did you mean 'rome'"):
-        editor("romee", None, None)
+        get_editor("romee", None, None)

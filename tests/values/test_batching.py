@@ -22,7 +22,7 @@ def editor(name, model_type, kind="plain", **config):
     arch = ModelArch(model)
     given = {"layers": (1, 2) if name in ("memit", "pmet", "alphaedit") else (1,), "steps": 6, "stop_loss": 0.0}
     width = arch.weight(0).matrix.shape[1]
-    return kedit.editor(
+    return kedit.get_editor(
         name,
         model,
         tokenizer(kind),
@@ -127,7 +127,7 @@ def test_lack_of_memory_halves_the_budget_and_goes_on(monkeypatch, caplog):
     expected.revert()
     from kedit.values import scheduler
 
-    original, calls = scheduler.optimise, []
+    original, calls = scheduler.optimize, []
 
     def scarce(runner, *args, **kwargs):
         calls.append(runner.wave.num_edits)
@@ -135,7 +135,7 @@ def test_lack_of_memory_halves_the_budget_and_goes_on(monkeypatch, caplog):
             raise torch.OutOfMemoryError("out of memory")
         return original(runner, *args, **kwargs)
 
-    monkeypatch.setattr(scheduler, "optimise", scarce)
+    monkeypatch.setattr(scheduler, "optimize", scarce)
     result = made.apply(ALL)
     assert made.engine.halved >= 1
     assert "Out of memory" in caplog.text
@@ -152,7 +152,7 @@ def test_an_edit_that_does_not_fit_alone_is_an_error_and_leaves_the_model(monkey
     def none(*_args, **_kwargs):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("kedit.values.scheduler.optimise", none)
+    monkeypatch.setattr("kedit.values.scheduler.optimize", none)
     with pytest.raises(kedit.KEditError, match="does not fit"):
         made.apply(ALL)
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.model.state_dict().items())
@@ -175,7 +175,7 @@ def test_memit_without_ridge_inserts_z_exactly():
     )
     requests = encode_edits(arch, tokenizer(), ALL, ["{}"], Needs())
     with TrueFloat64():
-        values = Engine(arch).optimise([Site(2, "block")], requests, made.config.objective, [], Needs())
+        values = Engine(arch).optimize([Site(2, "block")], requests, made.config.objective, [], Needs())
         made.apply(ALL)
         from kedit.keys import read
 

@@ -14,7 +14,7 @@ from kedit.prompts.encode import encode_edits
 from kedit.regularizers.base import Needs, blocks_from
 from kedit.utils.device_memory import LivePeak
 from kedit.values.forward import Wave
-from kedit.values.optimize import Objective, optimise
+from kedit.values.optimize import Objective, optimize
 from kedit.values.scheduler import Engine
 from tiny_models import CONTEXTS, EDITS, moments, tiny_model, tokenizer
 
@@ -45,7 +45,7 @@ def measured(engine, wave, sadr):
     objective = Objective(steps=2, lr=0.1, weight_decay=0.1, kl_factor=0.1, clamp=4.0, stop_loss=0.0)
     runner = engine.runner([Site(1)], wave, needs)
     with LivePeak(engine.arch.model) as seen:
-        optimise(runner, objective, [kedit.SADR(gamma=0.1)] if sadr else [])
+        optimize(runner, objective, [kedit.SADR(gamma=0.1)] if sadr else [])
     return runner, stated, seen.peak
 
 

@@ -14,7 +14,7 @@ from kedit.prompts.encode import encode_edits
 from kedit.regularizers.base import Needs, blocks_from
 from kedit.regularizers.key_norm import KeyNorm
 from kedit.values import scheduler as engines
-from kedit.values.chunked_forward import InParts
+from kedit.values.chunked_forward import ChunkedForward
 from kedit.values.forward import Wave
 from kedit.values.scheduler import Engine
 from pretend import devices, spread
@@ -53,13 +53,13 @@ CASES += [("pmet", "llama", "partial", "sadr"), ("pmet", "llama", "plain", "apar
 def test_in_parts_is_at_once(name, model_type, mode, regularizer, monkeypatch):
     made = editor(name, model_type, "left")
     made.engine.mode = mode
-    found, ran, original = [], [], engines.optimise
+    found, ran, original = [], [], engines.optimize
 
     def noting(runner, *args, **kwargs):
-        ran.append(len(runner.parts) if isinstance(runner, InParts) else 1)
+        ran.append(len(runner.parts) if isinstance(runner, ChunkedForward) else 1)
         return original(runner, *args, **kwargs)
 
-    monkeypatch.setattr(engines, "optimise", noting)
+    monkeypatch.setattr(engines, "optimize", noting)
     with TrueFloat64():
         for budget in (8_192, 16, 1):  # all prompts at once; two and two; one by one
             made.engine.budget = budget
@@ -88,16 +88,16 @@ def test_an_edit_that_runs_out_of_memory_alone_goes_on_in_parts(mode, monkeypatc
     made = editor("rome", "gpt2", steps=3)
     made.engine.mode = mode
     wanted = made.propose(ALL[0])[0]
-    original, largest = engines.optimise, []
+    original, largest = engines.optimize, []
 
     def scarce(runner, *args, **kwargs):
-        parts = runner.parts if isinstance(runner, InParts) else [runner]
+        parts = runner.parts if isinstance(runner, ChunkedForward) else [runner]
         largest.append(max(len(part.wave.prompts) for part in parts))
         if largest[-1] > 1:
             raise torch.OutOfMemoryError("out of memory")
         return original(runner, *args, **kwargs)
 
-    monkeypatch.setattr(engines, "optimise", scarce)
+    monkeypatch.setattr(engines, "optimize", scarce)
     found = made.propose(ALL[0])[0]
     assert largest[0] == len(CONTEXTS) > largest[-1] == 1
     assert "Out of memory" in caplog.text
@@ -130,7 +130,7 @@ def test_a_part_takes_what_was_stated_and_less_than_the_whole(kind, mode, sadr):
     peaks = []
     for budget in (8_192, 3 * request.span):
         runner, stated, peak = measured(Engine(arch, mode=mode, budget=budget, used=budget), wave, sadr)
-        assert isinstance(runner, InParts) == (budget < 8_192)
+        assert isinstance(runner, ChunkedForward) == (budget < 8_192)
         assert 0.75 < stated.total / peak < 1.25, (budget, stated, peak / 2**20)
         peaks.append(peak)
     assert peaks[1] < 0.6 * peaks[0]

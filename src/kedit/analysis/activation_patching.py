@@ -28,7 +28,7 @@ from kedit.analysis.interventions import (
     reading,
     window_of,
 )
-from kedit.analysis.probes import Questions, Watched, watched
+from kedit.analysis.probes import ProbeTokens, Questions, probe_tokens
 from kedit.analysis.results.patching import CONTAMINATE, RESTORE, Condition, PatchingResult
 from kedit.capture import capture_attention, substitute_attention
 from kedit.errors import ConfigError, EditError
@@ -95,14 +95,14 @@ def patch_activations(
     conditions = _conditions(arch, activations, directions, width, {} if heads is None else heads)
     patches = Patches(model, tokenizer, cases, editor, regularizer, config)
     asked = {
-        case.id: [probe for probe in watched(arch, tokenizer, case, [asked_kind]) if probe.wrong is not None]
+        case.id: [probe for probe in probe_tokens(arch, tokenizer, case, [asked_kind]) if probe.wrong is not None]
         for case in patches.cases
     }
     if not any(asked.values()):
         raise EditError(
             f"Nothing could be patched: No probe of kind {asked_kind} has a wrong answer and mentions the subject."
         )
-    found: list[tuple[Watched, Floats]] = []
+    found: list[tuple[ProbeTokens, Floats]] = []
     with inference_state(model), Progress(len(asked), "patching", unit="case") as progress:
         for part in patches.chunks(chunk):
             for case, patch in part:

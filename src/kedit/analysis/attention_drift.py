@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kedit.analysis.checks import as_kinds, check_whole
 from kedit.analysis.edited_models import CHUNK, Patches, Source
-from kedit.analysis.probes import Watched, watched_of
+from kedit.analysis.probes import ProbeTokens, probe_tokens_by_case
 from kedit.analysis.results.drift import DriftProbe, DriftResult
 from kedit.capture import row_divergence
 from kedit.capture.divergence import over_attending
 from kedit.capture.install import attention_modules
 from kedit.errors import EditError
-from kedit.evaluation.attention import Gaze, gazes
+from kedit.evaluation.attention import AttentionToSubject, attention_to_subject
 from kedit.evaluation.cases import EditCase, Kind
 from kedit.evaluation.probing import WATCHED
 from kedit.models import ModelArch
@@ -66,7 +66,7 @@ def drift(
     check_whole("chunk", chunk, 1)
     arch = ModelArch(model)
     patches = Patches(model, tokenizer, cases, editor, regularizer, config)
-    asked = watched_of(arch, tokenizer, patches.cases, chosen)
+    asked = probe_tokens_by_case(arch, tokenizer, patches.cases, chosen)
     found = _Found([])
     with inference_state(model), Progress(len(asked), "comparing attention", unit="case") as progress:
         for part in patches.chunks(chunk):
@@ -86,17 +86,17 @@ def drift(
 class _Asked:
     """One probe under one state of the model: its rows and the probabilities of its answers."""
 
-    gaze: Gaze
+    gaze: AttentionToSubject
     right: float
     wrong: float | None
 
 
-def _ask(arch: ModelArch, cases: Sequence[Sequence[Watched]]) -> list[list[_Asked]]:
+def _ask(arch: ModelArch, cases: Sequence[Sequence[ProbeTokens]]) -> list[list[_Asked]]:
     """All probes of some cases, case by case."""
     flat = [probe for probes in cases for probe in probes]
     if not flat:
         return [[] for _ in cases]
-    seen = gazes(arch, [probe.right for probe in flat])
+    seen = attention_to_subject(arch, [probe.right for probe in flat])
     answers = score_rows(arch, [row for probe in flat for row in (probe.right, probe.wrong or probe.right)])
     asked = iter(
         _Asked(seen[i], answers[2 * i].probability, None if probe.wrong is None else answers[2 * i + 1].probability)
@@ -111,7 +111,7 @@ class _Found:
 
     probes: list[DriftProbe]
 
-    def add(self, tokenizer: PreTrainedTokenizerBase, asked: Watched, then: _Asked, now: _Asked) -> None:
+    def add(self, tokenizer: PreTrainedTokenizerBase, asked: ProbeTokens, then: _Asked, now: _Asked) -> None:
         """Compare one probe's two states."""
         p, q = then.gaze.rows[None].double(), now.gaze.rows[None].double()  # [1, L, A, T]
         column = torch.tensor([then.gaze.column])
@@ -126,14 +126,14 @@ class _Found:
                 right=str(asked.probe.right),
                 wrong=asked.probe.wrong,
                 tokens=tuple(str(tokenizer.decode([token])) for token in row.ids[: row.target]),
-                column=row.lookup,
+                column=row.subject_last,
                 right_before=then.right,
                 right_after=now.right,
                 wrong_before=then.wrong,
                 wrong_after=now.wrong,
                 kl=kl.numpy(),
-                weight_before=_numpy(p[0, :, :, row.lookup]),
-                weight_after=_numpy(q[0, :, :, row.lookup]),
+                weight_before=_numpy(p[0, :, :, row.subject_last]),
+                weight_after=_numpy(q[0, :, :, row.subject_last]),
                 over=over.numpy(),
                 map_before=_numpy(p[0].amax(1)),
                 map_after=_numpy(q[0].amax(1)),

@@ -109,7 +109,7 @@ def embedding_deviation(arch: ModelArch, facts: Sequence[Fact]) -> float:
 
     What counts is what the embedding puts out, where the noise is added: Gemma scales its table by √H there.
     """
-    ids = [token for fact in facts for token in fact.row.ids[fact.row.first : fact.row.lookup + 1]]
+    ids = [token for fact in facts for token in fact.row.ids[fact.row.first : fact.row.subject_last + 1]]
     embed: Any = arch.model.get_input_embeddings()
     with torch.no_grad():  # run, not read: the module may scale its rows, or keep them on another device
         return float(embed(torch.tensor([ids], device=arch.input_device)).double().std(correction=0))
@@ -119,7 +119,7 @@ def draw_noise(arch: ModelArch, fact: Fact, samples: int, scale: float, seed: in
     """Noise [S, subject tokens, H] in the work dtype; the same for all facts with as many subject tokens."""
     generator = torch.Generator().manual_seed(seed)
     table: Any = arch.model.get_input_embeddings()
-    shape = (samples, fact.row.lookup + 1 - fact.row.first, int(table.weight.shape[1]))
+    shape = (samples, fact.row.subject_last + 1 - fact.row.first, int(table.weight.shape[1]))
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(arch.work_dtype)
 
 
@@ -152,7 +152,7 @@ def _trace_fact(arch: ModelArch, fact: Fact, kinds: Sequence[str], width: int, n
         fact.subject,
         fact.answer,
         fact.tokens,
-        (fact.row.first, fact.row.lookup),
+        (fact.row.first, fact.row.subject_last),
         clean,
         float(means[0]),
         effects,
@@ -175,7 +175,7 @@ def _run(
 
     def corrupt(embedded: Tensor) -> Tensor:
         changed = embedded.clone()
-        changed[1:, fact.row.first : fact.row.lookup + 1] += noise.to(embedded.device, embedded.dtype)
+        changed[1:, fact.row.first : fact.row.subject_last + 1] += noise.to(embedded.device, embedded.dtype)
         return changed
 
     ids = torch.tensor([fact.fed]).expand(1 + len(todo), -1)

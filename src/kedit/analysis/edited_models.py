@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kedit.editors import editor as make_editor
+from kedit.editors import get_editor as make_editor
 from kedit.editors.base import Editor
 from kedit.errors import ConfigError, EditError, KEditError
 from kedit.evaluation.cases import EditCase, check_cases

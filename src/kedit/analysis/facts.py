@@ -13,7 +13,7 @@ from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
 from kedit.models import ModelArch
 from kedit.prompts.likelihood import last_logits, score_rows
-from kedit.prompts.tokenize import Row, Text, context_limit, encode, pad
+from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,14 +29,14 @@ class Fact:
         prompt: the text before the answer.
         subject: the subject's text.
         answer: the answer's text.
-        row: prompt and answer as tokens; ``row.first`` and ``row.lookup`` are the subject's first and last token.
+        row: prompt and answer as tokens; ``row.first`` and ``row.subject_last`` are the subject's first and last token.
         tokens: the prompt's tokens as text.
     """
 
     prompt: str
     subject: str
     answer: str
-    row: Row
+    row: TokenizedPrompt
     tokens: tuple[str, ...]
 
     @property

@@ -16,41 +16,41 @@ from kedit.evaluation.cases import EditCase, Kind, Probe
 from kedit.evaluation.probing import WATCHED
 from kedit.models import ModelArch
 from kedit.prompts.likelihood import last_logits, pair_text
-from kedit.prompts.tokenize import Row, Text, context_limit, encode
+from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class Watched:
+class ProbeTokens:
     """A probe in whose context the edited subject stands, in tokens.
 
     Attributes:
         case: id of its case.
         probe: the question.
-        right: prompt and right answer; ``right.lookup`` is the last token of the subject's last mention.
+        right: prompt and right answer; ``right.subject_last`` is the last token of the subject's last mention.
         wrong: prompt and wrong answer, if there is one.
     """
 
     case: str
     probe: Probe
-    right: Row
-    wrong: Row | None
+    right: TokenizedPrompt
+    wrong: TokenizedPrompt | None
 
 
-def watched_of(
+def probe_tokens_by_case(
     arch: ModelArch,
     tokenizer: PreTrainedTokenizerBase,
     cases: Sequence[EditCase],
     kinds: Sequence[Kind | str] = WATCHED,
-) -> dict[str, list[Watched]]:
+) -> dict[str, list[ProbeTokens]]:
     """What :func:`drift` asks, by case.
 
     Raises:
         EditError: no case has a probe of these kinds that mentions the edited subject.
     """
-    asked = {case.id: watched(arch, tokenizer, case, kinds) for case in cases}
+    asked = {case.id: probe_tokens(arch, tokenizer, case, kinds) for case in cases}
     if not any(asked.values()):
         raise EditError(
             f"None of the {len(asked)} cases has a probe of kind {', '.join(map(str, kinds))} that mentions the edited "
@@ -59,9 +59,9 @@ def watched_of(
     return asked
 
 
-def watched(
+def probe_tokens(
     arch: ModelArch, tokenizer: PreTrainedTokenizerBase, case: EditCase, kinds: Sequence[Kind | str]
-) -> list[Watched]:
+) -> list[ProbeTokens]:
     """The probes of some kinds that have a right answer and mention the edited subject."""
     chosen, texts = [], []
     for probe in case.probes:
@@ -72,7 +72,7 @@ def watched(
             texts += [_text(probe, answer, span) for answer in (probe.right, probe.wrong or probe.right)]
     rows = encode(tokenizer, texts, limit=context_limit(arch.model))
     return [
-        Watched(case.id, probe, rows[2 * i], None if probe.wrong is None else rows[2 * i + 1])
+        ProbeTokens(case.id, probe, rows[2 * i], None if probe.wrong is None else rows[2 * i + 1])
         for i, probe in enumerate(chosen)
     ]
 
@@ -94,7 +94,7 @@ class Questions:
     answers: list[tuple[int, int, tuple[int, ...]]]
 
     @classmethod
-    def of(cls, probes: Sequence[Watched]) -> Questions:
+    def of(cls, probes: Sequence[ProbeTokens]) -> Questions:
         """Answers of one token share their probe's prompt."""
         numbers: dict[tuple[int, ...], int] = {}
         answers = []
@@ -147,6 +147,6 @@ class Questions:
         return np.exp(means).reshape(count, -1, 2)
 
 
-def _answer(row: Row, numbers: dict[tuple[int, ...], int]) -> tuple[int, int, tuple[int, ...]]:
+def _answer(row: TokenizedPrompt, numbers: dict[tuple[int, ...], int]) -> tuple[int, int, tuple[int, ...]]:
     number = numbers.setdefault(row.ids[:-1], len(numbers))
     return number, row.prompt_last, row.labels

@@ -1,7 +1,7 @@
 """Attention rows of a running model, differentiable, beside its own fast attention."""
 
 from kedit.capture.attention_rule import Rule as Rule
-from kedit.capture.context import Capture as Capture
+from kedit.capture.context import AttentionCapture as AttentionCapture
 from kedit.capture.context import capture_attention as capture_attention
 from kedit.capture.divergence import row_divergence as row_divergence
 from kedit.capture.divergence import row_kl as row_kl

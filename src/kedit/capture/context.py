@@ -17,7 +17,7 @@ from kedit.capture.install import attention_modules, use_capture_attention
 from kedit.errors import CaptureError
 
 
-class Capture:
+class AttentionCapture:
     """An open capture: what is wanted, and the rows of the last forward pass.
 
     Attributes:
@@ -183,7 +183,7 @@ def capture_attention(
     detach: bool = False,
     backend: str = "auto",
     sdpa: bool = False,
-) -> Iterator[Capture]:
+) -> Iterator[AttentionCapture]:
     """Read attention rows of a transformers model while its output stays what it always is.
 
     ``with capture_attention(model, positions) as cap: model(**inputs)`` leaves in ``cap.rows[layer]`` the attention
@@ -203,13 +203,13 @@ def capture_attention(
         CaptureError: the model's attention cannot be captured, or this thread already captures it.
     """
     with use_capture_attention(model):
-        capture = Capture(model, positions, layers, detach, backend, sdpa)
+        capture = AttentionCapture(model, positions, layers, detach, backend, sdpa)
         with opened(model, capture):
             yield capture
 
 
 @contextmanager
-def opened(model: nn.Module, capture: Capture) -> Iterator[None]:
+def opened(model: nn.Module, capture: AttentionCapture) -> Iterator[None]:
     """Enter a capture for a model that is switched already."""
     with ExitStack() as stack:
         stack.callback(open_contexts.close_capture, capture)

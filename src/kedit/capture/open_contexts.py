@@ -15,15 +15,15 @@ from torch import nn
 from kedit.errors import CaptureError
 
 if TYPE_CHECKING:
-    from kedit.capture.context import Capture
+    from kedit.capture.context import AttentionCapture
     from kedit.capture.substitute import Substitution
 
 LOCK = threading.RLock()
-_OPEN: dict[int, list[Capture]] = {}
+_OPEN: dict[int, list[AttentionCapture]] = {}
 _SUBSTITUTED: dict[int, list[Substitution]] = {}
 
 
-def open_capture(capture: Capture) -> None:
+def open_capture(capture: AttentionCapture) -> None:
     """Enter a capture for its attention modules.
 
     Raises:
@@ -40,7 +40,7 @@ def open_capture(capture: Capture) -> None:
             _OPEN.setdefault(id(module), []).append(capture)
 
 
-def close_capture(capture: Capture) -> None:
+def close_capture(capture: AttentionCapture) -> None:
     """Strike a capture from the books; harmless where it was never entered."""
     with LOCK:
         for module in capture.modules.values():
@@ -51,7 +51,7 @@ def close_capture(capture: Capture) -> None:
                 _OPEN.pop(id(module), None)
 
 
-def capture_of(module: nn.Module) -> Capture | None:
+def capture_of(module: nn.Module) -> AttentionCapture | None:
     """The capture that the running forward pass of ``module`` belongs to, if any."""
     captures = _OPEN.get(id(module))
     if not captures:

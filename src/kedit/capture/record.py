@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kedit.capture.context import Capture, opened
+from kedit.capture.context import AttentionCapture, opened
 from kedit.capture.install import decoder_of, use_capture_attention
 from kedit.errors import CaptureError
 from kedit.models.offload import device_of
 
 
-class Record(Capture):
+class Record(AttentionCapture):
     """Rows of several forward passes.
 
     Attributes:

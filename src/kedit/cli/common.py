@@ -119,11 +119,11 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
     import torch
 
     from kedit.loading import load
-    from kedit.utils.distributed import device, here
+    from kedit.utils.distributed import current_group, device
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     placed = getattr(args, "device_map", None)
-    if placed is None and args.model is not None and here().size > 1 and device() is not None:
+    if placed is None and args.model is not None and current_group().size > 1 and device() is not None:
         placed = {"": device()}
     if placed is None:
         return load(args.model, dtype=dtype)

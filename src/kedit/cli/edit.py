@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Edit, report, save."""
-    from kedit.utils.distributed import here
+    from kedit.utils.distributed import current_group
 
     edits = _edits(args)
     _check(args)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.keys:
         _load_keys(editor, args.keys, args.journal)
     if args.memory:
-        sys.stdout.write(f"memory: {editor.demand(edits, regularizers)}\n")
+        sys.stdout.write(f"memory: {editor.estimate_memory(edits, regularizers)}\n")
         return 0
     if args.journal:
         from kedit.sequential import run_journal
@@ -96,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
         path = run.patch.save(args.out)
     else:
         result = editor.apply(edits, regularizers, guard=guard)
-        alone = here().size == 1  # a launcher would take any other status than 0 for a process that broke down
+        alone = current_group().size == 1  # a launcher would take any other status than 0 for a process that broke down
         status = NOT_SAID if alone and result.all_said is False else 0
-        if not here().leads:
+        if not current_group().leads:
             return status
         sys.stdout.write(result.report() + "\n")
         path = result.patch.save(args.out)

@@ -41,6 +41,6 @@ def editor_class(name: str) -> type[Editor]:
     return kind
 
 
-def editor(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **config: Any) -> Editor:
+def get_editor(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **config: Any) -> Editor:
     """An editor by name; raises as :func:`editor_class`."""
     return editor_class(name)(model, tokenizer, **config)

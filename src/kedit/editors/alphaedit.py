@@ -14,12 +14,12 @@ from kedit.editors.config import EditorConfig, Settings
 from kedit.editors.key_history import KeyHistory
 from kedit.editors.memit import MEMIT, largest_weight, mixed_keys
 from kedit.editors.memory import DOUBLE
-from kedit.editors.solve_layers import Insertion
+from kedit.editors.solve_layers import LayerProblem
 from kedit.errors import ConfigError
 from kedit.keys import read
 from kedit.patch.delta import Delta
 from kedit.prompts.encode import Request
-from kedit.utils.device_memory import at_most_on
+from kedit.utils.device_memory import offload_if_cpu
 
 if TYPE_CHECKING:
     from kedit.patch import EditPatch
@@ -93,7 +93,7 @@ class AlphaEdit(MEMIT):
         if key not in self._used:
             matrix = self.moments.matrix(layer, expert, device)
             self._used[key], self._energy[key] = null_space(matrix, config.threshold, config.threshold_rule)
-        self._used[key] = at_most_on(device, self._used[key])
+        self._used[key] = offload_if_cpu(device, self._used[key])
         return self._used[key]
 
     def _forget_other_moments(self) -> None:
@@ -112,14 +112,14 @@ class AlphaEdit(MEMIT):
         system = 3 * square if edits + past >= shape[1] else 3 * DOUBLE * keys**2
         return int(used) + DOUBLE * min(past, shape[1]) * shape[1], max(square, 4 * DOUBLE * keys * shape[1] + system)
 
-    def solve(self, insertion: Insertion, config: Any) -> Delta:
+    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
         """The projected solution of one layer."""
         self._forget_other_moments()
         keys = self._projected(insertion.layer, mixed_keys(insertion.keys), config)
         past = self._earlier(insertion.layer, keys, config)
         return null_space_update(keys, insertion.residual, self._weight(insertion, keys, config), past)
 
-    def _weight(self, insertion: Insertion, keys: Tensor, config: Any) -> float:
+    def _weight(self, insertion: LayerProblem, keys: Tensor, config: Any) -> float:
         """λ for some projected keys [E, N · I]; relative to what ordinary keys have in the directions of their experts."""
         weight = config.l2
         if config.l2_relative:
@@ -153,7 +153,7 @@ class AlphaEdit(MEMIT):
         self._past[key] = parts, past
         return past
 
-    def kept(self, patch: EditPatch, requests: Sequence[Request], settings: Settings) -> None:
+    def on_applied(self, patch: EditPatch, requests: Sequence[Request], settings: Settings) -> None:
         """Remember the keys of what was written, as the edited model makes them."""
         rows = [row for request in requests for row in request.rewrite]
         layers = settings.config.layers

@@ -15,9 +15,9 @@ from torch import Tensor
 from kedit.edit import Edit, as_edits
 from kedit.editors import presets
 from kedit.editors.config import EditorConfig, Settings, adapted, check_fields, check_sites, describe_model, filled
-from kedit.editors.memory import DOUBLE, Demand, demand
+from kedit.editors.memory import DOUBLE, MemoryEstimate, estimate_memory
 from kedit.editors.result import EditResult, Gate
-from kedit.editors.solve_layers import Insertion, Timer, describe, overwrite, spread, warn_of_known
+from kedit.editors.solve_layers import LayerProblem, Timer, describe, overwrite, solve_layers, warn_of_known
 from kedit.errors import ConfigError, IneffectiveEditWarning, KEditWarning
 from kedit.keys import routing
 from kedit.keys.estimate import estimate_moments
@@ -33,7 +33,7 @@ from kedit.prompts.encode import Request, encode_edits
 from kedit.prompts.predictions import EditCheck, Prediction, predict
 from kedit.regularizers import Choice, resolve
 from kedit.utils.device_memory import HeapTrim
-from kedit.utils.distributed import here
+from kedit.utils.distributed import current_group
 from kedit.utils.progress import Progress
 from kedit.values.memory import Footprint
 from kedit.values.optimize import StepLog, Values
@@ -59,7 +59,7 @@ def with_gradient(call: Callable[P, R]) -> Callable[P, R]:
 
 
 NOISE = 1e-7  # share of a weight's norm up to which an update is rounding noise: float32 holds nothing smaller
-NOTHING = (
+ZERO_UPDATE_WARNING = (
     "The update is 0, so nothing was written. Either the loss was below stop_loss from the start; or no gradient reached the value "
     "(above the last block no attention carries the subject on: edit a lower one; in float16 small gradients become 0: load the "
     "model in bfloat16 or float32); or ordinary keys use every direction (AlphaEdit: raise the threshold)."
@@ -96,7 +96,7 @@ class Editor(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[EditorConfig]] = EditorConfig
-    joint: ClassVar[bool] = False  # several edits become one update, solved together
+    batched: ClassVar[bool] = False  # several edits become one update, solved together
     context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((10, 5),)  # (tokens, how many)
     context_seed: ClassVar[int] = 0
     needs_moments: ClassVar[bool] = True
@@ -141,10 +141,10 @@ class Editor(ABC):
         """Where values are optimised; the first is where the residual is measured."""
 
     @abstractmethod
-    def solve(self, insertion: Insertion, config: Any) -> Delta:
+    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
         """The closed form: the update of one layer's weight."""
 
-    def share(self, config: Any, layer: int) -> float:
+    def residual_divisor(self, config: Any, layer: int) -> float:
         """What the residual is divided by at ``layer``: 1 unless a child spreads it over several layers."""
         return 1.0
 
@@ -212,14 +212,14 @@ class Editor(ABC):
         routed = routing.shares(self.arch, requests, settings.config.layers)
         written: dict[str, list[Delta]] = {}
         log: list[list[StepLog]] = []
-        groups = [requests] if self.joint else [[request] for request in requests]
+        groups = [requests] if self.batched else [[request] for request in requests]
         ledger = Ledger.of(self.model)
         with ExitStack() as stack:
             keep = stack.enter_context(ledger.scratch())
             progress = stack.enter_context(Progress(len(groups), self.name))
             for number, group in enumerate(groups):
                 deltas, steps = self.write(group, settings, timer)
-                deltas = here().from_leader(deltas)  # so that rounding keeps no two processes apart
+                deltas = current_group().broadcast(deltas)  # so that rounding keeps no two processes apart
                 log += steps
                 for name, delta in deltas.items():
                     append(written.setdefault(name, []), delta)
@@ -231,7 +231,7 @@ class Editor(ABC):
         changes = any(self._is_update(name, delta) for name, delta in summed.items())
         if not changes:
             summed = {name: emptied(delta) for name, delta in summed.items()}
-            warnings.warn(NOTHING, KEditWarning, stacklevel=3)
+            warnings.warn(ZERO_UPDATE_WARNING, KEditWarning, stacklevel=3)
         patch = EditPatch(summed, fingerprints(self.arch, summed), self._provenance(chosen, settings))
         try:
             patch.apply(self.model)
@@ -240,7 +240,7 @@ class Editor(ABC):
                 with timer.stage("guard"):
                     patch.provenance["scores"] = watch.check(patch.deltas).scores
             checks = self._checked(patch, chosen, before, settings, timer)
-            self.kept(patch, requests, settings)
+            self.on_applied(patch, requests, settings)
             lost = {name: ledger.rounding(name) / max(delta.norm, 1e-30) for name, delta in summed.items()}
             report = None if watch is None else watch.report
             result = EditResult(patch, chosen, log, timer.seconds, self.model, report, routes, lost, checks)
@@ -261,7 +261,7 @@ class Editor(ABC):
         requests = self._encode(as_edits(edits), settings)
         patch.apply(self.model)
         try:
-            self.kept(patch, requests, settings)
+            self.on_applied(patch, requests, settings)
         except BaseException:
             patch.revert(self.model)
             raise
@@ -309,13 +309,13 @@ class Editor(ABC):
         ]
 
     @with_gradient
-    def demand(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> Demand:
+    def estimate_memory(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> MemoryEstimate:
         """How much memory :meth:`apply` would take; nothing is written. Contexts and second moments are made where missing."""
         settings = self._settings(regularizer)
         requests = self._encode(as_edits(edits), settings)
         self._prepare(Timer())
         wave = self.largest_wave(requests, settings)
-        return demand(self, requests, settings.config.layers, wave, trains=not self.needs_sites)
+        return estimate_memory(self, requests, settings.config.layers, wave, trains=not self.needs_sites)
 
     # What a child may replace
 
@@ -328,7 +328,7 @@ class Editor(ABC):
 
     def largest_wave(self, requests: Sequence[Request], settings: Settings) -> Footprint:
         """What the optimisation holds at its peak."""
-        together = [requests] if self.joint else [[request] for request in requests]
+        together = [requests] if self.batched else [[request] for request in requests]
         found = (self.engine.largest_footprint(settings.sites, group, settings.needs) for group in together)
         return max(found, key=lambda footprint: footprint.total)
 
@@ -352,7 +352,7 @@ class Editor(ABC):
                 progress.advance()
         return found
 
-    def kept(self, patch: EditPatch, requests: Sequence[Request], settings: Settings) -> None:
+    def on_applied(self, patch: EditPatch, requests: Sequence[Request], settings: Settings) -> None:
         """Called once the patch is on the model; an editor with a memory of past edits updates it here."""
         return
 
@@ -379,7 +379,7 @@ class Editor(ABC):
                 KEditWarning,
                 stacklevel=4,
             )
-        return here().from_leader(mine)  # so that all processes tell the same
+        return current_group().broadcast(mine)  # so that all processes tell the same
 
     def _checked(
         self,
@@ -396,7 +396,7 @@ class Editor(ABC):
         patch.provenance["before"] = [prediction.to_dict() for prediction in before]
         patch.provenance["after"] = [prediction.to_dict() for prediction in after]
         checks = [EditCheck(*found) for found in zip(edits, before, after, strict=True)]
-        if here().leads:
+        if current_group().leads:
             warn_of_ineffective(checks, settings.config, stacklevel=4)
         return checks
 
@@ -421,10 +421,10 @@ class Editor(ABC):
 
     def _spread(self, requests: Sequence[Request], values: Values, settings: Settings) -> dict[str, Delta]:
         moments = self.moments if self.needs_moments else SecondMoments({})
-        return spread(self.arch, self, requests, values, settings.config, moments)
+        return solve_layers(self.arch, self, requests, values, settings.config, moments)
 
     def _values(self, requests: Sequence[Request], settings: Settings) -> Values:
-        values = self.engine.optimise(
+        values = self.engine.optimize(
             settings.sites, requests, settings.config.objective, settings.regularizers, settings.needs
         )
         warn_of_known(requests, values)

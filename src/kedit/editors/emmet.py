@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from kedit.editors import presets
 from kedit.editors.config import EditorConfig
 from kedit.editors.memit import MEMIT, mixed_keys
-from kedit.editors.solve_layers import Insertion
+from kedit.editors.solve_layers import LayerProblem
 from kedit.models import ModelArch
 from kedit.patch.delta import Delta
 
@@ -40,7 +40,7 @@ class EMMET(MEMIT):
             self.check_range("alpha", above=0.0)
             self.check_range("ridge")
 
-    def solve(self, insertion: Insertion, config: Any) -> Delta:
+    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
         """The constrained solution of one layer."""
         weight = config.alpha * config.ridge if len(insertion.keys) > 1 else 0.0
         return insertion.ridge(mixed_keys(insertion.keys), weight)

@@ -14,7 +14,7 @@ from torch.nn.functional import log_softmax
 from kedit.editors import presets
 from kedit.editors.base import Editor
 from kedit.editors.config import EditorConfig, Settings
-from kedit.editors.solve_layers import Insertion, Timer
+from kedit.editors.solve_layers import LayerProblem, Timer
 from kedit.errors import ConfigError, NonFiniteError, UnsupportedError
 from kedit.models import ModelArch, Site
 from kedit.models.hooks import inference_state
@@ -89,7 +89,7 @@ class FT(Editor):
         """None: FT optimises weights, not values."""
         return ()
 
-    def solve(self, insertion: Insertion, config: Any) -> Delta:
+    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
         """Not used: FT has no closed form."""
         raise NotImplementedError
 

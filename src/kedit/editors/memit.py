@@ -11,7 +11,7 @@ from torch import Tensor
 from kedit.editors import presets
 from kedit.editors.base import Editor
 from kedit.editors.config import EditorConfig
-from kedit.editors.solve_layers import Insertion
+from kedit.editors.solve_layers import LayerProblem
 from kedit.models import ModelArch, Site
 from kedit.patch.delta import Delta
 
@@ -42,7 +42,7 @@ class MEMIT(Editor):
     """
 
     name: ClassVar[str] = "memit"
-    joint: ClassVar[bool] = True
+    batched: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
@@ -67,11 +67,11 @@ class MEMIT(Editor):
         """The output of the last edited block, or its MLP's where the block normalises that."""
         return (self.arch.output_site(config.layers[-1]),)
 
-    def share(self, config: Any, layer: int) -> float:
+    def residual_divisor(self, config: Any, layer: int) -> float:
         """The number of layers left to write, this one included."""
         return float(len(config.layers) - config.layers.index(layer))
 
-    def solve(self, insertion: Insertion, config: Any) -> Delta:
+    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
         """The ridge solution of one layer."""
         keys, weight = mixed_keys(insertion.keys), config.moment_weight
         if config.min_share:

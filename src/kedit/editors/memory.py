@@ -19,7 +19,7 @@ DOUBLE = 8  # bytes of a float64, in which everything is solved
 
 
 @dataclass(frozen=True)
-class Demand:
+class MemoryEstimate:
     """Bytes that one apply holds at its peak, and what stays afterwards.
 
     Not in it: Python and its libraries, workspace inside a BLAS or LAPACK routine, freed memory that the C library's heap
@@ -54,7 +54,7 @@ class Solver(Protocol):
     """What is asked of an editor."""
 
     arch: ModelArch
-    joint: ClassVar[bool]
+    batched: ClassVar[bool]
     needs_moments: ClassVar[bool]
 
     @property
@@ -67,9 +67,9 @@ class Solver(Protocol):
         ...
 
 
-def demand(
+def estimate_memory(
     editor: Solver, requests: Sequence[Request], layers: Sequence[int], wave: Footprint, *, trains: bool
-) -> Demand:
+) -> MemoryEstimate:
     """What applying ``requests`` will hold; runs a few tokens to see what one costs.
 
     Args:
@@ -90,7 +90,7 @@ def demand(
         kept += place.touched * (min(factors, numbers) * work + numbers * (place.stored + lost))
     sums = sum(place.touched * place.outer * place.inner * work for place in places)
     moments = sum(_moment_bytes(editor, place.layer) for place in places)
-    return Demand(_model_bytes(editor.arch.model), moments, wave, max(solving, kept + sums), kept)
+    return MemoryEstimate(_model_bytes(editor.arch.model), moments, wave, max(solving, kept + sums), kept)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _places(editor: Solver, requests: Sequence[Request], layers: Sequence[int]) 
 
 def _solving(editor: Solver, requests: Sequence[Request], places: Sequence[_Place]) -> tuple[int, int]:
     """What the closed forms keep, and what they hold at their peak, that included."""
-    edits, contexts = len(requests) if editor.joint else 1, len(requests[0].rewrite)
+    edits, contexts = len(requests) if editor.batched else 1, len(requests[0].rewrite)
     work = editor.arch.work_dtype.itemsize
     kept = copies = peak = 0
     for place in places:
@@ -140,14 +140,14 @@ def _moment_bytes(editor: Solver, layer: int) -> int:
 
 def _reading(editor: Solver, requests: Sequence[Request], layer: int) -> int:
     """What the pass that reads the keys holds: per token as one short prompt shows."""
-    together = requests if editor.joint else [max(requests, key=lambda request: request.rewrite[-1].lookup)]
+    together = requests if editor.batched else [max(requests, key=lambda request: request.rewrite[-1].subject_last)]
     rows = [row for request in together for row in request.rewrite]
-    probe = max(rows, key=lambda row: row.lookup)
+    probe = max(rows, key=lambda row: row.subject_last)
     seen = LivePeak(editor.arch.model)
     with seen:
         read.keys(editor.arch, [probe], layer)
-    tokens = min(read.TOKENS_PER_PASS, len(rows) * (probe.lookup + 1))
-    return seen.peak * tokens // (probe.lookup + 1)
+    tokens = min(read.TOKENS_PER_PASS, len(rows) * (probe.subject_last + 1))
+    return seen.peak * tokens // (probe.subject_last + 1)
 
 
 def _model_bytes(model: nn.Module) -> int:

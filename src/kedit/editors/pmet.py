@@ -45,6 +45,6 @@ class PMET(MEMIT):
         """The MLP's output, which is written, and the attention's."""
         return (Site(config.layers[-1], "mlp"), Site(config.layers[-1], "attention"))
 
-    def share(self, config: Any, layer: int) -> float:
+    def residual_divisor(self, config: Any, layer: int) -> float:
         """The root of the number of layers left to write."""
-        return math.sqrt(super().share(config, layer))
+        return math.sqrt(super().residual_divisor(config, layer))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from kedit.editors.base import Editor
 from kedit.editors.closed_forms import rank_one
 from kedit.editors.config import EditorConfig
-from kedit.editors.solve_layers import Insertion
+from kedit.editors.solve_layers import LayerProblem
 from kedit.errors import ConfigError
 from kedit.models import Site
 from kedit.patch.delta import Delta
@@ -41,7 +41,7 @@ class ROME(Editor):
         """The MLP's output of the edited block."""
         return (Site(config.layers[-1], "mlp"),)
 
-    def solve(self, insertion: Insertion, config: Any) -> Delta:
+    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
         """The rank-one update of one edit."""
         keys = insertion.keys[0]  # [C, I]
         whitened = insertion.whiten(keys.mean(0, keepdim=True))[0]
@@ -56,11 +56,11 @@ class RROME(ROME):
 
     name: ClassVar[str] = "rrome"
 
-    def solve(self, insertion: Insertion, config: Any) -> Delta:
+    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
         """The rank-one update of one edit."""
         keys = insertion.keys[0]
         mean = keys.mean(0)
         whitened = insertion.whiten(mean[None])[0]
         # v* − W k̄ = δ + W (k − k̄), as v* = W k + δ.
-        shift = insertion.recall((keys[0] - mean)[None])[0]
+        shift = insertion.project((keys[0] - mean)[None])[0]
         return rank_one(whitened, mean, insertion.residual[0] + shift)

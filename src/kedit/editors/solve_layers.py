@@ -27,7 +27,7 @@ from kedit.values.optimize import Values
 
 
 @dataclass(frozen=True)
-class Insertion:
+class LayerProblem:
     """What a closed form sees of one layer: a linear memory, be it one matrix or a mixture of experts.
 
     Attributes:
@@ -45,7 +45,7 @@ class Insertion:
     weights: tuple[Weight, ...]
     moments: SecondMoments
 
-    def recall(self, keys: Tensor) -> Tensor:
+    def project(self, keys: Tensor) -> Tensor:
         """W k for each key [n, I], without the bias: [n, O], in the keys' dtype."""
         parts = keys.split(keys.shape[1] // len(self.weights), dim=1)
         pairs = [pair for pair in zip(self.weights, parts, strict=True) if len(parts) == 1 or bool(pair[1].any())]
@@ -78,11 +78,11 @@ class Method(Protocol):
         """Where values are optimised."""
         ...
 
-    def share(self, config: Any, layer: int) -> float:
+    def residual_divisor(self, config: Any, layer: int) -> float:
         """The residual is divided by this at ``layer``."""
         ...
 
-    def solve(self, insertion: Insertion, config: Any) -> Delta:
+    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
         """The update of one layer's weight."""
         ...
 
@@ -115,7 +115,7 @@ def warn_of_known(requests: Sequence[Request], values: Values) -> None:
             )
 
 
-def spread(
+def solve_layers(
     arch: ModelArch, method: Method, requests: Sequence[Request], values: Values, config: Any, moments: SecondMoments
 ) -> dict[str, Delta]:
     """Write the values into the layers, lowest first, each seeing the layers below it as already changed.
@@ -136,9 +136,9 @@ def spread(
             residual = values.delta[:, 0]
             if number > 0:  # what is below has changed the site's output; measure what is left to write
                 residual = values.value[:, 0] - read.outputs(arch, bare, site).to(residual.device)
-            share = method.share(config, layer) * _gain(arch, site, layer)
+            share = method.residual_divisor(config, layer) * _gain(arch, site, layer)
             weights = arch.weights(layer)
-            insertion = Insertion(layer, keys, (residual / share).to(keys.device), weights, moments)
+            insertion = LayerProblem(layer, keys, (residual / share).to(keys.device), weights, moments)
             solution = check_solution(method, _solved(method, insertion, config))
             found = insertion.split(solution.to(arch.device(layer), arch.work_dtype))
             deltas |= {name: check_finite(name, delta) for name, delta in found.items()}
@@ -148,7 +148,7 @@ def spread(
     return deltas
 
 
-def _solved(method: Method, insertion: Insertion, config: Any) -> Delta:
+def _solved(method: Method, insertion: LayerProblem, config: Any) -> Delta:
     """The method's solution, in main memory where the layer's device has no room for it."""
     try:
         return method.solve(insertion, config)

@@ -11,7 +11,7 @@ from kedit.keys.corpus import Corpus
 from kedit.models.defaults import ModelDefaults, Preset
 
 NUM_DOCUMENTS = 12_000
-GUARD_TEXTS = 40
+NUM_EMBEDDED_TEXTS = 40
 
 # All chosen on the development half of its world: a step
 # size at which the edits are as firm as in large models, where plain ROME loses what SADR is there to keep (at half of it
@@ -44,4 +44,4 @@ def corpus() -> Corpus:
 def defaults() -> ModelDefaults:
     """What kedit uses for the embedded model where nothing else is given."""
     texts = corpus()
-    return ModelDefaults(texts.name, texts.key, texts.texts, GUARD_TEXTS, RIDGE, PRESETS)
+    return ModelDefaults(texts.name, texts.key, texts.texts, NUM_EMBEDDED_TEXTS, RIDGE, PRESETS)

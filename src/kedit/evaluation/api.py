@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kedit.editors import editor as make_editor
+from kedit.editors import get_editor as make_editor
 from kedit.editors.base import Editor
 from kedit.errors import ConfigError
 from kedit.evaluation.cases import EditCase, check_cases
 from kedit.evaluation.journal import Journal
 from kedit.evaluation.metrics import METRICS
-from kedit.evaluation.probing import Extent
+from kedit.evaluation.probing import EvalOptions
 from kedit.evaluation.report import EvalReport
 from kedit.evaluation.runner import CHUNK, Mode, Run
 from kedit.regularizers import Choice
-from kedit.utils.distributed import here
+from kedit.utils.distributed import current_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ def evaluate(
         metrics: name or names of the figures to report; all that have values if not given.
         chunk: cases whose values are optimised together in single mode.
         batch_size: cases per step of a sequence.
-        extent: what is measured beside the likelihoods: the fields of :class:`~kedit.evaluation.probing.Extent`
+        extent: what is measured beside the likelihoods: the fields of :class:`~kedit.evaluation.probing.EvalOptions`
             (``exact``, ``generate``, ``attention``, ``texts``, ...).
 
     Raises:
@@ -69,7 +69,7 @@ def evaluate(
     journal = None if out is None else Journal(out, run.identity())
     records = run.go(journal)
     report = EvalReport(records, run.meta(), tuple(metrics) if metrics is not None else None)
-    if journal is not None and here().leads:
+    if journal is not None and current_group().leads:
         report.save(journal.folder)
         journal.tidy()
     return report
@@ -90,7 +90,7 @@ def _editor(
     return editor
 
 
-def _extent(fields: Mapping[str, Any]) -> Extent:
+def _extent(fields: Mapping[str, Any]) -> EvalOptions:
     given = dict(fields)
     if isinstance(given.get("texts"), str):
         given["texts"] = (given["texts"],)
@@ -98,8 +98,8 @@ def _extent(fields: Mapping[str, Any]) -> Extent:
     if not isinstance(texts, Iterable):
         raise ConfigError(f"texts is a text or a list of texts, not a {type(texts).__name__}.")
     given["texts"] = tuple(texts)
-    known = Extent.__dataclass_fields__
+    known = EvalOptions.__dataclass_fields__
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ConfigError(f"evaluate() does not know {', '.join(unknown)}. It measures {', '.join(known)}.")
-    return Extent(**given)
+    return EvalOptions(**given)

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from kedit.models import ModelArch
-from kedit.prompts.tokenize import Row, pad
+from kedit.prompts.tokenize import TokenizedPrompt, pad
 
 EPS = 1e-8
 
 
 @dataclass(frozen=True)
-class Gaze:
+class AttentionToSubject:
     """The attention rows of one prompt's last token, [L, A, T], and the subject's column."""
 
     rows: Tensor
     column: int
 
-    def measure(self, before: Gaze) -> dict[str, float]:
+    def measure(self, before: AttentionToSubject) -> dict[str, float]:
         """``subject``: mean weight on the subject's last token; ``drift``: KL(before ‖ now), summed over blocks and heads."""
         p, q = before.rows + EPS, self.rows + EPS
         drift = float((p * (p / q).log()).sum())
@@ -29,13 +29,15 @@ class Gaze:
 
 
 @torch.no_grad()
-def gazes(arch: ModelArch, rows: Sequence[Row], *, tokens: int = 8192) -> list[Gaze]:
-    """The rows of the token before each target; ``row.lookup`` is the subject's last token."""
+def attention_to_subject(
+    arch: ModelArch, rows: Sequence[TokenizedPrompt], *, tokens: int = 8192
+) -> list[AttentionToSubject]:
+    """The rows of the token before each target; ``row.subject_last`` is the subject's last token."""
     from kedit.capture import capture_attention
 
     fed = [row.ids[: row.target] for row in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(fed[i]))
-    found: dict[int, Gaze] = {}
+    found: dict[int, AttentionToSubject] = {}
     while order:
         size = max(1, tokens // len(fed[order[0]]))
         batch, order = order[:size], order[size:]
@@ -47,5 +49,5 @@ def gazes(arch: ModelArch, rows: Sequence[Row], *, tokens: int = 8192) -> list[G
             arch.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **fewer)
             stacked = torch.stack([capture.rows[layer][:, :, 0].cpu() for layer in sorted(capture.rows)], 1)
         for place, i in enumerate(batch):
-            found[i] = Gaze(stacked[place, :, :, : len(fed[i])].clone(), rows[i].lookup)
+            found[i] = AttentionToSubject(stacked[place, :, :, : len(fed[i])].clone(), rows[i].subject_last)
     return [found[i] for i in range(len(rows))]

@@ -19,7 +19,7 @@ from kedit.edit import Edit
 from kedit.errors import ConfigError, KEditError
 from kedit.evaluation.cases import EditCase, Kind
 from kedit.evaluation.metrics import all_tokens, success
-from kedit.evaluation.probing import Examiner, Extent
+from kedit.evaluation.probing import EvalOptions, ProbeScorer
 from kedit.evaluation.records import CaseScore, ProbeScore
 from kedit.models import ModelArch
 from kedit.models.defaults import model_defaults
@@ -29,7 +29,7 @@ from kedit.utils.linalg import is_finite
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PLAIN = (
+DEFAULT_TEXTS = (
     "The river rises in the hills to the north of the town and flows for about forty miles through farmland before it "
     "reaches the sea. Along its banks there are several old mills, most of which stopped working in the last century.",
     "In the spring the members of the council met to discuss the new library. They agreed that the building should be "
@@ -166,9 +166,9 @@ class Guard:
         if self.texts is not None:
             return tuple(self.texts)
         own = model_defaults(model)
-        return PLAIN if own is None else tuple(islice(own.texts(), own.guard_texts))
+        return DEFAULT_TEXTS if own is None else tuple(islice(own.texts(), own.guard_texts))
 
-    def watch(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit]) -> Watch:
+    def watch(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit]) -> GuardCheck:
         """Measure ``model`` as it is, before ``edits`` are written."""
         known = {case.edit: case for case in self.cases}
         cases = [
@@ -176,8 +176,8 @@ class Guard:
             for number, edit in enumerate(edits)
         ]
         texts = self.texts_for(model) if self.kl is not None or self.perplexity is not None else ()
-        examiner = Examiner(model, tokenizer, Extent(exact=False, texts=texts), cases)
-        return Watch(self, examiner, cases, examiner.before(cases))
+        examiner = ProbeScorer(model, tokenizer, EvalOptions(exact=False, texts=texts), cases)
+        return GuardCheck(self, examiner, cases, examiner.before(cases))
 
 
 def _all_of(given: Any, kind: type, name: str, what: str) -> tuple[Any, ...]:
@@ -190,11 +190,11 @@ def _all_of(given: Any, kind: type, name: str, what: str) -> tuple[Any, ...]:
 
 
 @dataclass
-class Watch:
+class GuardCheck:
     """What a guard measured before an edit, ready to compare."""
 
     guard: Guard
-    examiner: Examiner
+    examiner: ProbeScorer
     cases: list[EditCase]
     before: list[CaseScore]
     report: GuardReport | None = field(default=None, init=False)
@@ -208,7 +208,7 @@ class Watch:
         Raises:
             GuardError: a figure missed its limit.
         """
-        after = self.examiner.ask(self.cases)
+        after = self.examiner.score(self.cases)
         figures = [*self._shares(after), *self._on_text(after), *self._norms(names)]
         self.report = GuardReport(tuple(figures))
         if not self.report.passed:

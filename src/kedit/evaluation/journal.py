@@ -14,7 +14,7 @@ from kedit.edit import json_lines
 from kedit.errors import EditError, PatchError
 from kedit.evaluation.records import CaseRecord
 from kedit.patch import EditPatch
-from kedit.utils.distributed import here
+from kedit.utils.distributed import current_group
 from kedit.utils.files import write_whole
 
 RUN, RECORDS, PATCHES, STEPS = "run.json", "records.jsonl", "patches", "steps.jsonl"
@@ -49,9 +49,9 @@ class Journal:
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
         self.folder = make_folder(folder)
-        group = here()
+        group = current_group()
         self.path = self.folder / (RECORDS if group.leads else f"records-{group.rank}.jsonl")
-        self.records = group.attempt(lambda: self._open(dict(identity)) if group.leads else {})[0]
+        self.records = group.run_on_all(lambda: self._open(dict(identity)) if group.leads else {})[0]
 
     def append(self, record: CaseRecord) -> None:
         """Add a finished case; it is on disk when this returns."""

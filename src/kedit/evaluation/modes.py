@@ -14,10 +14,10 @@ from kedit.evaluation.journal import Journal, Step
 from kedit.patch import EditPatch
 from kedit.patch.ledger import Ledger
 from kedit.regularizers import Regularizer
-from kedit.utils.distributed import alone, here
+from kedit.utils.distributed import alone, current_group
 from kedit.utils.progress import Progress
 
-HOPELESS = (ConfigError, DependencyError, ProcessError)  # would fail for every case, or says nothing about this one
+FATAL_ERRORS = (ConfigError, DependencyError, ProcessError)  # would fail for every case, or says nothing about this one
 
 
 class SingleEdits:
@@ -35,7 +35,7 @@ class SingleEdits:
             try:
                 found = self.editor.propose([case.edit for case in plain], self.regularizers)
                 return {case.id: patch for case, patch in zip(plain, found, strict=True)}
-            except HOPELESS:
+            except FATAL_ERRORS:
                 raise
             except KEditError:  # find the one that fails
                 return {case.id: self._one(case) for case in plain}
@@ -53,7 +53,7 @@ class SingleEdits:
                     with alone(), self.editor.unchecked():
                         result = self.editor.apply(case.edits, self.regularizers)
                     stack.callback(result.revert)
-            except HOPELESS:
+            except FATAL_ERRORS:
                 raise
             except KEditError as error:
                 failure = str(error)
@@ -62,7 +62,7 @@ class SingleEdits:
     def _one(self, case: EditCase) -> EditPatch | str:
         try:
             return self.editor.propose(case.edit, self.regularizers)[0]
-        except HOPELESS:
+        except FATAL_ERRORS:
             raise
         except KEditError as error:
             return str(error)
@@ -106,8 +106,8 @@ class JointEdit:
             self._take_back(clean)
 
     def _write(self) -> None:
-        group, journal = here(), self.journal
-        known = group.attempt(lambda: journal.steps() if journal is not None and group.leads else [])[0]
+        group, journal = current_group(), self.journal
+        known = group.run_on_all(lambda: journal.steps() if journal is not None and group.leads else [])[0]
         with Progress(sum(map(len, self.steps)), "editing") as progress:
             for number, cases in enumerate(self.steps):
                 edits = [edit for case in cases for edit in case.edits]
@@ -134,16 +134,16 @@ class JointEdit:
             with self.editor.unchecked():  # the probes ask more
                 patch = self.editor.apply(edits, self.regularizers).patch
             self.patches.append(patch)
-        except HOPELESS:
+        except FATAL_ERRORS:
             raise
         except KEditError as error:
             if len(self.steps) == 1:
                 raise
             failure = str(error)
         step = Step(patch, failure, time.perf_counter() - start)
-        group, journal = here(), self.journal
+        group, journal = current_group(), self.journal
         if journal is not None:
-            group.attempt(lambda: journal.add_step(number, step) if group.leads else None)
+            group.run_on_all(lambda: journal.add_step(number, step) if group.leads else None)
         return step
 
     def _take_back(self, clean: bool) -> None:

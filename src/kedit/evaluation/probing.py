@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kedit.errors import ConfigError, EditError
-from kedit.evaluation.attention import Gaze, gazes
+from kedit.evaluation.attention import AttentionToSubject
+from kedit.evaluation.attention import attention_to_subject as gazes
 from kedit.evaluation.cases import EditCase, Kind, Probe
 from kedit.evaluation.language import Prose, TfIdf, n_gram_entropy
 from kedit.evaluation.records import CaseScore, ProbeScore
 from kedit.models import ModelArch
 from kedit.prompts.decode import continue_rows, says
 from kedit.prompts.likelihood import Answer, pair_text, score_rows
-from kedit.prompts.tokenize import Row, Text, context_limit, encode
+from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ SPARE = 4  # tokens that a greedy answer may take beyond the longest accepted on
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extent:
+class EvalOptions:
     """What is measured beside the likelihoods.
 
     Attributes:
@@ -75,9 +76,9 @@ class Plan:
     """A case in tokens: per probe the rows of its right and wrong answer (or of the bare prompt), and the watched row."""
 
     case: EditCase
-    right: tuple[Row, ...]  # without labels for generation probes
-    wrong: Mapping[int, Row]  # by number of the probe
-    watched: Mapping[int, Row]
+    right: tuple[TokenizedPrompt, ...]  # without labels for generation probes
+    wrong: Mapping[int, TokenizedPrompt]  # by number of the probe
+    watched: Mapping[int, TokenizedPrompt]
 
 
 @dataclass
@@ -85,14 +86,14 @@ class Baseline:
     """What the unedited model showed, as far as later scores are compared with it."""
 
     log_probs: Tensor | None = None
-    gazes: dict[str, dict[int, Gaze]] = field(default_factory=dict)  # by case, by number of the probe
+    gazes: dict[str, dict[int, AttentionToSubject]] = field(default_factory=dict)  # by case, by number of the probe
 
 
-class Examiner:
+class ProbeScorer:
     """Asks one model; the model may change between calls."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, extent: Extent, cases: Sequence[EditCase]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, extent: EvalOptions, cases: Sequence[EditCase]
     ) -> None:
         self.arch = ModelArch(model)
         self.tokenizer = tokenizer
@@ -109,9 +110,9 @@ class Examiner:
         """Scores of the unedited model, which later ones are compared with."""
         for case in cases:
             self.baseline.gazes.pop(case.id, None)
-        return self.ask(cases)
+        return self.score(cases)
 
-    def ask(self, cases: Sequence[EditCase]) -> list[CaseScore]:
+    def score(self, cases: Sequence[EditCase]) -> list[CaseScore]:
         """Scores of the model as it is now."""
         plans = [self.plans[case.id] for case in cases]
         answers = self._answers(plans)
@@ -160,7 +161,7 @@ class Examiner:
 
     def _answers(self, plans: Sequence[Plan]) -> dict[tuple[str, int, bool], Answer]:
         keys: list[tuple[str, int, bool]] = []
-        rows: list[Row] = []
+        rows: list[TokenizedPrompt] = []
         for plan in plans:
             for number, row in enumerate(plan.right):
                 if row.labels:
@@ -175,7 +176,7 @@ class Examiner:
         """Greedy continuations and whether they are the right answer, for the kinds where that is asked."""
         if not self.extent.exact:
             return {}
-        found: list[tuple[tuple[str, int], Row, list[str]]] = []
+        found: list[tuple[tuple[str, int], TokenizedPrompt, list[str]]] = []
         for plan in plans:
             for number, probe in enumerate(plan.case.probes):
                 if probe.kind in EXACT and probe.right is not None:

@@ -15,7 +15,7 @@ from kedit.evaluation.cases import EditCase, drop_edited
 from kedit.evaluation.journal import Journal
 from kedit.evaluation.metrics import Running
 from kedit.evaluation.modes import JointEdit, SingleEdits
-from kedit.evaluation.probing import Examiner, Extent, check_whole
+from kedit.evaluation.probing import EvalOptions, ProbeScorer, check_whole
 from kedit.evaluation.provenance import describe_editor, describe_model, digest, environment, versions
 from kedit.evaluation.records import CaseRecord, CaseScore
 from kedit.keys.estimate import tokenizer_fingerprint
@@ -23,7 +23,7 @@ from kedit.models import unwrap
 from kedit.models.fingerprint import model_fingerprint, tensor_fingerprint
 from kedit.patch import EditPatch
 from kedit.regularizers import Choice, resolve
-from kedit.utils.distributed import here
+from kedit.utils.distributed import current_group
 from kedit.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Run:
         editor: Editor | None,
         regularizer: Choice,
         mode: str,
-        extent: Extent,
+        extent: EvalOptions,
         chunk: int,
         batch_size: int,
     ) -> None:
@@ -100,11 +100,11 @@ class Run:
 
     def go(self, journal: Journal | None) -> list[CaseRecord]:
         """All records, in the order of the cases; of several processes each asks its share of the chunks."""
-        group = here()
+        group = current_group()
         done = {} if journal is None else dict(journal.records)
         if len(done) < len(self.cases):
             with self._timed("prepare"):
-                examiner = Examiner(self.model, self.tokenizer, self.extent, self.cases)
+                examiner = ProbeScorer(self.model, self.tokenizer, self.extent, self.cases)
                 if self.editor is not None:
                     _ = self.editor.contexts, self.editor.needs_moments and self.editor.moments
             work = self._single(examiner, done) if self._each_alone else self._joint(examiner, done, journal)
@@ -128,7 +128,7 @@ class Run:
     def _each_alone(self) -> bool:
         return self.mode == "single" or self.editor is None
 
-    def _single(self, examiner: Examiner, done: Mapping[str, CaseRecord]) -> Generator[CaseRecord, None, None]:
+    def _single(self, examiner: ProbeScorer, done: Mapping[str, CaseRecord]) -> Generator[CaseRecord, None, None]:
         """Chunks are the same in every run, so that a resumed one rounds alike; only what is missing is asked again."""
         edits = None if self.editor is None else SingleEdits(self.editor, self.regularizers)
         for cases in self._chunks():
@@ -149,7 +149,7 @@ class Run:
     def _after(
         self,
         edits: SingleEdits | None,
-        examiner: Examiner,
+        examiner: ProbeScorer,
         case: EditCase,
         before: CaseScore,
         patch: EditPatch | str | None,
@@ -165,12 +165,12 @@ class Run:
         with edits.in_place(case, patch) as failure:
             seconds["edit"] += time.perf_counter() - start
             start = time.perf_counter()
-            after = before if failure else examiner.ask([case])[0]
+            after = before if failure else examiner.score([case])[0]
         seconds["after"] = time.perf_counter() - start
         return CaseRecord(id=case.id, prompt=_title(case), before=before, after=after, seconds=seconds, failure=failure)
 
     def _joint(
-        self, examiner: Examiner, done: Mapping[str, CaseRecord], journal: Journal | None
+        self, examiner: ProbeScorer, done: Mapping[str, CaseRecord], journal: Journal | None
     ) -> Generator[CaseRecord, None, None]:
         """All facts written, then everything asked."""
         assert self.editor is not None
@@ -188,7 +188,7 @@ class Run:
                 if all(case.id in done for case in cases):
                     continue
                 start = time.perf_counter()
-                after = examiner.ask(cases)
+                after = examiner.score(cases)
                 seconds = {**shared, "after": (time.perf_counter() - start) / len(cases)}
                 for case, score in zip(cases, after, strict=True):
                     if case.id not in done:
@@ -203,7 +203,7 @@ class Run:
 
     def _chunks(self) -> Iterator[list[EditCase]]:
         """The chunks of cases that this process asks."""
-        for start in here().share(range(0, len(self.cases), self.chunk)):
+        for start in current_group().share(range(0, len(self.cases), self.chunk)):
             yield self.cases[start : start + self.chunk]
 
     def _fingerprints(self) -> dict[str, str]:

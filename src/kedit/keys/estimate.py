@@ -25,7 +25,7 @@ from kedit.models import ModelArch
 from kedit.models.fingerprint import model_fingerprint
 from kedit.models.hooks import StopForward, by_prompt, inference_state, on_arguments, on_input, stops_early
 from kedit.prompts.tokenize import context_limit, pad
-from kedit.utils.distributed import Group, here
+from kedit.utils.distributed import Group, current_group
 from kedit.utils.progress import Progress, logger
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def estimate_moments(
     budget = tokens if tokens is not None else KEYS_PER_DIMENSION * max(map(arch.memory_width, wanted))
     paths = _cache_paths(arch, tokenizer, texts, budget, ridge, wanted) if cache and texts.key else {}
     found = {layer: moment for layer, path in paths.items() if (moment := _read(path)) is not None}
-    group = here()
+    group = current_group()
     missing = sorted({layer for each in group.gather([i for i in wanted if i not in found]) for layer in each})
     if missing:
         logger.info("Second moments of layers %s from %s tokens of %s.", missing, f"{budget:,}", texts.name)
@@ -106,7 +106,7 @@ def accumulate(
     With a ``checkpoint`` the sums are kept there every minute and when interrupted; the next call goes on from them
     with the same result. Of several processes each runs its share of the batches, and all return the sums of all.
     """
-    group = here()
+    group = current_group()
     sums: dict[int, Accumulator] = {}
     for layer in layers:
         experts = arch.experts(layer)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kedit.errors import ArchitectureError
 from kedit.models import ModelArch, Site
 from kedit.models.hooks import StopForward, by_prompt, inference_state, on_arguments, on_input, on_output, stops_early
-from kedit.prompts.tokenize import Row, pad
+from kedit.prompts.tokenize import TokenizedPrompt, pad
 
 TOKENS_PER_PASS = 16_384
 
@@ -37,7 +37,7 @@ class Routing:
         return [dict(sorted(zip(chosen, weights, strict=True))) for chosen, weights in pairs]
 
 
-def keys(arch: ModelArch, rows: Sequence[Row], layer: int) -> Tensor:
+def keys(arch: ModelArch, rows: Sequence[TokenizedPrompt], layer: int) -> Tensor:
     """The down-projection's input at the subject's last token of every row, [P, I], in the work dtype.
 
     In a mixture of experts, the key of all experts together (:mod:`kedit.models.experts`), [P, N · I].
@@ -50,13 +50,13 @@ def keys(arch: ModelArch, rows: Sequence[Row], layer: int) -> Tensor:
     return experts.keys(routed.hidden, routed.chosen, routed.weights, arch.work_dtype)
 
 
-def outputs(arch: ModelArch, rows: Sequence[Row], site: Site) -> Tensor:
+def outputs(arch: ModelArch, rows: Sequence[TokenizedPrompt], site: Site) -> Tensor:
     """The site's output at the subject's last token of every row, [P, H], in the work dtype."""
     [found] = _read(arch, rows, arch.site(site), on_output)
     return found.to(arch.work_dtype)
 
 
-def routing(arch: ModelArch, rows: Sequence[Row], layer: int) -> Routing:
+def routing(arch: ModelArch, rows: Sequence[TokenizedPrompt], layer: int) -> Routing:
     """Which experts of a mixture serve the subject's last token of every row."""
     experts = arch.experts(layer)
     assert experts is not None, "only mixtures route"
@@ -64,8 +64,10 @@ def routing(arch: ModelArch, rows: Sequence[Row], layer: int) -> Routing:
 
 
 @torch.no_grad()
-def _read(arch: ModelArch, rows: Sequence[Row], module: torch.nn.Module, hook: Callable[..., Any]) -> list[Tensor]:
-    """What ``hook`` sees of ``module`` at each row's lookup token: per tensor, [P, ...].
+def _read(
+    arch: ModelArch, rows: Sequence[TokenizedPrompt], module: torch.nn.Module, hook: Callable[..., Any]
+) -> list[Tensor]:
+    """What ``hook`` sees of ``module`` at the subject's last token of each row: per tensor, [P, ...].
 
     Later tokens cannot change it, so rows end there; the pass ends at the module.
     """
@@ -73,8 +75,8 @@ def _read(arch: ModelArch, rows: Sequence[Row], module: torch.nn.Module, hook: C
     found: list[list[Tensor]] = []
     with inference_state(arch.model):
         for part in packed(rows, TOKENS_PER_PASS):
-            ids, mask = pad([row.ids[: row.lookup + 1] for row in part])
-            last = torch.tensor([row.lookup for row in part])
+            ids, mask = pad([row.ids[: row.subject_last + 1] for row in part])
+            last = torch.tensor([row.subject_last for row in part])
 
             def take(*tensors: Tensor, last: Tensor = last) -> None:
                 where = torch.arange(len(last))
@@ -92,12 +94,12 @@ def _read(arch: ModelArch, rows: Sequence[Row], module: torch.nn.Module, hook: C
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
-def packed(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
+def packed(rows: Sequence[TokenizedPrompt], tokens: int) -> list[list[TokenizedPrompt]]:
     """Rows in order, cut into parts that hold at most ``tokens`` tokens when padded (one row at least)."""
-    parts: list[list[Row]] = []
+    parts: list[list[TokenizedPrompt]] = []
     width = 0
     for row in rows:
-        length = row.lookup + 1
+        length = row.subject_last + 1
         if parts and max(width, length) * (len(parts[-1]) + 1) <= tokens:
             parts[-1].append(row)
             width = max(width, length)

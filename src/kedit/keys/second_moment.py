@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kedit.errors import ConfigError, KEditWarning, NonFiniteError, SingularMomentError
 from kedit.models import Experts, ModelArch
-from kedit.utils.device_memory import at_most_on, roomy
+from kedit.utils.device_memory import device_with_room, offload_if_cpu
 from kedit.utils.linalg import cholesky, is_finite, whiten
 
 RIDGE = 1e-4
@@ -129,13 +129,13 @@ class SecondMoments(Mapping[int, Moment]):
     def matrix(self, layer: int, expert: int, device: torch.device | None) -> Tensor:
         """C [I, I] on ``device`` (where it is, if none), or in main memory if that has no room to decompose it."""
         found = self.matrices(layer)[expert]
-        return found.to(roomy(device or found.device, COPIES * found.numel() * torch.float64.itemsize))
+        return found.to(device_with_room(device or found.device, COPIES * found.numel() * torch.float64.itemsize))
 
     def _factor(self, layer: int, expert: int, device: torch.device | None) -> Tensor:
         key = (layer, expert)
         if key not in self._factors:
             self._factors[key] = cholesky(self.matrix(layer, expert, device), layer)
-        self._factors[key] = at_most_on(device, self._factors[key])
+        self._factors[key] = offload_if_cpu(device, self._factors[key])
         return self._factors[key]
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kedit.edit import Edit
 from kedit.errors import EditError
 from kedit.models import ModelArch
-from kedit.prompts.tokenize import Row, Text, context_limit, encode, rewrite_texts
+from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode, rewrite_texts
 from kedit.regularizers.base import Needs
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Prompt:
     predict nothing that is read. ``reads`` are the positions whose logits are wanted.
     """
 
-    row: Row
+    row: TokenizedPrompt
     edit: int
     context: int
     role: Role
@@ -47,21 +47,21 @@ class Prompt:
         """What the model is fed."""
         if self.role is Role.REWRITE:
             return self.row.ids[:-1]
-        return self.row.ids[: self.row.lookup + 1] if self.role is Role.KL else self.row.ids
+        return self.row.ids[: self.row.subject_last + 1] if self.role is Role.KL else self.row.ids
 
     @property
     def last(self) -> int:
         """Position at which regularizers read: the last token of the prompt."""
         if self.role is Role.REWRITE:
             return self.row.prompt_last
-        return self.row.lookup if self.role is Role.KL else len(self.row.ids) - 1
+        return self.row.subject_last if self.role is Role.KL else len(self.row.ids) - 1
 
     @property
     def reads(self) -> list[int]:
         """Positions whose logits are wanted, ascending."""
         stop = len(self.row.ids) - 1 if self.role is Role.REWRITE else self.last + 1
         found = list(range(self.last, stop))
-        return [self.row.lookup, *found] if self.subject and self.row.lookup < self.last else found
+        return [self.row.subject_last, *found] if self.subject and self.row.subject_last < self.last else found
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Request:
     """An encoded edit: its prompt in every context, the KL prompt, the regularizers' prompts."""
 
     edit: Edit
-    rewrite: tuple[Row, ...]
-    kl: Row
-    extra: tuple[Row, ...] = ()
+    rewrite: tuple[TokenizedPrompt, ...]
+    kl: TokenizedPrompt
+    extra: tuple[TokenizedPrompt, ...] = ()
 
     def prompts(self, edit: int) -> list[Prompt]:
         """The prompts of a wave in which this is edit number ``edit``."""
-        until = self.kl.lookup + 1
+        until = self.kl.subject_last + 1
         shared = self.rewrite[0].ids[:until] == self.kl.ids[:until]  # the bare prompt begins with the subject
         rows = [Prompt(row, edit, i, Role.REWRITE, shared and i == 0) for i, row in enumerate(self.rewrite)]
         if not shared:
@@ -85,7 +85,7 @@ class Request:
     @property
     def span(self) -> int:
         """Tokens from the subject's last token on, in the longest prompt."""
-        return max(len(prompt.tokens) - prompt.row.lookup for prompt in self.prompts(0))
+        return max(len(prompt.tokens) - prompt.row.subject_last for prompt in self.prompts(0))
 
 
 def encode_edits(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kedit.errors import EditError
 from kedit.models import ModelArch
-from kedit.prompts.tokenize import Row, Text, context_limit, encode, pad, separator
+from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode, pad, separator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ class Answer:
 
 def encode_pairs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
-) -> list[Row]:
+) -> list[TokenizedPrompt]:
     """(prompt, continuation) pairs as token rows, each encoded once and whole."""
     return encode(tokenizer, [pair_text(*pair) for pair in pairs], limit=context_limit(model))
 
@@ -76,7 +76,7 @@ class _Reading:
 
 def score_rows(
     arch: ModelArch,
-    rows: Sequence[Row],
+    rows: Sequence[TokenizedPrompt],
     *,
     tokens: int = TOKENS_PER_FORWARD,
     logits: int = LOGITS_PER_FORWARD,
@@ -109,7 +109,7 @@ def score_rows(
     return [answer for answer in answers if answer is not None]
 
 
-def _share(rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], list[_Reading]]:
+def _share(rows: Sequence[TokenizedPrompt]) -> tuple[list[tuple[int, ...]], list[_Reading]]:
     """What has to run: a text that begins another one is left out and read there (attention is causal)."""
     fed = [row.ids[:-1] for row in rows]
     inputs: list[tuple[int, ...]] = []

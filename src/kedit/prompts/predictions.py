@@ -15,7 +15,7 @@ from kedit.models.hooks import inference_state
 from kedit.prompts.contexts import BARE
 from kedit.prompts.decode import continue_rows
 from kedit.prompts.likelihood import Answer, score_rows
-from kedit.prompts.tokenize import Row, context_limit, encode, rewrite_texts
+from kedit.prompts.tokenize import TokenizedPrompt, context_limit, encode, rewrite_texts
 from kedit.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -140,11 +140,13 @@ def percent(probability: float) -> str:
     return f"{probability:.1%}" if probability >= 0.001 else f"{100 * probability:.1g}%"
 
 
-def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+def _chunks(rows: Sequence[TokenizedPrompt]) -> Iterator[Sequence[TokenizedPrompt]]:
     return (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
 
 
-def _continued(arch: ModelArch, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], tokens: int) -> list[str]:
+def _continued(
+    arch: ModelArch, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenizedPrompt], tokens: int
+) -> list[str]:
     prompts = [row.ids[: row.target] for row in rows]
     lengths = [len(row.labels) + _BEYOND for row in rows]
     return [text for text, _ in continue_rows(arch, tokenizer, prompts, lengths, tokens=tokens)]

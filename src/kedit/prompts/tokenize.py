@@ -95,18 +95,18 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedPrompt:
     """One encoded text.
 
     Attributes:
         ids: its tokens.
-        lookup: position of the subject's last token.
+        subject_last: position of the subject's last token.
         target: position of the target's first token; ``len(ids)`` without a target.
         first: position of the subject's first token: a character of several bytes may be several tokens.
     """
 
     ids: tuple[int, ...]
-    lookup: int
+    subject_last: int
     target: int
     first: int
 
@@ -121,7 +121,9 @@ class Row:
         return self.ids[self.target :]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], *, limit: int | None = None) -> list[Row]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], *, limit: int | None = None
+) -> list[TokenizedPrompt]:
     """Encode ``texts``, each once and whole, and find their places by offsets.
 
     The subject's last token is the last token that covers a character of the subject, also where it reaches past
@@ -168,7 +170,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], *, limit: 
     return rows
 
 
-def _row(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]], special: Sequence[int]) -> Row:
+def _row(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]], special: Sequence[int]) -> TokenizedPrompt:
     end = len(ids)
     while end > 0 and special[end - 1]:  # a closing token (EOS) would end the text before the target's continuation
         end -= 1
@@ -199,7 +201,7 @@ def _row(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]], spe
             f"One token covers both the subject's end and the target's beginning in {_short(text.string)!r}, so nothing stands "
             "between the fact's key and its value. Put words between them."
         )
-    return Row(tuple(ids[:end]), lookup[-1], target, lookup[0])
+    return TokenizedPrompt(tuple(ids[:end]), lookup[-1], target, lookup[0])
 
 
 def _short(text: str, width: int = 60) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from kedit.errors import ConfigError
-from kedit.regularizers.base import Captured as Captured
+from kedit.regularizers.base import Activations as Activations
+from kedit.regularizers.base import ForwardRecord as ForwardRecord
 from kedit.regularizers.base import Needs as Needs
 from kedit.regularizers.base import Regularizer as Regularizer
-from kedit.regularizers.base import Rows as Rows
 from kedit.regularizers.base import blocks_from as blocks_from
 from kedit.regularizers.key_norm import KeyNorm as KeyNorm
 from kedit.utils.registry import Registry

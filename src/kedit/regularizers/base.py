@@ -36,7 +36,7 @@ class Needs:
         keys: blocks whose attention keys are captured at the subject's last token.
         logits: whether the logits at the last prompt token are wanted.
         prompts: further prompts about the edit's subject, one ``{}`` each; they run beside the edit's own prompts,
-            and what is captured of them stands in ``Captured.extra``.
+            and what is captured of them stands in ``ForwardRecord.extra``.
     """
 
     attention: range = range(0)
@@ -64,7 +64,7 @@ class Needs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class Activations:
     """What was captured of P prompts, read at each prompt's last token.
 
     Attributes:
@@ -90,7 +90,7 @@ class Rows:
         total = values.new_zeros(num_edits).index_add(0, self.edit, values)
         return total / torch.bincount(self.edit, minlength=num_edits).clamp(min=1)
 
-    def detach(self) -> Rows:
+    def detach(self) -> Activations:
         """The same without gradient."""
         return replace(
             self,
@@ -100,7 +100,7 @@ class Rows:
             logits=None if self.logits is None else self.logits.detach(),
         )
 
-    def take(self, prompts: Tensor) -> Rows:
+    def take(self, prompts: Tensor) -> Activations:
         """Only the given prompts."""
         return replace(
             self,
@@ -113,14 +113,14 @@ class Rows:
             logits=None if self.logits is None else self.logits[prompts],
         )
 
-    def keep_edits(self, keep: Tensor, num_edits: int) -> Rows:
+    def keep_edits(self, keep: Tensor, num_edits: int) -> Activations:
         """Only the prompts of the edits ``keep`` of ``num_edits``, renumbered in order."""
         number = torch.full((num_edits,), -1, device=self.edit.device)
         number[keep] = torch.arange(len(keep), device=self.edit.device)
         taken = self.take(torch.nonzero(number[self.edit] >= 0).flatten())
         return replace(taken, edit=number[taken.edit])
 
-    def only(self, needs: Needs) -> Rows:
+    def only(self, needs: Needs) -> Activations:
         """Only the kinds and blocks that ``needs`` names."""
         return replace(
             self,
@@ -130,7 +130,7 @@ class Rows:
             logits=self.logits if needs.logits else None,
         )
 
-    def keep_contexts(self, keep: Sequence[int]) -> Rows:
+    def keep_contexts(self, keep: Sequence[int]) -> Activations:
         """Only the contexts ``keep``, numbered by their place in it; rows in the order of edit and context."""
         number = {old: new for new, old in enumerate(keep)}
         held = [
@@ -144,7 +144,7 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captured:
+class ForwardRecord:
     """One forward pass as a regularizer sees it.
 
     Attributes:
@@ -158,26 +158,26 @@ class Captured:
     step: int
     delta: Tensor
     initial: Tensor
-    rewrite: Rows
-    extra: Rows
+    rewrite: Activations
+    extra: Activations
 
     @property
     def num_edits(self) -> int:
         """E."""
         return int(self.delta.shape[0])
 
-    def detach(self) -> Captured:
+    def detach(self) -> ForwardRecord:
         """The same without gradient."""
         return replace(self, delta=self.delta.detach(), rewrite=self.rewrite.detach(), extra=self.extra.detach())
 
-    def only(self, needs: Needs, asked: Needs) -> Captured:
+    def only(self, needs: Needs, asked: Needs) -> ForwardRecord:
         """What ``needs`` names of what was captured for ``asked``; extra prompts are numbered as in ``needs``."""
         if needs == asked:
             return self
         extra = self.extra.keep_contexts([asked.prompts.index(prompt) for prompt in needs.prompts])
         return replace(self, rewrite=self.rewrite.only(needs), extra=extra.only(needs))
 
-    def keep_edits(self, keep: Tensor) -> Captured:
+    def keep_edits(self, keep: Tensor) -> ForwardRecord:
         """Only the edits ``keep``, renumbered in order."""
         return replace(
             self,
@@ -205,7 +205,7 @@ class Regularizer(Protocol):
         """What to capture when a value is written at ``site``."""
         ...
 
-    def penalty(self, now: Captured, before: Captured) -> Tensor:
+    def penalty(self, now: ForwardRecord, before: ForwardRecord) -> Tensor:
         """One value per edit, [E]; ``before`` is step 0 without gradient."""
         ...
 
@@ -229,7 +229,9 @@ def needs_of(regularizers: Sequence[Regularizer], sites: Sequence[Site]) -> Need
     return needs
 
 
-def score(regularizer: Regularizer, now: Captured, before: Captured, sites: Sequence[Site], asked: Needs) -> Tensor:
+def score(
+    regularizer: Regularizer, now: ForwardRecord, before: ForwardRecord, sites: Sequence[Site], asked: Needs
+) -> Tensor:
     """The penalty of one regularizer, which sees only what it asked for of all that was ``asked``; [E].
 
     Raises:

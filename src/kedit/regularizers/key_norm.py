@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kedit.errors import ConfigError
 from kedit.models import Site
-from kedit.regularizers.base import Captured, Needs, blocks_from
+from kedit.regularizers.base import ForwardRecord, Needs, blocks_from
 from kedit.regularizers.sadr import finite
 
 
@@ -55,7 +55,7 @@ class KeyNorm:
             raise ConfigError("KeyNorm's γ has no preset. Give it: kedit.regularizers.KeyNorm(gamma=...), or --gamma.")
         return Needs(keys=blocks_from(site.layer if site.kind == "attention" else site.layer + 1))
 
-    def penalty(self, now: Captured, before: Captured) -> Tensor:
+    def penalty(self, now: ForwardRecord, before: ForwardRecord) -> Tensor:
         """γ · mean over contexts of the squared relative change of the norms, [E]."""
         assert self.gamma is not None, "needs() has seen to it"
         total = now.rewrite.subject.new_zeros(now.num_edits, dtype=torch.float32)

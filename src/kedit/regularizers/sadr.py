@@ -13,7 +13,7 @@ from torch import Tensor
 from kedit.capture.divergence import row_divergence
 from kedit.errors import ConfigError
 from kedit.models import Site
-from kedit.regularizers.base import Captured, Needs, Rows, blocks_from
+from kedit.regularizers.base import Activations, ForwardRecord, Needs, blocks_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +91,12 @@ class SADR:
             )
         return Needs(attention=blocks_from(max(first, above), last))
 
-    def penalty(self, now: Captured, before: Captured) -> Tensor:
+    def penalty(self, now: ForwardRecord, before: ForwardRecord) -> Tensor:
         """γ · mean over contexts of the (selected) drift, [E]."""
         assert self.gamma is not None, "needs() has seen to it"
         return self.gamma * self.drift(now.rewrite, before.rewrite, now.num_edits)
 
-    def drift(self, now: Rows, before: Rows, num_edits: int) -> Tensor:
+    def drift(self, now: Activations, before: Activations, num_edits: int) -> Tensor:
         """The penalty without γ: mean over contexts, sum over blocks and heads, [E]."""
         if self.layers is not None and not now.attention:
             raise ConfigError(f"SADR.layers {self.layers} lie above the model's last block. Choose lower blocks.")

@@ -15,7 +15,7 @@ from kedit.analysis.activation_patching import patch_activations
 from kedit.analysis.attention_drift import drift
 from kedit.analysis.causal_tracing import SAMPLES, trace
 from kedit.analysis.edited_models import Patches, Source
-from kedit.analysis.probes import watched_of
+from kedit.analysis.probes import probe_tokens_by_case
 from kedit.analysis.results.drift import DriftResult
 from kedit.analysis.results.patching import PatchingResult
 from kedit.analysis.results.tracing import TraceResult
@@ -143,7 +143,7 @@ def reveal(
     start = time.perf_counter()
     plain = Patches(model, tokenizer, cases, editor, None, config)
     chosen = plain.cases
-    watched_of(
+    probe_tokens_by_case(
         ModelArch(model), tokenizer, chosen
     )  # what is asked of every edit: said before the work where there is none
     missing: dict[str, str] = {}

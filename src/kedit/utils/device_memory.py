@@ -31,12 +31,12 @@ def free_memory(device: torch.device) -> int:
     return 1 << 62  # not told: no limit of ours
 
 
-def roomy(device: torch.device, size: int) -> torch.device:
+def device_with_room(device: torch.device, size: int) -> torch.device:
     """The device, if ``size`` bytes are a fair share of what is free there; the CPU if not."""
     return device if device.type == "cpu" or size <= SHARE * free_memory(device) else torch.device("cpu")
 
 
-def at_most_on(device: torch.device | None, tensor: Tensor) -> Tensor:
+def offload_if_cpu(device: torch.device | None, tensor: Tensor) -> Tensor:
     """The tensor, brought to main memory if that is where it is wanted: the device may have run out of room."""
     return tensor.cpu() if device is not None and device.type == "cpu" else tensor
 

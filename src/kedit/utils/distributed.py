@@ -61,7 +61,7 @@ class Group:
         self._talk(lambda dist: dist.all_gather_object(found, mine, group=self.link))
         return found
 
-    def attempt(self, call: Callable[[], T]) -> list[T]:
+    def run_on_all(self, call: Callable[[], T]) -> list[T]:
         """What ``call`` gives in every process, by rank; an error in one of them is raised in all.
 
         Raises:
@@ -78,7 +78,7 @@ class Group:
                 raise failure
         return [result for result, _ in found]  # type: ignore[misc]
 
-    def from_leader(self, mine: T) -> T:
+    def broadcast(self, mine: T) -> T:
         """What process 0 has; raises as :meth:`gather`."""
         if self.size == 1:
             return mine
@@ -113,7 +113,7 @@ _ALONE = Group()
 _group = _ALONE
 
 
-def here() -> Group:
+def current_group() -> Group:
     """The group this process belongs to; on its own unless :func:`join` was called."""
     return _group
 

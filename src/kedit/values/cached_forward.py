@@ -93,8 +93,8 @@ class PartialRunner(Runner):
 
     def _lay_out(self) -> Layout:
         prompts = self.wave.prompts
-        skip = [prompt.row.lookup for prompt in prompts]
-        ids, mask = pad([prompt.tokens[prompt.row.lookup :] for prompt in prompts], width=self.width)
+        skip = [prompt.row.subject_last for prompt in prompts]
+        ids, mask = pad([prompt.tokens[prompt.row.subject_last :] for prompt in prompts], width=self.width)
         self.width, self.prefix = ids.shape[1], max(self.prefix, *skip)
         lengths = torch.tensor(skip)
         before = (
@@ -158,7 +158,7 @@ class PartialRunner(Runner):
         """One pass over the whole prompts that keeps what the steps need."""
         arch, prompts = self.arch, self.wave.prompts
         ids, mask = pad([prompt.tokens for prompt in prompts])
-        skip = torch.tensor([prompt.row.lookup for prompt in prompts])
+        skip = torch.tensor([prompt.row.subject_last for prompt in prompts])
         layers = [_Recording(layer >= self.start) for layer in range(arch.num_layers)]
         initial: dict[Site, Tensor] = {}
         bare = self._layout.bare

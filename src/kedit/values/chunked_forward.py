@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kedit.regularizers.base import Rows
+from kedit.regularizers.base import Activations
 from kedit.values.forward import Runner, Wave
 
 
-class InParts(Runner):
+class ChunkedForward(Runner):
     """The prompts of one edit, some at a time.
 
     The objective is not a sum over prompts (a regularizer may compare them), so the parts first run without gradient; the
@@ -56,7 +56,7 @@ class InParts(Runner):
         """Nothing: each part is installed for its own pass."""
         yield
 
-    def forward(self, delta: Tensor) -> tuple[Tensor, Rows, Tensor]:
+    def forward(self, delta: Tensor) -> tuple[Tensor, Activations, Tensor]:
         """See :meth:`Runner.forward`."""
         self._at = delta
         with torch.no_grad():
@@ -67,7 +67,7 @@ class InParts(Runner):
             by_kind[kind][layer] = tensor
         layout = self._layout
         last = logits[self.reads.last] if self.needs.logits else None
-        rows = Rows(edit=layout.edit, context=layout.context, subject=layout.column, logits=last, **by_kind)
+        rows = Activations(edit=layout.edit, context=layout.context, subject=layout.column, logits=last, **by_kind)
         return logits, rows, self._initial_value
 
     def _passes(self, delta: Tensor) -> list[Tensor]:
@@ -83,7 +83,7 @@ class InParts(Runner):
         self._initial_value = torch.cat(initial)  # of the part that holds the bare prompt; the others give none
         return [torch.cat(tensors) for tensors in zip(*found, strict=True)]
 
-    def pass_on(self) -> None:
+    def backward_chunks(self) -> None:
         """Each part runs again, and takes its share of the gradient on to δ."""
         total = torch.zeros_like(self._at)
         ends = [0] * len(self._leaves)
@@ -102,7 +102,7 @@ class InParts(Runner):
         self._leaves = []
         self._at.backward(total)
 
-    def _captured_of(self, rows: Rows) -> list[Tensor]:
+    def _captured_of(self, rows: Activations) -> list[Tensor]:
         return [getattr(rows, kind)[layer] for kind, layer in self._captured_names]
 
 

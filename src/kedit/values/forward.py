@@ -21,10 +21,10 @@ from kedit.models import ModelArch, Site
 from kedit.models.hooks import by_prompt, inference_state, on_output
 from kedit.prompts.encode import Prompt, Role
 from kedit.prompts.tokenize import pad
-from kedit.regularizers.base import Needs, Rows
+from kedit.regularizers.base import Activations, Needs
 
 if TYPE_CHECKING:
-    from kedit.capture import Capture
+    from kedit.capture import AttentionCapture
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Reading:
     """
 
     logits: Tensor
-    rewrite: Rows
-    extra: Rows
+    rewrite: Activations
+    extra: Activations
     initial: Tensor
 
 
@@ -128,7 +128,7 @@ class Layout:
     Attributes:
         inputs: keyword arguments of the model's forward.
         keep: [P, Tq] bool, positions whose logits are read.
-        lookup: [P], position of the subject's last token among the queries.
+        subject_last: [P], position of the subject's last token among the queries.
         last: [P], position at which regularizers read, among the queries.
         column: [P], column of the subject's last token among the keys.
         edit: [P], the edit of each prompt.
@@ -139,7 +139,7 @@ class Layout:
 
     inputs: dict[str, Any]
     keep: Tensor
-    lookup: Tensor
+    subject_last: Tensor
     last: Tensor
     column: Tensor
     edit: Tensor
@@ -150,10 +150,10 @@ class Layout:
 
     def on(self, device: torch.device) -> Layout:
         """The same for a module on another device; the inputs and the roles stay."""
-        if device == self.lookup.device:
+        if device == self.subject_last.device:
             return self
         if device not in self._moved:
-            names = ("keep", "lookup", "last", "column", "edit", "context", "bare")
+            names = ("keep", "subject_last", "last", "column", "edit", "context", "bare")
             self._moved[device] = replace(self, **{name: getattr(self, name).to(device) for name in names})
         return self._moved[device]
 
@@ -176,11 +176,11 @@ class Layout:
             return torch.tensor(list(values), dtype=torch.int64, device=device)
 
         numbered = list(enumerate(wave.prompts))
-        lookup = tensor(p.row.lookup - skip[i] for i, p in numbered)
+        lookup = tensor(p.row.subject_last - skip[i] for i, p in numbered)
         return cls(
             inputs={k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()},
             keep=keep.to(device),
-            lookup=lookup,
+            subject_last=lookup,
             last=tensor(p.last - skip[i] for i, p in numbered),
             column=lookup + prefix,
             edit=tensor(p.edit for p in wave.prompts),
@@ -209,7 +209,7 @@ class Runner:
         self._delta: Tensor | None = None
         self._initial: dict[Site, Tensor] = {}
         self._hidden: dict[int, Tensor] = {}
-        self._capture: Capture | None = None
+        self._capture: AttentionCapture | None = None
         # Tokens per prompt and stored keys before them; they stay when edits leave, so that rows captured at
         # different steps line up. Given, they are at least so many.
         self.width, self.prefix = width, prefix
@@ -267,7 +267,7 @@ class Runner:
         roles = self._layout.roles
         return Reading(logits, rows.take(roles[Role.REWRITE]), rows.take(roles[Role.EXTRA]), initial)
 
-    def forward(self, delta: Tensor) -> tuple[Tensor, Rows, Tensor]:
+    def forward(self, delta: Tensor) -> tuple[Tensor, Activations, Tensor]:
         """The same before it is taken apart by roles: logits, what was captured of all prompts, and v₀."""
         layout = self._layout
         self._delta = delta
@@ -278,7 +278,7 @@ class Runner:
         logits = self.arch.logits(layout.keep, **layout.inputs)
         attention, keys = self._captured()
         last = logits[self.reads.last] if self.needs.logits else None
-        rows = Rows(
+        rows = Activations(
             edit=layout.edit,
             context=layout.context,
             subject=layout.column,
@@ -289,7 +289,7 @@ class Runner:
         )
         return logits, rows, self._initial_values()
 
-    def pass_on(self) -> None:
+    def backward_chunks(self) -> None:
         """Called after the backward pass of what :meth:`run` gave, to get the gradient to δ where that has not happened."""
 
     def _captured(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -317,9 +317,9 @@ class Runner:
     def _inject(self, number: int, site: Site, output: Tensor) -> Tensor:
         assert self._delta is not None
         layout = self._layout.on(output.device)
-        tokens = by_prompt(output, len(layout.lookup))
-        where = (torch.arange(len(layout.lookup), device=output.device), layout.lookup)
-        self._initial[site] = tokens[layout.bare, layout.lookup[layout.bare]].detach()
+        tokens = by_prompt(output, len(layout.subject_last))
+        where = (torch.arange(len(layout.subject_last), device=output.device), layout.subject_last)
+        self._initial[site] = tokens[layout.bare, layout.subject_last[layout.bare]].detach()
         added = self._delta[self._layout.edit, number].to(output.device, output.dtype)
         return tokens.index_put(where, added, accumulate=True).view_as(output)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from kedit.errors import NonFiniteError
-from kedit.regularizers.base import Captured, Regularizer, score
+from kedit.regularizers.base import ForwardRecord, Regularizer, score
 from kedit.utils.progress import Progress
 from kedit.values.forward import Reading, Runner
 
@@ -79,7 +79,7 @@ class Values:
         return Values(self.delta[one], self.initial[one], self.log[one], self.known[one])
 
 
-def optimise(
+def optimize(
     runner: Runner,
     objective: Objective,
     regularizers: Sequence[Regularizer] = (),
@@ -136,7 +136,7 @@ class _State:
         self.log: list[list[StepLog]] = [[] for _ in range(num_edits)]
         self.known = [False] * num_edits
         self._initial: Tensor | None = None
-        self._before: Captured | None = None
+        self._before: ForwardRecord | None = None
         self._subject_log_probs: Tensor | None = None
         self._nll_factor = torch.ones(num_edits, device=device)
         self._missed: Tensor | None = None  # target tokens that are not the first choice, per active edit
@@ -171,7 +171,7 @@ class _State:
             "kl": objective.kl_factor * kl.to(dtype),
             "weight_decay": objective.weight_decay * decay,
         }
-        now = Captured(
+        now = ForwardRecord(
             step=step, delta=delta, initial=self.initial[self.active], rewrite=reading.rewrite, extra=reading.extra
         )
         if step == 0:
@@ -223,7 +223,7 @@ class _State:
             self._adam = torch.optim.Adam([self.delta], lr=objective.lr)
         self._adam.zero_grad()
         total[goes_on].sum().backward()
-        self.runner.pass_on()
+        self.runner.backward_chunks()
         frozen = torch.ones(len(self.delta), dtype=torch.bool, device=self.delta.device)
         frozen[self.active[goes_on]] = False
         before = self.delta.detach().clone()

@@ -15,13 +15,13 @@ from kedit.errors import KEditError
 from kedit.models import ModelArch, Site
 from kedit.regularizers.base import Needs, Regularizer
 from kedit.utils.device_memory import SHARE, TRIM_ABOVE, HeapTrim, free_memory
-from kedit.utils.distributed import here
+from kedit.utils.distributed import current_group
 from kedit.utils.progress import Progress, logger
 from kedit.values.cached_forward import PartialRunner, first_block
-from kedit.values.chunked_forward import InParts
+from kedit.values.chunked_forward import ChunkedForward
 from kedit.values.forward import Runner, Wave
 from kedit.values.memory import Footprint, UnitCosts
-from kedit.values.optimize import Objective, Values, optimise
+from kedit.values.optimize import Objective, Values, optimize
 
 if TYPE_CHECKING:
     from kedit.prompts.encode import Request
@@ -57,7 +57,7 @@ class Engine:
     _verdicts: dict[tuple[Site, ...], bool] = field(default_factory=dict)
     _costs: dict[tuple[object, ...], UnitCosts] = field(default_factory=dict)
 
-    def optimise(
+    def optimize(
         self,
         sites: Sequence[Site],
         requests: Sequence[Request],
@@ -74,7 +74,7 @@ class Engine:
             NonFiniteError: a loss is not finite.
             KEditError: a single prompt does not fit into memory.
         """
-        group = here()
+        group = current_group()
         order = group.share(_by_span(requests))
 
         def mine() -> list[tuple[list[int], Values]]:
@@ -83,7 +83,7 @@ class Engine:
         if group.size == 1:
             return _in_order(mine())
         device = self.arch.input_device
-        shares = group.attempt(lambda: [(numbers, values.to("cpu")) for numbers, values in mine()])
+        shares = group.run_on_all(lambda: [(numbers, values.to("cpu")) for numbers, values in mine()])
         return _in_order([wave for share in shares for wave in share]).to(device)
 
     def _optimise(
@@ -110,7 +110,7 @@ class Engine:
                         pending = self._waves(requests, rest)
                     numbers = pending[0]
                     runner = self.runner(sites, _wave(requests, numbers), needs)
-                    values = optimise(runner, objective, regularizers, numbers=numbers, progress=progress)
+                    values = optimize(runner, objective, regularizers, numbers=numbers, progress=progress)
                 except torch.OutOfMemoryError as error:
                     alone = len(numbers) == 1
                     if alone and self.used <= requests[numbers[0]].span:  # its prompts run one by one already
@@ -158,7 +158,7 @@ class Engine:
     def footprint(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Footprint:
         """What ``wave`` will hold in memory at its peak, beside the model."""
         runner = self.runner(sites, wave, needs)
-        if isinstance(runner, InParts):
+        if isinstance(runner, ChunkedForward):
             return Footprint.in_parts([self._footprint(sites, part) for part in runner.parts])
         return self._footprint(sites, runner)
 
@@ -184,7 +184,7 @@ class Engine:
         """
         whole = self._whole(sites, wave, needs)
         rows = max(1, self.used // whole.width)
-        return InParts(whole, rows) if wave.num_edits == 1 and rows < len(wave.prompts) else whole
+        return ChunkedForward(whole, rows) if wave.num_edits == 1 and rows < len(wave.prompts) else whole
 
     def _whole(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
         if self.mode == "plain":
