@@ -35,6 +35,9 @@ class Gate(Protocol):
         ...
 
 
+WRITTEN = "written"
+
+
 @dataclass(eq=False)
 class EditResult:
     """A finished edit of one model.
@@ -42,7 +45,8 @@ class EditResult:
     Attributes:
         patch: the weight updates with their provenance.
         edits: what was asked for.
-        log: per edit and step: step, total, nll, kl, weight_decay, and one column per regularizer.
+        log: per edit and step: step, total, nll, kl, weight_decay, and one column per regularizer; at the last step also
+            ``written``, the share of the wanted change that the closed form writes at the bare prompt.
         seconds: time by stage.
         guard: the guard's report, where there was one.
         routes: in mixtures of experts, how the router treats each edit's subject, before and after.
@@ -87,9 +91,11 @@ class EditResult:
                 lines += [f"    {line}" for line in self.checks[number].lines()]
             if steps:
                 first, last = steps[0], steps[-1]
-                columns = [name for name in last if name != "step"]
+                columns = [name for name in last if name not in ("step", WRITTEN)]
                 figures = ", ".join(f"{name} {first[name]:.3f} → {last[name]:.3f}" for name in columns)
                 lines.append(f"    {len(steps)} steps: {figures}")
+                if last.get(WRITTEN, 1.0) < 0.995:  # of a closed form that is not exact
+                    lines.append(f"    written: {last[WRITTEN]:.0%} of the wanted change")
         for name, delta in self.patch.deltas.items():
             lost = self.rounding.get(name, 0.0)
             note = f", {lost:.1%} of it lost to rounding" if lost else ""

@@ -120,7 +120,8 @@ def solve_layers(
 ) -> dict[str, Delta]:
     """Write the values into the layers, lowest first, each seeing the layers below it as already changed.
 
-    The weights are changed on the way and are as before when this returns or raises.
+    The weights are changed on the way and are as before when this returns or raises. The last step of each edit's log gets
+    a column ``written``: the share of the wanted change that arrives.
 
     Returns:
         The updates by parameter name, in the work dtype.
@@ -136,16 +137,35 @@ def solve_layers(
             residual = values.delta[:, 0]
             if number > 0:  # what is below has changed the site's output; measure what is left to write
                 residual = values.value[:, 0] - read.outputs(arch, bare, site).to(residual.device)
-            share = method.residual_divisor(config, layer) * _gain(arch, site, layer)
-            weights = arch.weights(layer)
-            insertion = LayerProblem(layer, keys, (residual / share).to(keys.device), weights, moments)
+            gain, weights = _gain(arch, site, layer), arch.weights(layer)
+            share = residual / (method.residual_divisor(config, layer) * gain)
+            insertion = LayerProblem(layer, keys, share.to(keys.device), weights, moments)
             solution = check_solution(method, _solved(method, insertion, config))
             found = insertion.split(solution.to(arch.device(layer), arch.work_dtype))
             deltas |= {name: check_finite(name, delta) for name, delta in found.items()}
-            if layer != layers[-1]:
+            if layer == layers[-1]:
+                _note_written(values, residual, gain * change_at(solution, keys[:, 0]).to(residual))
+            else:
                 keep([arch.weight_of(name) for name in found])
                 overwrite(arch, found)
     return deltas
+
+
+def change_at(delta: Delta, keys: Tensor) -> Tensor:
+    """ΔW k for each key [n, I]: [n, O], float64."""
+    keys = keys.to(torch.float64)
+    if isinstance(delta, DenseDelta):
+        return keys @ delta.matrix.to(keys).T
+    return (keys @ delta.right.to(keys)) @ delta.left.to(keys).T
+
+
+def _note_written(values: Values, left: Tensor, change: Tensor) -> None:
+    """Log, per edit, how much of the wanted change δ arrives at the bare prompt: 1 − ‖what is missing‖ / ‖δ‖."""
+    wanted = values.delta[:, 0].norm(dim=-1).clamp_min(torch.finfo(values.delta.dtype).tiny)
+    shares = (1 - (left - change).norm(dim=-1) / wanted).clamp_min(0).tolist()
+    for steps, share in zip(values.log, shares, strict=True):
+        if steps:
+            steps[-1]["written"] = share
 
 
 def _solved(method: Method, insertion: LayerProblem, config: Any) -> Delta:
