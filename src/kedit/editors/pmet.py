@@ -37,7 +37,7 @@ class PMET(MEMIT):
     @classmethod
     def rule(cls, arch: ModelArch) -> dict[str, Any]:
         """As MEMIT's, and one block further up: the lower the site, the more the attention's δ says of what is not written."""
-        found = super().rule(arch)
+        found = {**super().rule(arch), "lr": 0.25, "clamp": 4.0}  # half of what is found is not written: it takes more
         above = found["layers"][-1] + 1
         return found if above > arch.num_layers - 2 else {**found, "layers": (*found["layers"], above)}
 
