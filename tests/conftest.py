@@ -2,7 +2,11 @@
 
 import os
 import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,29 @@ TEST_DATA = "KEDIT_TEST_DATA"
 REAL_MODEL = "KEDIT_REAL_MODEL"
 
 
+def _by_the_caller_of_modules(warn: Callable[..., None]) -> Callable[..., None]:
+    """``warnings.warn`` that blames whoever called a module where it would blame ``nn.Module.__call__``.
+
+    transformers warns of a deprecated argument of ``forward`` with the frame that called ``forward``: torch's, whether kedit's code
+    called the model or a dependency's did. Filters go by the module that is blamed.
+    """
+
+    def warned(message: Any, category: Any = None, stacklevel: int = 1, **kwargs: Any) -> None:
+        stacklevel = max(stacklevel, 1)
+        try:
+            frame = sys._getframe(stacklevel)
+        except ValueError:  # the stack is not that deep
+            frame = None
+        while frame is not None and frame.f_globals.get("__name__") == "torch.nn.modules.module":
+            frame = frame.f_back
+            stacklevel += 1
+        warn(message, category, stacklevel + 1, **kwargs)
+
+    return warned
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    warnings.warn = _by_the_caller_of_modules(warnings.warn)
     # Tiny tensors: more threads only wait for one another, and change the order of sums.
     torch.set_num_threads(1)
 

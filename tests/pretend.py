@@ -171,6 +171,7 @@ def devices(*, kernels: bool = False) -> Iterator[None]:
         "memory_allocated": lambda device=None: 0,
         "device_count": lambda: DEVICES,
         "is_available": lambda: True,
+        "is_current_stream_capturing": lambda: False,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "pretended",
     }

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import transformers
 from packaging.version import Version
@@ -117,6 +118,11 @@ def config_of(name: str, **changes: object) -> object:
 def make(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
     """A random model with attention far from uniform; the same weights every time."""
     torch.manual_seed(1)
+    if name == "mpt" and dtype is torch.float64:  # its mask is filled with float64's minimum in the default dtype
+        try:
+            torch.full((), torch.finfo(dtype).min)
+        except RuntimeError as error:
+            pytest.skip(f"This version of torch makes no mask for a float64 MPT: {error}")
     if name in EAGER:
         changes = {"attn_implementation": "eager", **changes}
     if dtype is torch.float64:  # grouped multiplication of experts knows no float64

@@ -16,6 +16,14 @@ from kedit.capture import capture_attention, legacy_attention, use_capture_atten
 from kedit.capture.interface import NAME
 from kedit.errors import CaptureError
 
+
+def checkpoint(model: Any, *, use_reentrant: bool) -> None:
+    """Turn checkpointing on; transformers has renamed it from ``gradient_`` to ``activation_``."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    given = {f"{name}_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    getattr(model, f"{name}_checkpointing_enable")(**given)
+
+
 KINDS = ("llama", "gemma2-softcap", "gptj", "bloom", "falcon")
 
 
@@ -254,7 +262,7 @@ def test_non_reentrant_checkpointing_is_exact(name: str) -> None:
     model.requires_grad_(True)
     given, positions = inputs("left")
     plain = gradients(model, given, positions)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint(model, use_reentrant=False)
     again = gradients(model, given, positions)
     assert len(plain) == len(again)
     for a, b in zip(plain, again, strict=True):
@@ -266,7 +274,7 @@ def test_reentrant_checkpointing_is_refused(name: str) -> None:
     model = make(name).train()
     model.requires_grad_(True)
     given, positions = inputs()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint(model, use_reentrant=True)
     with pytest.raises(CaptureError, match="use_reentrant"), capture_attention(model, positions):
         model(**given)
     with capture_attention(model, positions, detach=True) as cap:
@@ -278,7 +286,7 @@ def test_a_checkpointed_backward_after_the_context_fails_loudly() -> None:
     model = make("llama").train()
     model.requires_grad_(True)
     given, positions = inputs()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint(model, use_reentrant=False)
     with capture_attention(model, positions) as cap:
         model(**given)
         loss = sum(rows.square().sum() for rows in cap.rows.values())
@@ -318,7 +326,7 @@ def test_positions_may_not_change_before_a_recomputation() -> None:
     model = make("llama").train()
     model.requires_grad_(True)
     given, positions = inputs()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint(model, use_reentrant=False)
     with capture_attention(model, positions) as cap:
         model(**given)
         loss = sum(rows.square().sum() for rows in cap.rows.values())

@@ -14,9 +14,6 @@ from tiny_models import tiny_model as model
 
 peft = pytest.importorskip("peft")
 
-# peft 0.21 asks transformers 5 for a name that is going away.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 @pytest.mark.parametrize("ranks", [{2: 1}, {0: 1, 1: 3, 4: 2}, {1: None, 3: 2}], ids=str)
 @pytest.mark.parametrize("kind", TYPES)

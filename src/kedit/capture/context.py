@@ -124,7 +124,7 @@ class AttentionCapture:
         if self._grad and not self.detach and not torch.is_grad_enabled():
             raise CaptureError(
                 "The rows would carry no gradient: a block runs without one, as reentrant gradient checkpointing does. "
-                'Use activation_checkpointing_kwargs={"use_reentrant": False}, or pass detach=True.'
+                "Turn checkpointing on with use_reentrant=False, or pass detach=True."
             )
         if open_contexts.recomputing() and self._positions is not self._read:
             raise CaptureError(
