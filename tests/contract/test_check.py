@@ -189,7 +189,7 @@ def test_a_check_that_is_interrupted_takes_the_edit_back(monkeypatch, interrupte
 
 @pytest.mark.filterwarnings("error::kedit.errors.IneffectiveEditWarning")
 def test_a_filter_makes_an_unsaid_edit_an_error_that_is_taken_back():
-    editor = make("alphaedit", tiny_model("gpt2"), threshold=1.0)
+    editor = make("alphaedit", tiny_model("gpt2"), threshold=1.0, threshold_rule="mean")
     before = state(editor.model)
     with pytest.raises(IneffectiveEditWarning):
         editor.apply(FRENCH)

@@ -100,9 +100,9 @@ class Still:
     "regularizer", [kedit.SADR(gamma=0.3), KeyNorm(gamma=0.3), Still()], ids=lambda each: each.name
 )
 def test_the_plain_way_and_every_regularizer_on_two_devices(regularizer):
-    wanted = make("memit", tiny_model("llama")).apply(EDITS, regularizer)
+    wanted = make("memit", tiny_model("llama"), moment_weight=15_000.0, lr=0.5, clamp=4.0).apply(EDITS, regularizer)
     with devices():
-        editor = make("memit", spread(tiny_model("llama"), 2))
+        editor = make("memit", spread(tiny_model("llama"), 2), moment_weight=15_000.0, lr=0.5, clamp=4.0)
         editor.engine.mode = "plain"
         assert apart(editor.apply(EDITS, regularizer), wanted) <= NEAR
 
@@ -112,7 +112,7 @@ def test_what_follows_an_edit_on_two_devices(tmp_path, monkeypatch):
     texts = ["The capital of France is Paris, and the capital of Italy is Rome."] * 8
     plain = tiny_model("llama")
     known = kedit.second_moments(plain, tokenizer(), layers=[LAYER], corpus=texts)
-    options = {"threshold": 0.5, "l2": 1e-2}
+    options = {"threshold": 0.5, "threshold_rule": "mean", "l2": 1e-2}
     wanted = [make("alphaedit", plain, moments=known, **options)]
     wanted += [wanted[0].apply(edit) for edit in EDITS]
     with devices():

@@ -216,7 +216,14 @@ def test_keys_of_past_edits_of_a_mixture_are_saved_and_loaded(tmp_path):
     """They are as wide as all experts together."""
     model = zoo_model("mixtral")
     arch = ModelArch(model)
-    given = {"layers": (LAYER,), "steps": 2, "contexts": ["{}"], "moments": {LAYER: eye(arch)}, "threshold": 2.0}
+    given = {
+        "layers": (LAYER,),
+        "steps": 2,
+        "contexts": ["{}"],
+        "moments": {LAYER: eye(arch)},
+        "threshold": 2.0,
+        "threshold_rule": "mean",
+    }
     editor = kedit.AlphaEdit(model, TOKENIZER, **given)
     editor.apply(FRENCH)
     width = arch.memory_width(LAYER)
@@ -272,7 +279,11 @@ def test_a_model_that_mixes_only_in_some_blocks(name):
     assert arch.experts(0) is None
     assert (arch.memory_width(0), arch.memory_width(1)) == (arch.shape(0)[1], 4 * 16)
     moments = {0: torch.eye(arch.shape(0)[1], dtype=torch.float64), 1: eye(arch)}
-    own = {"memit": {"moment_weight": 0.0}, "alphaedit": {"l2": 1e-9, "threshold": 2.0}, "ft": {}}[name]
+    own = {
+        "memit": {"moment_weight": 0.0},
+        "alphaedit": {"l2": 1e-9, "threshold": 2.0, "threshold_rule": "mean"},
+        "ft": {},
+    }[name]
     given = {"layers": (0, 1), "steps": 3, "contexts": ["{}"], **own}
     editor = kedit.get_editor(name, model, TOKENIZER, **given, **({} if name == "ft" else {"moments": moments}))
     before = {key: digest(tensor) for key, tensor in model.state_dict().items()}

@@ -37,7 +37,7 @@ OWN = {
     "memit": {"layers": LAYERS, "moment_weight": 0.0},
     "pmet": {"layers": LAYERS, "moment_weight": 0.0},
     "emmet": {"layers": TOP, "ridge": 0.0},
-    "alphaedit": {"layers": LAYERS, "l2": 1e-9, "threshold": 0.5},
+    "alphaedit": {"layers": LAYERS, "l2": 1e-9, "threshold": 0.5, "threshold_rule": "mean"},
     "ft": {"layers": TOP, "steps": 3, "lr": 1e-3, "clamp": 5e-4, "contexts": CONTEXTS},
 }
 

@@ -179,7 +179,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_report(tmp_path, monkeypa
     asked = []
     ask = runner_module.ProbeScorer.score
     monkeypatch.setattr(
-        runner_module.ProbeScorer, "ask", lambda self, group: asked.append(len(group)) or ask(self, group)
+        runner_module.ProbeScorer, "score", lambda self, group: asked.append(len(group)) or ask(self, group)
     )
     again = evaluate(model, tok, cases, editor, None, mode, out=out, chunk=2)
     assert facts(again) == facts(whole)
@@ -305,7 +305,7 @@ def test_a_run_of_another_version_is_another_run(tmp_path, monkeypatch):
 
 
 def test_a_run_after_other_edits_whose_keys_alphaedit_remembers_is_another_run(tmp_path):
-    model, _, editor = make("alphaedit", layers=(1, 2), threshold=0.6, l2=1e-2)
+    model, _, editor = make("alphaedit", layers=(1, 2), threshold=0.6, threshold_rule="mean", l2=1e-2)
     result = editor.apply(Edit("{} sings", "Zoe", "loudly"))
     editor.history.save(tmp_path / "keys.safetensors")
     result.revert()
@@ -317,7 +317,7 @@ def test_a_run_after_other_edits_whose_keys_alphaedit_remembers_is_another_run(t
 def test_a_sequence_that_was_interrupted_while_editing_goes_on_where_it_stopped(
     tmp_path, monkeypatch, name, batch_size
 ):
-    settings = {"layers": (1, 2), "threshold": 0.6, "l2": 1e-2} if name == "alphaedit" else {}
+    settings = {"layers": (1, 2), "threshold": 0.6, "threshold_rule": "mean", "l2": 1e-2} if name == "alphaedit" else {}
     model, tok, editor = make(name, **settings)
     cases, before = make_cases(), weights(model)
     options = {"mode": "sequential", "batch_size": batch_size, "exact": False}

@@ -147,7 +147,9 @@ def test_norm_growth_counts_from_the_unedited_weights(subject):
 @pytest.mark.parametrize("name", ["memit", "alphaedit"])
 def test_a_refused_batch_leaves_no_memory(subject, name):
     before = state(subject)
-    editor = make(name, subject, lr=1e-2, **({"threshold": 1.0} if name == "alphaedit" else {}))
+    editor = make(
+        name, subject, lr=1e-2, **({"threshold": 1.0, "threshold_rule": "mean"} if name == "alphaedit" else {})
+    )
     with pytest.raises(GuardError):
         editor.apply([ADA, FRENCH], guard=Guard(**LOOSE | {"efficacy": 1.0}))
     assert state(subject) == before
@@ -271,7 +273,17 @@ def test_the_command_keeps_alphaedits_keys_in_a_file(words, tmp_path, capsys):
 @NO_WAY
 def test_a_journal_that_goes_on_counts_keys_once(words, tmp_path, capsys):
     """Whether it ended, broke off or got more edits: the keys in the file are those of one unbroken run."""
-    words = [*words, "--editor", "alphaedit", "--set", "threshold=1.0", "--set", "steps=3"]
+    words = [
+        *words,
+        "--editor",
+        "alphaedit",
+        "--set",
+        "threshold=1.0",
+        "--set",
+        "threshold_rule=mean",
+        "--set",
+        "steps=3",
+    ]
     keys, journal = tmp_path / "keys.safetensors", tmp_path / "j"
     assert main([*words, "--keys", str(keys)]) in DONE  # earlier edits
     before = keys.read_bytes()

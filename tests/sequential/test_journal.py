@@ -41,7 +41,7 @@ def fresh(name="rome", **options):
     if name == "ft":
         options = {"kl_factor": 0.0} | options
     if name == "alphaedit":  # a null space that is none would make every test of its keys one of nothing
-        options = {"threshold": 1.0} | options
+        options = {"threshold": 1.0, "threshold_rule": "mean"} | options
     return make(name, tiny_model("gpt2"), **options)
 
 

@@ -201,7 +201,7 @@ def test_an_early_stop_of_one_edit_leaves_the_others_alone():
 
 
 def test_alphaedit_protects_the_keys_of_past_edits_and_forgets_those_it_reverts(tmp_path):
-    made = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6)
+    made = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6, threshold_rule="mean")
     width = ModelArch(made.model).weight(1).matrix.shape[1]
     first = made.apply(ALL[0])
     remembered = made.history.keys(1, width)
@@ -217,13 +217,13 @@ def test_alphaedit_protects_the_keys_of_past_edits_and_forgets_those_it_reverts(
     unprotected_patch = made.apply(ALL[1]).patch
     unprotected = unprotected_patch.deltas[weight].dense @ remembered[0].double()
     assert float(protected.norm()) < 0.5 * float(unprotected.norm())
-    other = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6)
+    other = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6, threshold_rule="mean")
     other.history.load(tmp_path / "history.safetensors")
     assert torch.equal(other.history.keys(1, width), remembered)
 
 
 def test_alphaedit_computes_with_what_it_kept_of_past_keys_as_from_scratch():
-    made = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6)
+    made = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6, threshold_rule="mean")
     results = [made.apply(edit) for edit in ALL]
     results[1].revert()
     after_a_revert = made.apply(ALL[1])
@@ -237,11 +237,11 @@ def test_alphaedit_computes_with_what_it_kept_of_past_keys_as_from_scratch():
 
 
 def test_alphaedit_follows_its_second_moments():
-    made = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6)
+    made = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6, threshold_rule="mean")
     other = {layer: moment.matrix.flip(0, 1) for layer, moment in made.moments.items()}
     made.propose(ALL[0])
     made.moments = other
-    fresh = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6)
+    fresh = editor("alphaedit", "gpt2", l2=1e-3, threshold=0.6, threshold_rule="mean")
     fresh.moments = other
     [found], [expected] = made.propose(ALL[0]), fresh.propose(ALL[0])
     for name, delta in expected.deltas.items():
