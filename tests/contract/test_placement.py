@@ -315,7 +315,7 @@ def test_a_quantized_model_gets_its_edit_beside_the_weight(kind, values, tmp_pat
 def test_writing_into_quantized_weights_is_refused_before_anything_runs(kind, monkeypatch):
     model = quantized(kind)
     editor = make("rome", model)
-    monkeypatch.setattr(editor.engine, "optimise", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(editor.engine, "optimize", lambda *_: pytest.fail("it ran"))
     with pytest.raises(
         kedit.KEditError, match=r"(torch.int8|packed).* and? ?cannot be written in place.*propose.*attach"
     ):

@@ -99,7 +99,7 @@ def now(field):
 torch.set_num_threads(1)
 model = build(3072, torch.float32)
 editor = make("memit", model, 3072)
-stated = editor.demand(MANY[:3])
+stated = editor.estimate_memory(MANY[:3])
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = now("VmRSS")
 editor.apply(MANY[:3])
