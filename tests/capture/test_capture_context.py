@@ -74,16 +74,16 @@ def test_an_exception_inside_the_model_leaves_no_mode_behind(name: str) -> None:
 
 def test_nested_switching_and_foreign_attributes() -> None:
     model = make("llama")
-    gptj = make("gptj")
-    attention = gptj.transformer.h[0].attn
-    foreign = attention.__dict__["_attn"] = getattr(attention, "_attn", None)  # transformers 5.24 has no such method
-    with use_capture_attention(model), use_capture_attention(gptj):
-        with use_capture_attention(model), capture_attention(gptj, inputs()[1]):
+    neo = make("gpt_neo")
+    attention = neo.transformer.h[0].attn.attention
+    foreign = attention.__dict__["_attn"] = attention._attn
+    with use_capture_attention(model), use_capture_attention(neo):
+        with use_capture_attention(model), capture_attention(neo, inputs()[1]):
             assert model.config._attn_implementation == NAME
         assert model.config._attn_implementation == NAME
     assert model.config._attn_implementation == "sdpa"
     assert attention.__dict__["_attn"] is foreign
-    assert "_attn" not in gptj.transformer.h[1].attn.__dict__
+    assert "_attn" not in neo.transformer.h[1].attn.attention.__dict__
 
 
 @pytest.mark.parametrize("name", KINDS)
