@@ -18,6 +18,7 @@ from kedit.editors import EDITORS, presets
 from kedit.editors import get_editor as make_editor
 from kedit.editors.base import Editor
 from kedit.editors.solve_layers import describe
+from kedit.editors.value_editor import ValueEditor
 from kedit.errors import ConfigError
 from kedit.evaluation.provenance import describe_editor, describe_model, digest, environment, versions
 from kedit.evaluation.statistics import Estimate
@@ -108,7 +109,7 @@ class Bench:
         return best
 
     def _prepared(self, editor: Editor) -> Editor:
-        if self.corpus and editor.needs_moments:
+        if self.corpus and isinstance(editor, ValueEditor):
             from kedit.keys.estimate import estimate_moments
 
             editor.moments = estimate_moments(editor.arch, self.tokenizer, editor.config.layers, self.corpus)

@@ -34,6 +34,7 @@ _NAMES = {
     "RROME": "kedit.editors.rome",
     "SADR": "kedit.regularizers.sadr",
     "SecondMoments": "kedit.keys.second_moment",
+    "ValueEditor": "kedit.editors.value_editor",
     "drift": "kedit.analysis.attention_drift",
     "get_editor": "kedit.editors",
     "evaluate": "kedit.evaluation.api",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from kedit.editors.result import EditResult as EditResult
     from kedit.editors.rome import ROME as ROME
     from kedit.editors.rome import RROME as RROME
+    from kedit.editors.value_editor import ValueEditor as ValueEditor
     from kedit.errors import IneffectiveEditWarning as IneffectiveEditWarning
     from kedit.errors import KEditError as KEditError
     from kedit.evaluation.api import evaluate as evaluate

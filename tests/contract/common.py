@@ -6,6 +6,7 @@ import torch
 
 import kedit
 import zoo
+from kedit.editors import editor_class
 from kedit.keys import read
 from kedit.models import ModelArch, Site
 from kedit.prompts.tokenize import encode, rewrite_texts
@@ -22,15 +23,16 @@ def make(name, model, tok=None, *, layer=LAYER, **options):
     """An editor that needs no corpus and takes few steps."""
     arch = ModelArch(model)
     width = arch.shape(layer)[1] if 0 <= layer < arch.num_layers else 1
-    options = {
+    defaults = {
         "layers": layer,
         "steps": 4,
         "kl_factor": 0.1,
         "stop_loss": 0.0,
         "contexts": CONTEXTS,
-        "moments": {layer: moments(width, layer)},
-    } | options
-    return kedit.get_editor(name, model, tok or tokenizer(), **options)
+    }
+    if issubclass(editor_class(name), kedit.ValueEditor):
+        defaults["moments"] = {layer: moments(width, layer)}
+    return kedit.get_editor(name, model, tok or tokenizer(), **(defaults | options))
 
 
 def zoo_model(name, dtype=torch.float32, **changes):

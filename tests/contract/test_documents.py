@@ -41,7 +41,7 @@ def scratch(tmp_path, monkeypatch):
     """An empty folder to run in, moments from little text, and registries that forget what the page adds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("kedit.editors.base.estimate_moments", partial(estimate_moments, tokens=3_000))
+    monkeypatch.setattr("kedit.editors.value_editor.estimate_moments", partial(estimate_moments, tokens=3_000))
     for registry in (EDITORS, FORMATS, METRICS, REGULARIZERS):
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
     return tmp_path

@@ -14,11 +14,11 @@ from tiny_models import CONTEXTS, tiny_model, tokenizer
 from .common import FRENCH, state
 
 
-class Plain(kedit.Editor):
+class Plain(kedit.ValueEditor):
     """One association, as the smallest change that writes it; needs no second moments."""
 
     name = "plain"
-    needs_moments = False
+    moment_layers = ()
 
     def sites(self, config):
         return (Site(config.layers[-1], "mlp"),)
@@ -33,7 +33,7 @@ def build(kind, model):
 
 
 def test_it_needs_no_second_moments(monkeypatch):
-    monkeypatch.setattr("kedit.editors.base.estimate_moments", lambda *args, **given: pytest.fail("estimated"))
+    monkeypatch.setattr("kedit.editors.value_editor.estimate_moments", lambda *args, **given: pytest.fail("estimated"))
     model = tiny_model("gpt2")
     before = state(model)
     result = build(Plain, model).apply(FRENCH, kedit.SADR(gamma=0.1))
@@ -49,7 +49,7 @@ def test_one_that_wants_moments_after_all_is_told(monkeypatch):
         def solve(self, insertion, config):
             insertion.whiten(insertion.keys[0])
 
-    with pytest.raises(ConfigError, match="needs_moments"):
+    with pytest.raises(ConfigError, match="moment_layers"):
         build(Greedy, tiny_model("gpt2")).apply(FRENCH)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from kedit.edit import Edit
     from kedit.editors.base import Editor
+    from kedit.editors.value_editor import ValueEditor
     from kedit.embedded.cases import WorldCase
     from kedit.regularizers.sadr import SADR
 
@@ -293,7 +294,7 @@ def _sadr(args: argparse.Namespace, editor: Editor, notes: list[str]) -> SADR:
     return SADR(gamma=GAMMA)
 
 
-def _give_moments(args: argparse.Namespace, editor: Editor, notes: list[str]) -> None:
+def _give_moments(args: argparse.Namespace, editor: ValueEditor, notes: list[str]) -> None:
     """Estimate the second moments from the text that is given, or from one that needs no network."""
     from kedit.embedded.defaults import corpus as invented
     from kedit.keys.estimate import estimate_moments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from kedit.errors import ConfigError
@@ -10,7 +11,8 @@ from kedit.utils.registry import Registry
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kedit.editors.base import Editor
+    from kedit.editors.base import Editor as Editor
+    from kedit.editors.value_editor import ValueEditor as ValueEditor
 
 EDITORS: Registry[type[Editor]] = Registry(
     "editor",
@@ -24,6 +26,15 @@ EDITORS: Registry[type[Editor]] = Registry(
         "ft": "kedit.editors.ft:FT",
     },
 )
+
+
+_BASES = {"Editor": "kedit.editors.base", "ValueEditor": "kedit.editors.value_editor"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _BASES:  # imported when first used: they load torch
+        return getattr(importlib.import_module(_BASES[name]), name)
+    raise AttributeError(f"module 'kedit.editors' has no attribute {name!r}")
 
 
 def editor_class(name: str) -> type[Editor]:

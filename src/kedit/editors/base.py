@@ -1,4 +1,4 @@
-"""The editor: owns the steps; a child holds only what is its own."""
+"""The base class of editors: it owns the steps of an edit and leaves to its children what each step computes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
 from kedit.edit import Edit, as_edits
 from kedit.editors import presets
-from kedit.editors.config import EditorConfig, Settings, adapted, check_fields, check_sites, describe_model, filled
-from kedit.editors.memory import DOUBLE, MemoryEstimate, estimate_memory
+from kedit.editors.config import EditorConfig, Settings, adapted, check_fields, describe_model, filled
+from kedit.editors.memory import MemoryEstimate, dense_memory
 from kedit.editors.result import EditResult, Gate
-from kedit.editors.solve_layers import LayerProblem, Timer, describe, overwrite, solve_layers, warn_of_known
+from kedit.editors.solve_layers import Timer, describe, overwrite
 from kedit.errors import ConfigError, IneffectiveEditWarning, KEditWarning
 from kedit.keys import routing
-from kedit.keys.estimate import estimate_moments
-from kedit.keys.second_moment import RIDGE, Moment, SecondMoments
-from kedit.models import ModelArch, Site
+from kedit.models import ModelArch
 from kedit.models.offload import check_held
 from kedit.models.validate import check_editable, check_model
 from kedit.patch import EditPatch, fingerprints
@@ -36,7 +33,7 @@ from kedit.utils.device_memory import HeapTrim
 from kedit.utils.distributed import current_group
 from kedit.utils.progress import Progress
 from kedit.values.memory import Footprint
-from kedit.values.optimize import StepLog, Values
+from kedit.values.optimize import StepLog
 from kedit.values.scheduler import Engine
 
 if TYPE_CHECKING:
@@ -85,7 +82,6 @@ class Editor(ABC):
         model: a causal language model; it is edited in place by :meth:`apply` and by nothing else.
         tokenizer: its fast tokenizer.
         config: all hyper-parameters; missing: the model's preset.
-        moments: second moments by layer, used as they are; missing: estimated from the default corpus and cached.
         contexts: templates with one ``{}`` each, the first of them ``"{}"``; missing: sampled from the model, seeded.
         overrides: single hyper-parameters, before preset and ``config``.
 
@@ -99,8 +95,6 @@ class Editor(ABC):
     batched: ClassVar[bool] = False  # several edits become one update, solved together
     context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((10, 5),)  # (tokens, how many)
     context_seed: ClassVar[int] = 0
-    needs_moments: ClassVar[bool] = True
-    needs_sites: ClassVar[bool] = True  # values are optimised; not where the weights themselves are
     _checks: bool = True  # whether apply asks the model before and after
 
     def __init__(
@@ -109,7 +103,6 @@ class Editor(ABC):
         tokenizer: PreTrainedTokenizerBase,
         config: EditorConfig | None = None,
         *,
-        moments: SecondMoments | Mapping[int, Moment | Tensor] | None = None,
         contexts: Sequence[str] | None = None,
         **overrides: Any,
     ) -> None:
@@ -130,23 +123,18 @@ class Editor(ABC):
         self.config = self._configure([])
         self.engine = Engine(self.arch)
         self._contexts = None if contexts is None else check_contexts(contexts)
-        self._moments: SecondMoments | None = None
-        if moments is not None:
-            self.moments = moments
 
     # What a child supplies
 
     @abstractmethod
-    def sites(self, config: Any) -> tuple[Site, ...]:
-        """Where values are optimised; the first is where the residual is measured."""
+    def write(
+        self, requests: Sequence[Request], settings: Settings, timer: Timer
+    ) -> tuple[dict[str, Delta], list[list[StepLog]]]:
+        """The updates that write ``requests`` into the model as it is, and the log; the weights are left as they are."""
 
     @abstractmethod
-    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
-        """The closed form: the update of one layer's weight."""
-
-    def residual_divisor(self, config: Any, layer: int) -> float:
-        """What the residual is divided by at ``layer``: 1 unless a child spreads it over several layers."""
-        return 1.0
+    def largest_wave(self, requests: Sequence[Request], settings: Settings) -> Footprint:
+        """The memory that the optimisation holds at its peak."""
 
     # What users call
 
@@ -161,20 +149,6 @@ class Editor(ABC):
         if self._contexts is None:
             self._contexts = generate_contexts(self.model, self.tokenizer, self.context_lengths, seed=self.context_seed)
         return self._contexts
-
-    @property
-    def moments(self) -> SecondMoments:
-        """Second moments of the edited layers; estimated on first use."""
-        if self._moments is None:
-            layers, ridge = self.config.layers, presets.ridge(self.arch) or RIDGE
-            self._moments = estimate_moments(self.arch, self.tokenizer, layers, ridge=ridge)
-        return self._moments
-
-    @moments.setter
-    def moments(self, moments: SecondMoments | Mapping[int, Moment | Tensor]) -> None:
-        found = _as_moments(moments)
-        found.check(self.arch, self.config.layers)
-        self._moments = found
 
     @with_gradient
     def apply(
@@ -290,13 +264,13 @@ class Editor(ABC):
         Ledger.of(self.model).revert_all()
 
     def prepare(self) -> None:
-        """Get contexts and second moments now, of the model as it is, rather than when they are first needed."""
+        """Get now, of the model as it is, what the editor otherwise gets when it is first needed, contexts among it."""
         _ = self.contexts
         self._prepare(Timer())
 
     @with_gradient
     def propose(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> list[EditPatch]:
-        """What each edit alone would change of the model as it is; values are optimised together, nothing is written."""
+        """What each edit alone would change of the model as it is; nothing is written."""
         chosen = as_edits(edits)
         settings = self._settings(regularizer)
         requests = self._encode(chosen, settings)
@@ -310,47 +284,21 @@ class Editor(ABC):
 
     @with_gradient
     def estimate_memory(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> MemoryEstimate:
-        """How much memory :meth:`apply` would take; nothing is written. Contexts and second moments are made where missing."""
+        """How much memory :meth:`apply` would take; nothing is written. Contexts and the like are made where missing."""
         settings = self._settings(regularizer)
         requests = self._encode(as_edits(edits), settings)
         self._prepare(Timer())
-        wave = self.largest_wave(requests, settings)
-        return estimate_memory(self, requests, settings.config.layers, wave, trains=not self.needs_sites)
+        return self.memory_of(requests, settings)
 
     # What a child may replace
 
-    def solving_bytes(self, shape: tuple[int, int], edits: int, contexts: int) -> tuple[int, int]:
-        """Bytes that the closed form of one weight [O, I] keeps for later edits, and those it holds meanwhile besides."""
-        square, keys = DOUBLE * shape[1] ** 2, DOUBLE * edits * shape[1]
-        if edits < shape[1]:  # the moment in float64 on the way to its factor; or systems in the number of edits
-            return square, max(square, 4 * keys + 3 * DOUBLE * edits**2)
-        return 0, 4 * square + 3 * keys
-
-    def largest_wave(self, requests: Sequence[Request], settings: Settings) -> Footprint:
-        """What the optimisation holds at its peak."""
-        together = [requests] if self.batched else [[request] for request in requests]
-        found = (self.engine.largest_footprint(settings.sites, group, settings.needs) for group in together)
-        return max(found, key=lambda footprint: footprint.total)
-
-    def write(
-        self, requests: Sequence[Request], settings: Settings, timer: Timer
-    ) -> tuple[dict[str, Delta], list[list[StepLog]]]:
-        """The updates that write ``requests`` into the model as it is, and the log; the weights are left as they are."""
-        with timer.stage("optimise"):
-            values = self._values(requests, settings)
-        with timer.stage("solve"):
-            return self._spread(requests, values, settings), values.log
+    def memory_of(self, requests: Sequence[Request], settings: Settings) -> MemoryEstimate:
+        """The memory that writing ``requests`` takes, with a dense update of every edited weight."""
+        return dense_memory(self.arch, requests, settings.config.layers, self.largest_wave(requests, settings))
 
     def propose_deltas(self, requests: Sequence[Request], settings: Settings) -> list[dict[str, Delta]]:
         """The updates that write each request alone."""
-        values = self._values(requests, settings)
-        with Progress(len(requests), "solving") as progress:
-            found = []
-            for number, request in enumerate(requests):
-                one = values.only(number)
-                found.append(self._spread([request], one, settings))
-                progress.advance()
-        return found
+        return [self.write([request], settings, Timer())[0] for request in requests]
 
     def on_applied(self, patch: EditPatch, requests: Sequence[Request], settings: Settings) -> None:
         """Called once the patch is on the model; an editor with a memory of past edits updates it here."""
@@ -406,29 +354,14 @@ class Editor(ABC):
         complete = [filled(self.name, self.arch, item) for item in found]
         check_editable(self.arch, config.layers)
         names = tuple(weight.name for layer in config.layers for weight in self.arch.weights(layer))
-        sites = check_sites(type(self).__name__, self.sites(config), optional=not self.needs_sites)
-        return Settings(config, complete, sites, names)
+        return Settings(config, complete, names)
 
     def _prepare(self, timer: Timer) -> None:
         """Get what takes long and depends on the model alone, before anything is written."""
-        if self.needs_moments:
-            with timer.stage("moments"):
-                moments = self.moments
-            moments.check(self.arch, self.config.layers)
+        return
 
     def _encode(self, edits: Sequence[Edit], settings: Settings) -> list[Request]:
         return encode_edits(self.arch, self.tokenizer, edits, self.contexts, settings.needs)
-
-    def _spread(self, requests: Sequence[Request], values: Values, settings: Settings) -> dict[str, Delta]:
-        moments = self.moments if self.needs_moments else SecondMoments({})
-        return solve_layers(self.arch, self, requests, values, settings.config, moments)
-
-    def _values(self, requests: Sequence[Request], settings: Settings) -> Values:
-        values = self.engine.optimize(
-            settings.sites, requests, settings.config.objective, settings.regularizers, settings.needs
-        )
-        warn_of_known(requests, values)
-        return values
 
     def _configure(self, regularizers: Sequence[str]) -> EditorConfig:
         """User > preset of (editor, model, regularizer) > preset of (editor, model) > rule."""
@@ -449,7 +382,7 @@ class Editor(ABC):
     @classmethod
     def rule(cls, arch: ModelArch) -> dict[str, Any]:
         """Hyper-parameters for a model without a preset, the layers among them."""
-        return {"layers": (presets.layer_rule(arch),), **presets.VALUE_RULE}
+        return {"layers": (presets.layer_rule(arch),)}
 
     def _provenance(self, edits: Sequence[Edit], settings: Settings) -> dict[str, Any]:
         return {
@@ -459,7 +392,6 @@ class Editor(ABC):
             "edits": [edit.to_dict() for edit in edits],
             "contexts": list(self.contexts),
             "budget": self.engine.used,
-            "moments": {} if self._moments is None else {str(i): m.figures() for i, m in self._moments.items()},
             "model": describe_model(self.model, self.arch),
         }
 
@@ -482,7 +414,3 @@ def warn_of_ineffective(checks: Sequence[EditCheck], config: EditorConfig, *, st
         IneffectiveEditWarning,
         stacklevel=stacklevel + 1,
     )
-
-
-def _as_moments(moments: SecondMoments | Mapping[int, Moment | Tensor]) -> SecondMoments:
-    return moments if isinstance(moments, SecondMoments) else SecondMoments(moments)

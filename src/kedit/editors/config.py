@@ -110,12 +110,12 @@ class EditorConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for one call: hyper-parameters, regularizers with all their fields, sites, names of edited weights."""
+    """What holds for one call: hyper-parameters, regularizers with all their fields, names of edited weights, sites of values."""
 
     config: Any
     regularizers: Sequence[Regularizer]
-    sites: tuple[Site, ...]
     names: tuple[str, ...]
+    sites: tuple[Site, ...] = ()
 
     @property
     def needs(self) -> Needs:
@@ -153,9 +153,9 @@ def check_fields(owner: str, config: type[EditorConfig], overrides: Mapping[str,
             raise ConfigError(f"{owner} has no hyper-parameter {name!r}. It has {', '.join(sorted(known))}.")
 
 
-def check_sites(owner: str, sites: object, *, optional: bool = False) -> tuple[Site, ...]:
-    """The sites of an editor; :class:`ConfigError` where they are none (unless ``optional``) or something else."""
-    if isinstance(sites, tuple) and all(isinstance(site, Site) for site in sites) and (sites or optional):
+def check_sites(owner: str, sites: object) -> tuple[Site, ...]:
+    """The sites of an editor; :class:`ConfigError` where they are none or something else."""
+    if isinstance(sites, tuple) and all(isinstance(site, Site) for site in sites) and sites:
         return sites
     raise ConfigError(f"{owner}.sites() must return a tuple of kedit.models.Site, at least one; it returned {sites!r}.")
 

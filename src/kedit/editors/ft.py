@@ -14,9 +14,9 @@ from torch.nn.functional import log_softmax
 from kedit.editors import presets
 from kedit.editors.base import Editor
 from kedit.editors.config import EditorConfig, Settings
-from kedit.editors.solve_layers import LayerProblem, Timer
+from kedit.editors.solve_layers import Timer
 from kedit.errors import ConfigError, NonFiniteError, UnsupportedError
-from kedit.models import ModelArch, Site
+from kedit.models import ModelArch
 from kedit.models.hooks import inference_state
 from kedit.patch.delta import Delta, DenseDelta, check_finite
 from kedit.patch.ledger import Ledger
@@ -36,8 +36,6 @@ class FT(Editor):
     """
 
     name: ClassVar[str] = "ft"
-    needs_moments: ClassVar[bool] = False
-    needs_sites: ClassVar[bool] = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
@@ -84,14 +82,6 @@ class FT(Editor):
         """The bare prompt alone, unless contexts were given."""
         return self._contexts or ("{}",)
 
-    def sites(self, config: Any) -> tuple[Site, ...]:
-        """None: FT optimises weights, not values."""
-        return ()
-
-    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
-        """Not used: FT has no closed form."""
-        raise NotImplementedError
-
     def largest_wave(self, requests: Sequence[Request], settings: Settings) -> Footprint:
         """One step of the longest edit, as it runs, beside what training holds of the weights.
 
@@ -111,10 +101,6 @@ class FT(Editor):
         (request,) = requests
         with timer.stage("optimise"), Ledger.of(self.model).scratch([self.arch.weight_of(n) for n in settings.names]):
             return self._tune(request, settings)
-
-    def propose_deltas(self, requests: Sequence[Request], settings: Settings) -> list[dict[str, Delta]]:
-        """Fine-tune on each edit alone."""
-        return [self.write([request], settings, Timer())[0] for request in requests]
 
     def _settings(self, regularizer: Choice) -> Settings:
         settings = super()._settings(regularizer)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kedit.editors import presets
-from kedit.editors.base import Editor
 from kedit.editors.config import EditorConfig
 from kedit.editors.solve_layers import LayerProblem
+from kedit.editors.value_editor import ValueEditor
 from kedit.models import ModelArch, Site
 from kedit.patch.delta import Delta
 
@@ -29,7 +29,7 @@ def largest_weight(weight: float, overlaps: Tensor, share: float) -> float:
     return min(weight, float(overlaps.median()) * (1 - share) / share)
 
 
-class MEMIT(Editor):
+class MEMIT(ValueEditor):
     """Mass editing: many associations, several layers, one ridge solution per layer.
 
     The value z is optimised at the output of the last edited block; where the block normalises its MLP's output, at the

@@ -55,7 +55,6 @@ class Solver(Protocol):
 
     arch: ModelArch
     batched: ClassVar[bool]
-    needs_moments: ClassVar[bool]
 
     @property
     def moments(self) -> SecondMoments:
@@ -67,30 +66,30 @@ class Solver(Protocol):
         ...
 
 
-def estimate_memory(
-    editor: Solver, requests: Sequence[Request], layers: Sequence[int], wave: Footprint, *, trains: bool
+def closed_form_memory(
+    editor: Solver, requests: Sequence[Request], layers: Sequence[int], wave: Footprint
 ) -> MemoryEstimate:
-    """What applying ``requests`` will hold; runs a few tokens to see what one costs.
+    """What optimising values and solving for their updates will hold; runs a few tokens to see what one costs.
 
     Args:
         editor: who applies them.
         requests: the edits, encoded.
         layers: the edited layers, lowest first.
         wave: what the optimisation holds at its peak.
-        trains: whether the weights themselves are optimised, and no value.
     """
-    work = editor.arch.work_dtype.itemsize
-    places = _places(editor, requests, layers)
-    kept, solving = (0, 0) if trains else _solving(editor, requests, places)
-    for place in places:
-        numbers = place.outer * place.inner
-        factors = numbers if trains else len(requests) * (place.outer + place.inner)
-        # The patch, the original, and the sum where rounding it to a shorter dtype would lose something.
-        lost = work if work > place.stored else 0
-        kept += place.touched * (min(factors, numbers) * work + numbers * (place.stored + lost))
-    sums = sum(place.touched * place.outer * place.inner * work for place in places)
-    moments = sum(_moment_bytes(editor, place.layer) for place in places)
-    return MemoryEstimate(_model_bytes(editor.arch.model), moments, wave, max(solving, kept + sums), kept)
+    places = _places(editor.arch, requests, layers)
+    kept, solving = _solving(editor, requests, places)
+    ranks = [len(requests) * (place.outer + place.inner) for place in places]
+    moments = sum(editor.moments[layer].matrix.nbytes for layer in layers if layer in editor.moments)
+    return _estimate(editor.arch, places, ranks, wave, moments=moments, kept=kept, solving=solving)
+
+
+def dense_memory(
+    arch: ModelArch, requests: Sequence[Request], layers: Sequence[int], wave: Footprint
+) -> MemoryEstimate:
+    """What training the edited weights themselves will hold; arguments as of :func:`closed_form_memory`."""
+    places = _places(arch, requests, layers)
+    return _estimate(arch, places, [place.outer * place.inner for place in places], wave)
 
 
 @dataclass(frozen=True)
@@ -105,16 +104,37 @@ class _Place:
     stored: int
 
 
-def _places(editor: Solver, requests: Sequence[Request], layers: Sequence[int]) -> list[_Place]:
-    routed = routing.shares(editor.arch, requests, layers, contexts=True)  # keys are averaged over contexts
+def _places(arch: ModelArch, requests: Sequence[Request], layers: Sequence[int]) -> list[_Place]:
+    routed = routing.shares(arch, requests, layers, contexts=True)  # keys are averaged over contexts
     found = []
     for layer in layers:
-        weights = editor.arch.weights(layer)
+        weights = arch.weights(layer)
         served = {expert for shares in routed.get(layer, []) for expert in shares}
         outer, inner = weights[0].matrix.shape
         stored = weights[0].stored.element_size()
         found.append(_Place(layer, len(served) or len(weights), len(weights), outer, inner, stored))
     return found
+
+
+def _estimate(
+    arch: ModelArch,
+    places: Sequence[_Place],
+    factors: Sequence[int],
+    wave: Footprint,
+    *,
+    moments: int = 0,
+    kept: int = 0,
+    solving: int = 0,
+) -> MemoryEstimate:
+    """Add what writing holds, for updates of so many numbers per matrix, to what the closed forms hold."""
+    work = arch.work_dtype.itemsize
+    for place, count in zip(places, factors, strict=True):
+        numbers = place.outer * place.inner
+        # The patch, the original, and the sum where rounding it to a shorter dtype would lose something.
+        lost = work if work > place.stored else 0
+        kept += place.touched * (min(count, numbers) * work + numbers * (place.stored + lost))
+    sums = sum(place.touched * place.outer * place.inner * work for place in places)
+    return MemoryEstimate(_model_bytes(arch.model), moments, wave, max(solving, kept + sums), kept)
 
 
 def _solving(editor: Solver, requests: Sequence[Request], places: Sequence[_Place]) -> tuple[int, int]:
@@ -132,10 +152,6 @@ def _solving(editor: Solver, requests: Sequence[Request], places: Sequence[_Plac
             copies += place.touched * place.outer * place.inner * place.stored
             peak = max(peak, kept + copies + 3 * place.outer * place.inner * work)
     return kept, peak
-
-
-def _moment_bytes(editor: Solver, layer: int) -> int:
-    return editor.moments[layer].matrix.nbytes if editor.needs_moments else 0
 
 
 def _reading(editor: Solver, requests: Sequence[Request], layer: int) -> int:

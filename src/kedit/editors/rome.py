@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kedit.editors.base import Editor
 from kedit.editors.closed_forms import rank_one
 from kedit.editors.config import EditorConfig
 from kedit.editors.solve_layers import LayerProblem
+from kedit.editors.value_editor import ValueEditor
 from kedit.errors import ConfigError
 from kedit.models import Site
 from kedit.patch.delta import Delta
 
 
-class ROME(Editor):
+class ROME(ValueEditor):
     """Rank-one model editing: one association, one layer.
 
     The value is optimised at the MLP's output; with k̄ the mean key over the contexts and k the bare prompt's key::

@@ -14,6 +14,7 @@ import torch
 
 from kedit.editors.base import Editor
 from kedit.editors.key_history import KeyHistory
+from kedit.editors.value_editor import ValueEditor
 from kedit.models.fingerprint import tensor_fingerprint
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def describe_editor(editor: Editor | None) -> dict[str, Any]:
     """An editor by name, and what it reads beside the model; contexts and second moments are made where missing."""
     if editor is None:
         return dict.fromkeys(("editor", "contexts", "moments", "history"))
-    moments = editor.moments if editor.needs_moments else {}
+    moments = editor.moments if isinstance(editor, ValueEditor) else {}
     history = getattr(editor, "history", None)
     keys = history.keys if isinstance(history, KeyHistory) and history.count else None
     return {

@@ -106,7 +106,7 @@ class Run:
             with self._timed("prepare"):
                 examiner = ProbeScorer(self.model, self.tokenizer, self.extent, self.cases)
                 if self.editor is not None:
-                    _ = self.editor.contexts, self.editor.needs_moments and self.editor.moments
+                    self.editor.prepare()
             work = self._single(examiner, done) if self._each_alone else self._joint(examiner, done, journal)
             # Closed here and now: an error would keep the generator, and with it the edited model, as long as its traceback.
             with closing(work), Progress(len(self.cases), "evaluating", unit="case") as progress:

@@ -121,7 +121,7 @@ class SecondMoments(Mapping[int, Moment]):
         """The layer's C, one per expert, [N, I, I]; N is 1 where there is no mixture."""
         if layer not in self._moments:
             raise ConfigError(
-                f"There is no second moment for layer {layer}. Does the editor say needs_moments = False?"
+                f"There is no second moment for layer {layer}. Does the editor leave it out of its moment_layers?"
             )
         matrix = self._moments[layer].matrix
         return matrix if matrix.ndim == 3 else matrix[None]

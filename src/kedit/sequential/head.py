@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kedit.editors.key_history import KeyHistory
 from kedit.editors.solve_layers import describe
+from kedit.editors.value_editor import ValueEditor
 from kedit.errors import PatchError, PatchMismatchError
 from kedit.evaluation.guard import Guard
 from kedit.models.fingerprint import model_fingerprint, tensor_fingerprint
@@ -54,7 +55,7 @@ def _history(editor: Editor) -> KeyHistory | None:
 
 def _header(editor: Editor, regularizer: Choice, guard: Guard | None, batch_size: int) -> dict[str, Any]:
     """What must be the same when a run goes on, as JSON."""
-    moments = editor.moments if editor.needs_moments else {}
+    moments = editor.moments if isinstance(editor, ValueEditor) else {}
     history = _history(editor)
     keys = {} if history is None else {str(layer): history.keys(layer, 0) for layer in history.layers}
     limits = None if guard is None else {name: getattr(guard, name) for name in Guard.limits()}
