@@ -197,6 +197,7 @@ def test_log_has_every_step_and_column():
     result = make("rome", tiny_model("gpt2"), steps=5).apply(FRENCH, kedit.SADR(gamma=0.3))
     [steps] = result.log
     assert [step["step"] for step in steps] == [0, 1, 2, 3, 4]
+    assert steps[-1].pop("written") == pytest.approx(1, abs=1e-4), "ROME writes all of the wanted change"
     for step in steps:
         assert list(step) == ["step", "total", "nll", "kl", "weight_decay", "sadr"]
         assert step["total"] == pytest.approx(sum(step[c] for c in ("nll", "kl", "weight_decay", "sadr")), rel=1e-4)
