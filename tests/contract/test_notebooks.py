@@ -33,7 +33,7 @@ def test_outputs_are_cleared(path):
 def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("kedit.editors.base.estimate_moments", partial(estimate_moments, tokens=3_000))
+    monkeypatch.setattr("kedit.editors.value_editor.estimate_moments", partial(estimate_moments, tokens=3_000))
     monkeypatch.setattr(EDITORS, "_objects", dict(EDITORS._objects))
     space = {"__name__": path.stem}
     for number, cell in enumerate(code(path), 1):
