@@ -2,13 +2,13 @@
 
 import pytest
 
-from kedit.editors import base
+from kedit.editors import value_editor
 
 
 @pytest.fixture
 def values(monkeypatch):
     """What the optimisation found, for each call of the closed form."""
     found = []
-    spread = base.solve_layers
-    monkeypatch.setattr(base, "solve_layers", lambda *args: (found.append(args[3]), spread(*args))[1])
+    spread = value_editor.solve_layers
+    monkeypatch.setattr(value_editor, "solve_layers", lambda *args: (found.append(args[3]), spread(*args))[1])
     return found

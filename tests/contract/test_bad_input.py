@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 import kedit
-from kedit.editors import base, solve_layers
+from kedit.editors import solve_layers, value_editor
 from kedit.errors import (
     ArchitectureError,
     ConfigError,
@@ -484,7 +484,7 @@ def test_foreign_files(tmp_path, model):
             kedit.EditPatch.load(path).apply(model)
 
 
-def test_base_module_is_the_one_that_is_patched_here():
+def test_value_editor_is_the_one_that_is_patched_here():
     """The interruption tests replace functions by name: they must be the ones in use."""
-    assert base.solve_layers is solve_layers.solve_layers
+    assert value_editor.solve_layers is solve_layers.solve_layers
     assert ModelArch(tiny_model("gpt2")).weight(LAYER).name == WEIGHT

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import kedit
 import zoo
-from kedit.editors import base
+from kedit.editors import value_editor
 from kedit.errors import ArchitectureError
 from kedit.keys import read
 from kedit.models import ARCHITECTURES, ModelArch
@@ -84,8 +84,8 @@ def test_a_made_architecture_is_edited(name, config, monkeypatch):
     site = editor.sites(editor.config)[0]
     rows = encode(tokenizer(), rewrite_texts(FRENCH, ["{}"]))
     old = read.outputs(arch, rows, site)
-    values, spread = [], base.solve_layers
-    monkeypatch.setattr(base, "solve_layers", lambda *args: (values.append(args[3]), spread(*args))[1])
+    values, spread = [], value_editor.solve_layers
+    monkeypatch.setattr(value_editor, "solve_layers", lambda *args: (values.append(args[3]), spread(*args))[1])
     result = editor.apply(FRENCH)
     assert set(result.patch.deltas) == {f"stages.{i}.thinker.close.weight" for i in editor.config.layers}
     assert (read.outputs(arch, rows, site) - old).norm() > 0.1
