@@ -72,16 +72,16 @@ def test_an_exception_inside_the_model_leaves_no_mode_behind(name: str) -> None:
 
 def test_nested_switching_and_foreign_attributes() -> None:
     model = make("llama")
-    gptj = make("gptj")
-    foreign = gptj.transformer.h[0].attn._attn
-    gptj.transformer.h[0].attn.__dict__["_attn"] = foreign
-    with use_capture_attention(model), use_capture_attention(gptj):
-        with use_capture_attention(model), capture_attention(gptj, inputs()[1]):
+    neo = make("gpt_neo")
+    foreign = neo.transformer.h[0].attn.attention._attn
+    neo.transformer.h[0].attn.attention.__dict__["_attn"] = foreign
+    with use_capture_attention(model), use_capture_attention(neo):
+        with use_capture_attention(model), capture_attention(neo, inputs()[1]):
             assert model.config._attn_implementation == NAME
         assert model.config._attn_implementation == NAME
     assert model.config._attn_implementation == "sdpa"
-    assert gptj.transformer.h[0].attn.__dict__["_attn"] is foreign
-    assert "_attn" not in gptj.transformer.h[1].attn.__dict__
+    assert neo.transformer.h[0].attn.attention.__dict__["_attn"] is foreign
+    assert "_attn" not in neo.transformer.h[1].attn.attention.__dict__
 
 
 @pytest.mark.parametrize("name", KINDS)
