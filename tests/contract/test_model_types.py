@@ -73,7 +73,13 @@ def editor_of(name, model):
     given = {"steps": 2, "contexts": ["{}"]} | OWN[name]
     if name != "ft":
         arch = ModelArch(model)
-        given |= {"kl_factor": 0.1, "stop_loss": 0.0, "moments": {i: moments_of(arch, i) for i in LAYERS}}
+        given |= {
+            "lr": 0.5,
+            "clamp": 4.0,
+            "kl_factor": 0.1,
+            "stop_loss": 0.0,
+            "moments": {i: moments_of(arch, i) for i in LAYERS},
+        }
     return kedit.get_editor(name, model, TOKENIZER, **given)
 
 

@@ -53,7 +53,8 @@ class Watch:
 def rome(model, tok=None, **options):
     arch = ModelArch(model)
     layer = options.pop("layer", 1)
-    options = {"steps": 4, "kl_factor": 0.1, "stop_loss": 0.0, "contexts": CONTEXTS, "layers": layer} | options
+    published = {"lr": 0.5, "clamp": 4.0, "steps": 4, "kl_factor": 0.1, "stop_loss": 0.0}
+    options = published | {"contexts": CONTEXTS, "layers": layer} | options
     width = arch.weight(layer).matrix.shape[1]
     return kedit.ROME(model, tok or tokenizer(), moments={layer: moments(width, layer)}, **options)
 
