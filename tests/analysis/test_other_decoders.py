@@ -26,7 +26,9 @@ def model():
 
 
 def rome(model):
-    return kedit.ROME(model, TOKENIZER, layers=1, contexts=CONTEXTS, steps=2, moments={1: moments(64, 1)})
+    return kedit.ROME(
+        model, TOKENIZER, layers=1, contexts=CONTEXTS, steps=2, lr=0.5, clamp=4.0, moments={1: moments(64, 1)}
+    )
 
 
 def test_it_is_no_model_that_knows_these_things(model):

@@ -51,12 +51,12 @@ def test_last_names_are_shared_so_no_single_word_names_a_person(world):
 
 
 def test_every_fact_is_recalled_in_every_wording(embedded, world):
-    shares = recall.project(*embedded, world)
+    shares = recall.recall(*embedded, world)
     assert min(shares.values()) >= 0.99, {key: value for key, value in shares.items() if value < 0.99}
 
 
 def test_facts_are_recalled_by_nickname_too(embedded, world):
-    by_relation = recall.mean_by_relation(recall.project(*embedded, world, aliases=True))
+    by_relation = recall.mean_by_relation(recall.recall(*embedded, world, aliases=True))
     assert min(by_relation.values()) >= 0.99, by_relation
 
 

@@ -64,7 +64,7 @@ class FT(Editor):
 
     @classmethod
     def rule(cls, arch: ModelArch) -> dict[str, Any]:
-        """ε and step size relative to the weights: ε = 1.5 ‖W‖_rms / √I, and five steps reach it.
+        """ε and step size relative to the weights: ε = ‖W‖_rms / √I, and five steps reach it.
 
         The output of a neuron that such a change aligns with a key moves by about what the neuron gives.
         """
@@ -72,7 +72,7 @@ class FT(Editor):
         matrix = arch.weights(layer)[0].matrix
         found: dict[str, Any] = {"layers": (layer,)}
         if matrix.is_floating_point() and matrix.numel():
-            clamp = 1.5 * float(matrix.float().square().mean().sqrt()) / math.sqrt(arch.shape(layer)[1])
+            clamp = float(matrix.float().square().mean().sqrt()) / math.sqrt(arch.shape(layer)[1])
             if 0 < clamp < math.inf:
                 found |= {"clamp": clamp, "lr": clamp / 5}
         return found
