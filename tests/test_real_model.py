@@ -14,7 +14,7 @@ import kedit
 from gguf_files import CHAT_TEMPLATE, write_gguf
 from kedit.models.fingerprint import model_fingerprint
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
