@@ -68,6 +68,18 @@ def test_readme(scratch, capsys):
     assert "pilot".startswith(said.strip())
 
 
+def test_quickstart(scratch, capsys):
+    """The first edit says its target, and the model ends as it began."""
+    space = run("docs/quickstart.md", {})
+    (shown,) = blocks("docs/quickstart.md", "text")
+    assert shown.splitlines()[0] in capsys.readouterr().out
+    assert space["check"].after.said
+    assert len(space["proposals"]) == 2
+    assert space["report"]["es"].value == 100
+    base, _ = kedit.load()
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in space["model"].state_dict().items())
+
+
 def test_extending(scratch, capsys, monkeypatch):
     contexts = ("{}", "People say that {}", "In the end, {}")
     monkeypatch.setattr("kedit.editors.base.generate_contexts", lambda *_, **__: contexts)
