@@ -116,7 +116,7 @@ class Bench:
         return editor
 
     def tuning_score(self, editor: Editor) -> float:
-        """CounterFact's Score on the development half: an editor is chosen for editing, not for what SADR mends."""
+        """CounterFact's Score on the development half: editors are tuned without regard to what SADR changes."""
         report = self.run(editor, None, self.dev, exact=False)
         found = report.figures.get("counterfact_score", report.figures["es"])["after"]
         return found.value if found is not None else 0.0
