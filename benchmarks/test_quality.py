@@ -101,7 +101,7 @@ def test_table_3(bench, table3):
 
 
 def grid():
-    """How γ was chosen."""
+    """Describe how γ was chosen."""
     return (
         f"γ: the best Score on the development half of {', '.join(f'{g:g}' for g in GAMMAS)}, then "
         f"{', '.join(f'{g:g}' for g in WIDER)} as long as the largest is the best."

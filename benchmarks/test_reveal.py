@@ -1,4 +1,4 @@
-"""What edits do inside the embedded model: tracing, attention drift and patching on held-out edits, against the paper's claims.
+"""Tracing, attention drift and patching on held-out edits of the embedded model, compared with the paper.
 
 ``pytest benchmarks/test_reveal.py`` writes ``results/reveal.md`` with its figures: about four minutes on one core. Facts and
 edits are those of the world's test half, on which nothing was chosen; hyper-parameters are the presets.

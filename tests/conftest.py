@@ -1,4 +1,4 @@
-"""What every test shares: test data, threads, a small disk, and memory that hurts when it is read before it is written."""
+"""Shared by all tests: test data, threads, a small disk, and NaN in uninitialised memory so that reading it fails."""
 
 import os
 import subprocess
