@@ -227,22 +227,26 @@ def test_user_before_preset_before_rule(preset):
 
 def test_regularizer_changes_the_preset_but_never_the_user(preset):
     tok = tokenizer()
-    settings = kedit.ROME(preset, tok)._settings("sadr")
-    assert settings.config.steps == 9
-    assert settings.config.lr == 0.25
-    [sadr] = settings.regularizers
-    assert sadr == kedit.SADR(gamma=0.125)
-    assert kedit.ROME(preset, tok, steps=4)._settings("sadr").config.steps == 4
-    [own] = kedit.ROME(preset, tok)._settings(kedit.SADR(gamma=3.0, select="all")).regularizers
-    assert own == kedit.SADR(gamma=3.0, select="all")
-    [zero] = kedit.ROME(preset, tok)._settings(kedit.SADR(gamma=0.0)).regularizers
-    assert zero.gamma == 0.0
-    assert kedit.ROME(preset, tok)._settings(None).config.steps == 7
+    editor = kedit.ROME(preset, tok)
+    with editor._call("sadr") as call:
+        assert (editor.config.steps, editor.config.lr) == (9, 0.25)
+        assert call.regularizers == [kedit.SADR(gamma=0.125)]
+    assert editor.config.steps == 7
+    with pytest.raises(KeyError), editor._call("sadr"):
+        raise KeyError
+    assert editor.config.steps == 7
+    assert kedit.ROME(preset, tok, steps=4).describe_call("sadr")["config"]["steps"] == 4
+    own = kedit.SADR(gamma=3.0, select="all")
+    with editor._call(own) as call:
+        assert call.regularizers == [own]
+    with editor._call(kedit.SADR(gamma=0.0)) as call:
+        assert call.regularizers[0].gamma == 0.0
+    assert editor.describe_call()["config"]["steps"] == 7
 
 
 def test_a_filled_regularizer_is_a_copy(preset):
     mine = kedit.SADR()
-    kedit.ROME(preset, tokenizer())._settings(mine)
+    kedit.ROME(preset, tokenizer()).describe_call(mine)
     assert mine.gamma is None
 
 
