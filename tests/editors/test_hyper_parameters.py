@@ -250,6 +250,31 @@ def test_a_filled_regularizer_is_a_copy(preset):
     assert mine.gamma is None
 
 
+def test_a_file_beside_the_model_holds_presets(preset, tmp_path):
+    preset.save_pretrained(tmp_path)
+    entry = {"values": {"layers": [1], "steps": 5}, "regularized": {"sadr": {"steps": 6, "self": {"gamma": 0.25}}}}
+    file = tmp_path / presets.FILE
+    file.write_text(json.dumps({"rome": entry}), "utf-8")
+    model = type(preset).from_pretrained(tmp_path)
+    editor = kedit.ROME(model, tokenizer())
+    assert editor.config == kedit.ROME.Config(layers=1, steps=5)
+    assert kedit.ROME(model, tokenizer(), steps=2).config.steps == 2
+    used = editor.describe_call("sadr")
+    assert (used["config"]["steps"], used["regularizers"][0]["gamma"]) == (6, 0.25)
+    assert kedit.MEMIT.preset(model).layers == presets.layer_span_rule(ModelArch(model))
+    for wrong, words in (
+        ("{", "not a file of presets"),
+        ("[1]", "not a file of presets"),
+        ('{"rome": {"layers": [1]}}', "not a file of presets"),
+        ('{"rome": 3}', "not a file of presets"),
+        ('{"rome": {"values": {"layers": [1], "strength": 2}}}', "no hyper-parameter 'strength'"),
+        ('{"rome": {"values": {"layers": [77]}}}', "Layer 77 is out of range"),
+    ):
+        file.write_text(wrong, "utf-8")
+        with pytest.raises(ConfigError, match=words):
+            kedit.ROME(model, tokenizer())
+
+
 def test_layers_beyond_the_model_are_refused_also_from_a_preset(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "rome", {("gpt2", 5, 48): presets.Preset({"layers": (9,)})})
     with pytest.raises(ConfigError, match="Layer 9 is out of range"):

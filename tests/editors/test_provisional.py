@@ -72,6 +72,10 @@ def ledger():
     return model, Ledger.of(model), ModelArch(model).weights(1)[0]
 
 
+def interrupted():
+    raise KeyboardInterrupt
+
+
 def low_rank(weight, seed):
     generator = torch.Generator().manual_seed(seed)
     rows, columns = weight.matrix.shape
@@ -113,7 +117,11 @@ def test_provisional_updates_go_where_something_breaks(ledger):
     _, ledger, weight = ledger
     before = weight.stored.clone()
     bad = {weight.name: DenseDelta(torch.full(tuple(weight.matrix.shape), torch.nan))}
-    with pytest.raises(NonFiniteError), ledger.provisional() as provisional:
+    with ledger.provisional() as provisional:
         provisional.add(low_rank(weight, 0))
-        provisional.add(bad)
+        with pytest.raises(NonFiniteError):
+            provisional.add(bad)
+    assert torch.equal(weight.stored, before)
+    with pytest.raises(KeyboardInterrupt), ledger.provisional() as provisional:
+        provisional.add(low_rank(weight, 0)) or interrupted()
     assert torch.equal(weight.stored, before)
