@@ -115,7 +115,7 @@ def measure(shape: str, count: int, device: torch.device, steps: int) -> dict[st
     result = editor.apply(edits, regularizer=regularizer)
     seconds = now(device) - start
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else float("nan")
-    needs = regularizer.needs(editor.sites(editor.config)[0])
+    needs = regularizer.needs(editor.sites()[0])
     requests = encode_edits(arch, tok, edits, texts, needs)
     flops = floor_flops(arch, requests, layers[-1], steps)
     return {

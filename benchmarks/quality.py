@@ -17,7 +17,6 @@ from kedit.data import load_cases
 from kedit.editors import EDITORS, presets
 from kedit.editors import get_editor as make_editor
 from kedit.editors.base import Editor
-from kedit.editors.solve_layers import describe
 from kedit.editors.value_editor import ValueEditor
 from kedit.errors import ConfigError
 from kedit.evaluation.provenance import describe_editor, describe_model, digest, environment, versions
@@ -25,7 +24,7 @@ from kedit.evaluation.statistics import Estimate
 from kedit.keys.estimate import tokenizer_fingerprint
 from kedit.models import ModelArch, unwrap
 from kedit.models.fingerprint import model_fingerprint
-from kedit.regularizers import resolve
+from kedit.regularizers import describe, resolve
 
 GAMMAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 WIDER = (30.0, 100.0)  # tried one by one while the largest so far is the best

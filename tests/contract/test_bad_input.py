@@ -25,7 +25,7 @@ from kedit.errors import (
     UnsupportedError,
 )
 from kedit.models import ModelArch
-from kedit.patch.ledger import Ledger
+from kedit.patch.ledger import Ledger, Provisional
 from kedit.regularizers import Needs
 from tiny_models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
 
@@ -332,11 +332,11 @@ def test_interrupted_while_the_update_is_solved(model, edits, monkeypatch):
     calls = []
     solve = editor.solve
 
-    def interrupted(insertion, config):
+    def interrupted(problem):
         calls.append(1)
         if len(calls) == (1 if edits is FRENCH else 2):
             raise KeyboardInterrupt
-        return solve(insertion, config)
+        return solve(problem)
 
     monkeypatch.setattr(editor, "solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -363,15 +363,15 @@ def test_interrupted_while_a_method_of_several_layers_is_spread(model, monkeypat
     layers = (1, 2, 3)
     editor = make("memit", model, layers=layers, moments={i: torch.eye(112) for i in layers})
     overwritten = []
-    overwrite, solve = solve_layers.overwrite, editor.solve
+    add, solve = Provisional.add, editor.solve
 
-    def interrupted(insertion, config):
-        if insertion.layer == 3:
+    def interrupted(problem):
+        if problem.layer == 3:
             raise KeyboardInterrupt
-        return solve(insertion, config)
+        return solve(problem)
 
     monkeypatch.setattr(editor, "solve", interrupted)
-    monkeypatch.setattr(solve_layers, "overwrite", lambda *a: (overwritten.append(1), overwrite(*a))[1])
+    monkeypatch.setattr(Provisional, "add", lambda *a: (overwritten.append(1), add(*a))[1])
     with pytest.raises(KeyboardInterrupt):
         editor.apply([FRENCH, ADA])
     assert len(overwritten) == 2

@@ -160,7 +160,7 @@ def test_a_check_that_fails_is_a_warning_and_the_edit_stays(monkeypatch):
     def fails(*args, **options):
         raise RuntimeError("out of everything")
 
-    monkeypatch.setattr("kedit.editors.base.predict", fails)
+    monkeypatch.setattr("kedit.editors.observers.predict", fails)
     with pytest.warns(KEditWarning, match="not checked: RuntimeError: out of everything"):
         result = editor.apply(FRENCH)
     assert result.all_said is None
@@ -181,7 +181,7 @@ def test_a_check_that_is_interrupted_takes_the_edit_back(monkeypatch, interrupte
             raise KeyboardInterrupt
         return kedit.prompts.predictions.predict(*args, **options)
 
-    monkeypatch.setattr("kedit.editors.base.predict", stops)
+    monkeypatch.setattr("kedit.editors.observers.predict", stops)
     with pytest.raises(KeyboardInterrupt):
         editor.apply(FRENCH)
     assert state(editor.model) == before

@@ -109,7 +109,7 @@ def test_extending_by_name(scratch, monkeypatch):
     (info / "entry_points.txt").write_text("".join(lines))
     monkeypatch.syspath_prepend(scratch)
     try:
-        assert issubclass(EDITORS["plain"], kedit.Editor)
+        assert issubclass(EDITORS["smallest"], kedit.Editor)
         assert REGULARIZERS["relations"]().name == "relations"
         assert METRICS["confidence"].label == "conf"
         assert FORMATS["triples"].__name__ == "triples"

@@ -178,7 +178,8 @@ def test_the_report_says_who_serves_the_fact_and_a_moved_route_is_warned_of():
     assert route.reached == pytest.approx(1)
     assert set(route.after) <= route.written
     editor = rome(copy.deepcopy(model))
-    requests = editor._encode([FRENCH], editor._settings(None))
+    with editor._call(None) as call:
+        requests = editor._encode([FRENCH], call)
     with torch.no_grad():  # a router that now prefers the experts that were not written
         spare = [i for i in range(4) if i not in route.after]
         gate = model.model.layers[LAYER].mlp.gate.weight
@@ -197,7 +198,8 @@ def test_an_edit_of_a_batch_is_not_held_by_the_experts_of_another():
     given = {"layers": (LAYER,), "steps": 2, "stop_loss": 0.0, "contexts": ["{}"], "moments": {LAYER: eye(arch)}}
     editor = kedit.MEMIT(model, TOKENIZER, **given, moment_weight=0.1)
     edits = [kedit.Edit("The mother of {} is", subject, "English") for subject in ("Ada Lovelace", "The king")]
-    requests = editor._encode(edits, editor._settings(None))
+    with editor._call(None) as call:
+        requests = editor._encode(edits, call)
     first, other = before = routing.shares(arch, requests, [LAYER])[LAYER]
     assert not set(first) & set(other)
     result = editor.apply(edits)

@@ -120,7 +120,7 @@ def check_identity(name, model, editor, edits, values, result, original):
         wanted = original @ keys[0] + found.delta[0, 0]
         torch.testing.assert_close(side_by_side(editor.arch) @ keys.mean(0), wanted, atol=2e-4, rtol=2e-4)
         return
-    site = editor.sites(editor.config)[0]
+    site = editor.sites()[0]
     for number, edit in enumerate(edits):
         torch.testing.assert_close(output_at(model, edit, site), found.value[number, 0], atol=2e-4, rtol=2e-4)
     if name == "alphaedit":
@@ -132,7 +132,7 @@ def check_null_space(editor, result):
     for layer in LAYERS:
         for number, weight in enumerate(editor.arch.weights(layer)):
             delta = result.patch.deltas.get(weight.name)
-            used = editor.used_directions(layer, editor.config, number)
+            used = editor.null_space.used(layer, number)
             assert 0 < used.shape[1] < used.shape[0]
             assert delta is None or (delta.dense.double() @ used).norm() <= 1e-6 * delta.norm
 

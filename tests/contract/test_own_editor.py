@@ -5,7 +5,7 @@ import torch
 
 import kedit
 from kedit.editors import EDITORS
-from kedit.editors.memit import mixed_keys
+from kedit.editors.closed_forms import mixed_keys
 from kedit.errors import ConfigError
 from kedit.models import Site
 from kedit.patch.delta import LowRankDelta
@@ -20,12 +20,9 @@ class Plain(kedit.ValueEditor):
     name = "plain"
     moment_layers = ()
 
-    def sites(self, config):
-        return (Site(config.layers[-1], "mlp"),)
-
-    def solve(self, insertion, config):
-        key = mixed_keys(insertion.keys)[0]
-        return LowRankDelta(insertion.residual.T, (key / (key @ key))[:, None])
+    def solve(self, problem):
+        key = mixed_keys(problem.keys)[0]
+        return LowRankDelta(problem.residual.T, (key / (key @ key))[:, None])
 
 
 def build(kind, model):
@@ -46,8 +43,8 @@ def test_one_that_wants_moments_after_all_is_told(monkeypatch):
     class Greedy(Plain):
         name = "greedy"
 
-        def solve(self, insertion, config):
-            insertion.whiten(insertion.keys[0])
+        def solve(self, problem):
+            problem.whiten(problem.keys[0])
 
     with pytest.raises(ConfigError, match="moment_layers"):
         build(Greedy, tiny_model("gpt2")).apply(FRENCH)
@@ -56,11 +53,11 @@ def test_one_that_wants_moments_after_all_is_told(monkeypatch):
 @pytest.mark.parametrize(
     ("member", "value", "words"),
     [
-        ("solve", lambda self, insertion, config: torch.zeros(2, 2), r"solve\(\) must return .* not Tensor"),
-        ("solve", lambda self, insertion, config: None, "not NoneType"),
-        ("sites", lambda self, config: (), r"sites\(\) must return a tuple"),
-        ("sites", lambda self, config: None, "returned None"),
-        ("sites", lambda self, config: Site(2, "mlp"), "must return a tuple"),
+        ("solve", lambda self, problem: torch.zeros(2, 2), r"solve\(\) must return .* not Tensor"),
+        ("solve", lambda self, problem: None, "not NoneType"),
+        ("sites", lambda self: (), r"sites\(\) must return a tuple"),
+        ("sites", lambda self: None, "returned None"),
+        ("sites", lambda self: Site(2, "mlp"), "must return a tuple"),
         ("name", None, "has no name"),
     ],
 )

@@ -227,23 +227,52 @@ def test_user_before_preset_before_rule(preset):
 
 def test_regularizer_changes_the_preset_but_never_the_user(preset):
     tok = tokenizer()
-    settings = kedit.ROME(preset, tok)._settings("sadr")
-    assert settings.config.steps == 9
-    assert settings.config.lr == 0.25
-    [sadr] = settings.regularizers
-    assert sadr == kedit.SADR(gamma=0.125)
-    assert kedit.ROME(preset, tok, steps=4)._settings("sadr").config.steps == 4
-    [own] = kedit.ROME(preset, tok)._settings(kedit.SADR(gamma=3.0, select="all")).regularizers
-    assert own == kedit.SADR(gamma=3.0, select="all")
-    [zero] = kedit.ROME(preset, tok)._settings(kedit.SADR(gamma=0.0)).regularizers
-    assert zero.gamma == 0.0
-    assert kedit.ROME(preset, tok)._settings(None).config.steps == 7
+    editor = kedit.ROME(preset, tok)
+    with editor._call("sadr") as call:
+        assert (editor.config.steps, editor.config.lr) == (9, 0.25)
+        assert call.regularizers == [kedit.SADR(gamma=0.125)]
+    assert editor.config.steps == 7
+    with pytest.raises(KeyError), editor._call("sadr"):
+        raise KeyError
+    assert editor.config.steps == 7
+    assert kedit.ROME(preset, tok, steps=4).describe_call("sadr")["config"]["steps"] == 4
+    own = kedit.SADR(gamma=3.0, select="all")
+    with editor._call(own) as call:
+        assert call.regularizers == [own]
+    with editor._call(kedit.SADR(gamma=0.0)) as call:
+        assert call.regularizers[0].gamma == 0.0
+    assert editor.describe_call()["config"]["steps"] == 7
 
 
 def test_a_filled_regularizer_is_a_copy(preset):
     mine = kedit.SADR()
-    kedit.ROME(preset, tokenizer())._settings(mine)
+    kedit.ROME(preset, tokenizer()).describe_call(mine)
     assert mine.gamma is None
+
+
+def test_a_file_beside_the_model_holds_presets(preset, tmp_path):
+    preset.save_pretrained(tmp_path)
+    entry = {"values": {"layers": [1], "steps": 5}, "regularized": {"sadr": {"steps": 6, "self": {"gamma": 0.25}}}}
+    file = tmp_path / presets.FILE
+    file.write_text(json.dumps({"rome": entry}), "utf-8")
+    model = type(preset).from_pretrained(tmp_path)
+    editor = kedit.ROME(model, tokenizer())
+    assert editor.config == kedit.ROME.Config(layers=1, steps=5)
+    assert kedit.ROME(model, tokenizer(), steps=2).config.steps == 2
+    used = editor.describe_call("sadr")
+    assert (used["config"]["steps"], used["regularizers"][0]["gamma"]) == (6, 0.25)
+    assert kedit.MEMIT.preset(model).layers == presets.layer_span_rule(ModelArch(model))
+    for wrong, words in (
+        ("{", "not a file of presets"),
+        ("[1]", "not a file of presets"),
+        ('{"rome": {"layers": [1]}}', "not a file of presets"),
+        ('{"rome": 3}', "not a file of presets"),
+        ('{"rome": {"values": {"layers": [1], "strength": 2}}}', "no hyper-parameter 'strength'"),
+        ('{"rome": {"values": {"layers": [77]}}}', "Layer 77 is out of range"),
+    ):
+        file.write_text(wrong, "utf-8")
+        with pytest.raises(ConfigError, match=words):
+            kedit.ROME(model, tokenizer())
 
 
 def test_layers_beyond_the_model_are_refused_also_from_a_preset(monkeypatch):

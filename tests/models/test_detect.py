@@ -81,7 +81,7 @@ def test_a_made_architecture_is_edited(name, config, monkeypatch):
     }
     editor = kedit.get_editor(name, model, tokenizer(), moments={i: moments(64, i) for i in (0, 1)}, **given)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    site = editor.sites(editor.config)[0]
+    site = editor.sites()[0]
     rows = encode(tokenizer(), rewrite_texts(FRENCH, ["{}"]))
     old = read.outputs(arch, rows, site)
     values, spread = [], value_editor.solve_layers

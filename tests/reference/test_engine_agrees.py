@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import kedit
-from kedit.editors.solve_layers import needs_of
 from kedit.prompts.encode import encode_edits
-from kedit.regularizers.base import Needs
+from kedit.regularizers.base import Needs, needs_of
 from tiny_models import CONTEXTS, EDITS, MODEL_TYPES, TOKENIZER_KINDS, moments, tiny_model, tokenizer
 
 from . import alphaedit, common, emmet, memit, pmet, rome
@@ -57,7 +56,7 @@ class Case:
         return editor
 
     def values(self, editor, regularizers):
-        sites = editor.sites(editor.config)
+        sites = editor.sites()
         needs = needs_of(regularizers, sites)
         requests = encode_edits(editor.arch, self.tokenizer, self.edits, CONTEXTS, needs)
         return editor.engine.optimize(sites, requests, editor.config.objective, regularizers, needs)

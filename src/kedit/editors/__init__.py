@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kedit.errors import ConfigError
@@ -55,3 +56,10 @@ def editor_class(name: str) -> type[Editor]:
 def get_editor(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **config: Any) -> Editor:
     """An editor by name; raises as :func:`editor_class`."""
     return editor_class(name)(model, tokenizer, **config)
+
+
+def from_provenance(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, provenance: Mapping[str, Any], **options: Any
+) -> Editor:
+    """Make the editor again that made a patch (:meth:`kedit.Editor.from_provenance`), its class found by the name there."""
+    return editor_class(str(provenance.get("editor"))).from_provenance(model, tokenizer, provenance, **options)

@@ -1,35 +1,35 @@
-"""The base class of editors: it owns the steps of an edit and leaves to its children what each step computes."""
+"""The base class of editors: the steps of an edit, of which each editor supplies the update."""
 
 from __future__ import annotations
 
 import functools
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 
 from kedit.edit import Edit, as_edits
 from kedit.editors import presets
-from kedit.editors.config import EditorConfig, Settings, adapted, check_fields, describe_model, filled
+from kedit.editors.config import EditorConfig
 from kedit.editors.memory import MemoryEstimate, dense_memory
-from kedit.editors.result import EditResult, Gate
-from kedit.editors.solve_layers import Timer, describe, overwrite
-from kedit.errors import ConfigError, IneffectiveEditWarning, KEditWarning
-from kedit.keys import routing
-from kedit.models import ModelArch
+from kedit.editors.observers import Observers, applied, check_guard, without_noise
+from kedit.editors.result import EditResult, Gate, Timer
+from kedit.errors import ConfigError
+from kedit.models import ModelArch, Weight
 from kedit.models.offload import check_held
 from kedit.models.validate import check_editable, check_model
 from kedit.patch import EditPatch, fingerprints
-from kedit.patch.delta import Delta, append, concatenate, emptied
+from kedit.patch.delta import Delta, append, concatenate
 from kedit.patch.ledger import Ledger, check_writable
 from kedit.prompts.contexts import check_contexts, generate_contexts
 from kedit.prompts.encode import Request, encode_edits
-from kedit.prompts.predictions import EditCheck, Prediction, predict
-from kedit.regularizers import Choice, resolve
-from kedit.utils.device_memory import HeapTrim
+from kedit.prompts.predictions import EditCheck, predict
+from kedit.regularizers import Choice, describe, resolve
+from kedit.regularizers.base import Needs, Regularizer
 from kedit.utils.distributed import current_group
 from kedit.utils.progress import Progress
 from kedit.values.memory import Footprint
@@ -38,6 +38,7 @@ from kedit.values.scheduler import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 
 P = ParamSpec("P")
@@ -55,24 +56,18 @@ def with_gradient(call: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-NOISE = 1e-7  # share of a weight's norm up to which an update is rounding noise: float32 holds nothing smaller
-ZERO_UPDATE_WARNING = (
-    "The update is 0, so nothing was written. Either the loss was below stop_loss from the start; or no gradient reached the value "
-    "(above the last block no attention carries the subject on: edit a lower one; in float16 small gradients become 0: load the "
-    "model in bfloat16 or float32); or ordinary keys use every direction (AlphaEdit: raise the threshold)."
-)
+@dataclass(frozen=True)
+class Call:
+    """One call of an editor, beside its hyper-parameters: the regularizers with all their fields, and what they want to see."""
+
+    regularizers: Sequence[Regularizer]
+    needs: Needs
+    timer: Timer = field(default_factory=Timer)
+
 
 # What a rule says beside its own value of a hyper-parameter does not hold for a user's value: a step size that is given is
 # absolute, a weight that is given is not lowered.
 _BELONGING = {"lr": "lr_relative", "moment_weight": "min_share", "l2": "min_share"}
-_NAMED = 3  # edits in a warning
-_HINTS = {
-    "steps": "more steps",
-    "clamp": "a larger clamp",
-    "moment_weight": "a smaller moment_weight",
-    "threshold": "a larger threshold",
-    "layers": "another layer",
-}
 
 
 class Editor(ABC):
@@ -85,6 +80,9 @@ class Editor(ABC):
         contexts: templates with one ``{}`` each, the first of them ``"{}"``; missing: sampled from the model, seeded.
         overrides: single hyper-parameters, before preset and ``config``.
 
+    Attributes:
+        config: the hyper-parameters; while a call runs, with the changes that the preset makes for its regularizers.
+
     Raises:
         ArchitectureError: the model's type is unknown.
         ConfigError: a hyper-parameter is out of range or unknown.
@@ -95,7 +93,8 @@ class Editor(ABC):
     batched: ClassVar[bool] = False  # several edits become one update, solved together
     context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((10, 5),)  # (tokens, how many)
     context_seed: ClassVar[int] = 0
-    _checks: bool = True  # whether apply asks the model before and after
+    config: EditorConfig
+    _asks: bool = True  # whether apply asks the model before and after
 
     def __init__(
         self,
@@ -112,14 +111,13 @@ class Editor(ABC):
         check_held(self.model)
         _ = self.arch.head  # a model for another task has none
         self.tokenizer = tokenizer
+        owner = type(self).__name__
         if not isinstance(getattr(self, "name", None), str):
-            raise ConfigError(
-                f"{type(self).__name__} has no name: give the class a string of that name, as others have."
-            )
-        check_fields(type(self).__name__, self.Config, overrides)
+            raise ConfigError(f"{owner} has no name: give the class a string of that name, as others have.")
+        self.Config.check_names(owner, overrides)
         if config is not None and not isinstance(config, self.Config):
-            raise ConfigError(f"config must be a {type(self).__name__}.Config, not {type(config).__name__}.")
-        self._given: dict[str, Any] = {**({} if config is None else dict(vars(config))), **overrides}
+            raise ConfigError(f"config must be a {owner}.Config, not {type(config).__name__}.")
+        self._given: dict[str, Any] = {**({} if config is None else vars(config)), **overrides}
         self.config = self._configure([])
         self.engine = Engine(self.arch)
         self._contexts = None if contexts is None else check_contexts(contexts)
@@ -127,28 +125,14 @@ class Editor(ABC):
     # What a child supplies
 
     @abstractmethod
-    def write(
-        self, requests: Sequence[Request], settings: Settings, timer: Timer
-    ) -> tuple[dict[str, Delta], list[list[StepLog]]]:
+    def updates(self, requests: Sequence[Request], call: Call) -> tuple[dict[str, Delta], list[list[StepLog]]]:
         """The updates that write ``requests`` into the model as it is, and the log; the weights are left as they are."""
 
     @abstractmethod
-    def largest_wave(self, requests: Sequence[Request], settings: Settings) -> Footprint:
+    def largest_wave(self, requests: Sequence[Request], call: Call) -> Footprint:
         """The memory that the optimisation holds at its peak."""
 
     # What users call
-
-    @classmethod
-    def preset(cls, model: PreTrainedModel) -> EditorConfig:
-        """The hyper-parameters for a model where the user gives none."""
-        return cls._preset_config(ModelArch(model), {})
-
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        """The context templates; sampled from the model on first use."""
-        if self._contexts is None:
-            self._contexts = generate_contexts(self.model, self.tokenizer, self.context_lengths, seed=self.context_seed)
-        return self._contexts
 
     @with_gradient
     def apply(
@@ -169,61 +153,42 @@ class Editor(ABC):
             guard: limits that the edited model must keep (:class:`kedit.Guard`); what misses one is rolled back.
 
         Raises:
-            KEditError: bad input, a non-finite loss, a singular second moment; in words.
+            KEditError: bad input, a non-finite loss, a singular second moment.
             GuardError: the guard refused the edit; its report says which figure failed.
         """
         chosen = as_edits(edits)
-        settings = self._settings(regularizer)
-        if guard is not None and not isinstance(guard, Gate):
-            raise ConfigError(f"guard must be a kedit.Guard, not {guard!r}.")
-        for name in settings.names:
-            check_writable(self.arch.weight_of(name))
-        requests = self._encode(chosen, settings)
-        timer = Timer()
-        self._prepare(timer)
-        before = self._predictions(chosen, timer)
-        watch = None if guard is None else guard.watch(self.model, self.tokenizer, chosen)
-        routed = routing.shares(self.arch, requests, settings.config.layers)
-        written: dict[str, list[Delta]] = {}
+        with self._call(regularizer) as call:
+            check_guard(guard)
+            requests = self._encode(chosen, call, to_write=True)
+            self._prepare(call.timer)
+            observers = Observers(
+                self.engine, self.tokenizer, requests, self.config, call.timer, guard=guard, ask=self._asks
+            )
+            deltas, log = self._updates_in_groups(requests, call)
+            patch = self._patch(chosen, without_noise(self.arch, deltas), call)
+            with applied(patch, self.model):
+                seen = observers.measure_again(patch)
+                self.on_applied(patch, requests)
+                return EditResult(patch, chosen, log, call.timer.seconds, self.model, **seen)
+
+    def _updates_in_groups(
+        self, requests: Sequence[Request], call: Call
+    ) -> tuple[dict[str, Delta], list[list[StepLog]]]:
+        """The updates that write all requests, and the log; each group of requests sees the groups before it as written."""
+        parts: dict[str, list[Delta]] = {}
         log: list[list[StepLog]] = []
-        groups = [requests] if self.batched else [[request] for request in requests]
-        ledger = Ledger.of(self.model)
-        with ExitStack() as stack:
-            keep = stack.enter_context(ledger.scratch())
-            progress = stack.enter_context(Progress(len(groups), self.name))
+        groups = self._groups(requests)
+        with Ledger.of(self.model).provisional() as provisional, Progress(len(groups), self.name) as progress:
             for number, group in enumerate(groups):
-                deltas, steps = self.write(group, settings, timer)
+                deltas, steps = self.updates(group, call)
                 deltas = current_group().broadcast(deltas)  # so that rounding keeps no two processes apart
                 log += steps
                 for name, delta in deltas.items():
-                    append(written.setdefault(name, []), delta)
+                    append(parts.setdefault(name, []), delta)
                 if number < len(groups) - 1:
-                    keep([self.arch.weight_of(name) for name in deltas])
-                    overwrite(self.arch, deltas)
+                    provisional.add(deltas)
                 progress.advance()
-        summed = {name: concatenate(parts) for name, parts in written.items()}
-        changes = any(self._is_update(name, delta) for name, delta in summed.items())
-        if not changes:
-            summed = {name: emptied(delta) for name, delta in summed.items()}
-            warnings.warn(ZERO_UPDATE_WARNING, KEditWarning, stacklevel=3)
-        patch = EditPatch(summed, fingerprints(self.arch, summed), self._provenance(chosen, settings))
-        try:
-            patch.apply(self.model)
-            routes = routing.check(self.arch, requests, routed, summed) if changes else []
-            if watch is not None:
-                with timer.stage("guard"):
-                    patch.provenance["scores"] = watch.check(patch.deltas).scores
-            checks = self._checked(patch, chosen, before, settings, timer)
-            self.on_applied(patch, requests, settings)
-            lost = {name: ledger.rounding(name) / max(delta.norm, 1e-30) for name, delta in summed.items()}
-            report = None if watch is None else watch.report
-            result = EditResult(patch, chosen, log, timer.seconds, self.model, report, routes, lost, checks)
-            HeapTrim.after_apply()
-        except BaseException:
-            if ledger.carries(patch):
-                patch.revert(self.model)
-            raise
-        return result
+        return {name: concatenate(each) for name, each in parts.items()}, log
 
     def reapply(self, patch: EditPatch, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> None:
         """Put a patch that this editor made of ``edits`` back onto the model, as :meth:`apply` left it.
@@ -231,33 +196,48 @@ class Editor(ABC):
         Raises:
             PatchMismatchError: the model is not as it was when the patch was made.
         """
-        settings = self._settings(regularizer)
-        requests = self._encode(as_edits(edits), settings)
-        patch.apply(self.model)
-        try:
-            self.on_applied(patch, requests, settings)
-        except BaseException:
-            patch.revert(self.model)
-            raise
+        with self._call(regularizer) as call:
+            requests = self._encode(as_edits(edits), call)
+            with applied(patch, self.model):
+                self.on_applied(patch, requests)
+
+    @with_gradient
+    def propose(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> list[EditPatch]:
+        """Compute what each edit alone would change of the model as it is; nothing is written."""
+        chosen = as_edits(edits)
+        with self._call(regularizer) as call:
+            requests = self._encode(chosen, call)
+            self._prepare(call.timer)
+            each = self.updates_of_each(requests, call)
+            known = fingerprints(self.arch, {name for deltas in each for name in deltas})
+            return [self._patch([edit], deltas, call, known) for edit, deltas in zip(chosen, each, strict=True)]
+
+    @with_gradient
+    def estimate_memory(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> MemoryEstimate:
+        """Estimate how much memory :meth:`apply` would take; nothing is written. Contexts and the like are made where missing."""
+        with self._call(regularizer) as call:
+            requests = self._encode(as_edits(edits), call)
+            self._prepare(call.timer)
+            return self.memory_of(requests, call)
 
     @contextmanager
     def unchecked(self) -> Iterator[None]:
         """Inside, :meth:`apply` asks the model nothing before and after: for callers that ask it themselves."""
-        held, self._checks = self._checks, False
+        held, self._asks = self._asks, False
         try:
             yield
         finally:
-            self._checks = held
+            self._asks = held
 
     def check(self, edits: Edit | Iterable[Edit]) -> list[EditCheck]:
-        """What the model, as it is now, says of edits; ``before`` of each is unknown.
+        """Ask the model, as it is now, for the targets of edits; ``before`` of each is unknown.
 
         :meth:`apply` does this on its own. Use it after a sequence of calls, of which a later one may have undone what an
         earlier one wrote.
         """
         chosen = as_edits(edits)
-        found = predict(self.arch, self.tokenizer, chosen, tokens=self.engine.budget)
-        return [EditCheck(edit, None, after) for edit, after in zip(chosen, found, strict=True)]
+        said = predict(self.arch, self.tokenizer, chosen, tokens=self.engine.budget)
+        return [EditCheck(edit, None, after) for edit, after in zip(chosen, said, strict=True)]
 
     def revert_all(self) -> None:
         """Give every weight that the model's patches touched its original back, bit for bit, whichever editor made them."""
@@ -268,104 +248,105 @@ class Editor(ABC):
         _ = self.contexts
         self._prepare(Timer())
 
-    @with_gradient
-    def propose(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> list[EditPatch]:
-        """What each edit alone would change of the model as it is; nothing is written."""
-        chosen = as_edits(edits)
-        settings = self._settings(regularizer)
-        requests = self._encode(chosen, settings)
-        self._prepare(Timer())
-        found = self.propose_deltas(requests, settings)
-        base = fingerprints(self.arch, {name for deltas in found for name in deltas})
-        return [
-            EditPatch(deltas, {name: base[name] for name in deltas}, self._provenance([edit], settings))
-            for edit, deltas in zip(chosen, found, strict=True)
-        ]
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The context templates; sampled from the model on first use."""
+        if self._contexts is None:
+            self._contexts = generate_contexts(self.model, self.tokenizer, self.context_lengths, seed=self.context_seed)
+        return self._contexts
 
-    @with_gradient
-    def estimate_memory(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> MemoryEstimate:
-        """How much memory :meth:`apply` would take; nothing is written. Contexts and the like are made where missing."""
-        settings = self._settings(regularizer)
-        requests = self._encode(as_edits(edits), settings)
-        self._prepare(Timer())
-        return self.memory_of(requests, settings)
+    @property
+    def edited_weights(self) -> list[Weight]:
+        """The weights that this editor may write."""
+        return [weight for layer in self.config.layers for weight in self.arch.weights(layer)]
+
+    @classmethod
+    def preset(cls, model: PreTrainedModel) -> EditorConfig:
+        """The hyper-parameters for a model where the user gives none."""
+        return cls._preset_config(ModelArch(model), {})
+
+    @classmethod
+    def from_provenance(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, provenance: Mapping[str, Any], **options: Any
+    ) -> Self:
+        """Make the editor again that made a patch: ``MEMIT.from_provenance(model, tokenizer, patch.provenance)``.
+
+        On the model that it was made for, it proposes the same update for the same edits and regularizers
+        (:func:`kedit.editors.from_provenance` finds the class, :func:`kedit.regularizers.from_description` makes a regularizer
+        again). Second moments are not part of a patch: they are estimated anew, or given as ``moments``.
+
+        Args:
+            model: as for the class.
+            tokenizer: as for the class.
+            provenance: of the patch.
+            options: further arguments of the class.
+
+        Raises:
+            ConfigError: the provenance is of another editor, or not complete.
+        """
+        if provenance.get("editor") != cls.name:
+            raise ConfigError(f"The patch was made by the editor {provenance.get('editor')!r}, not by {cls.name!r}.")
+        if missing := {"config", "contexts"} - provenance.keys():
+            raise ConfigError(
+                f"The patch's provenance holds no {' and no '.join(sorted(missing))}, so its editor is not known."
+            )
+        config = cls.Config.from_dict(provenance["config"])
+        editor = cls(model, tokenizer, config, contexts=provenance["contexts"], **options)
+        editor.engine.budget = provenance.get("budget", editor.engine.budget)
+        return editor
+
+    def describe_call(self, regularizer: Choice = None) -> dict[str, Any]:
+        """The hyper-parameters and regularizers that a call with ``regularizer`` uses, as JSON."""
+        with self._call(regularizer) as call:
+            return {"regularizers": [describe(item) for item in call.regularizers], "config": self.config.to_dict()}
 
     # What a child may replace
 
-    def memory_of(self, requests: Sequence[Request], settings: Settings) -> MemoryEstimate:
+    def needs(self, regularizers: Sequence[Regularizer]) -> Needs:
+        """The activations that some regularizers want to see; raises where the editor has no use for them."""
+        if regularizers:
+            raise ConfigError(
+                f"{type(self).__name__} optimises no value, so {regularizers[0].name!r} has nothing to restrain. Use another "
+                "editor, or no regularizer."
+            )
+        return Needs()
+
+    def memory_of(self, requests: Sequence[Request], call: Call) -> MemoryEstimate:
         """The memory that writing ``requests`` takes, with a dense update of every edited weight."""
-        return dense_memory(self.arch, requests, settings.config.layers, self.largest_wave(requests, settings))
+        return dense_memory(self.arch, requests, self.config.layers, self.largest_wave(requests, call))
 
-    def propose_deltas(self, requests: Sequence[Request], settings: Settings) -> list[dict[str, Delta]]:
+    def updates_of_each(self, requests: Sequence[Request], call: Call) -> list[dict[str, Delta]]:
         """The updates that write each request alone."""
-        return [self.write([request], settings, Timer())[0] for request in requests]
+        return [self.updates([request], call)[0] for request in requests]
 
-    def on_applied(self, patch: EditPatch, requests: Sequence[Request], settings: Settings) -> None:
+    def on_applied(self, patch: EditPatch, requests: Sequence[Request]) -> None:
         """Called once the patch is on the model; an editor with a memory of past edits updates it here."""
         return
 
+    @classmethod
+    def rule(cls, arch: ModelArch) -> dict[str, Any]:
+        """Hyper-parameters for a model without a preset, the layers among them."""
+        return {"layers": (presets.layer_rule(arch),)}
+
     # Inside
 
-    def _is_update(self, name: str, delta: Delta) -> bool:
-        """Whether an update is more than the rounding noise of its weight."""
-        weight = self.arch.weight_of(name).stored
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return delta.norm > NOISE * float(torch.linalg.vector_norm(weight.detach(), dtype=dtype))
-
-    def _predictions(self, edits: Sequence[Edit], timer: Timer) -> list[Prediction] | None:
-        """What the model says of ``edits`` now; ``None``, with a warning, where it cannot be asked."""
-        if not self._checks:
-            return None
-        mine: list[Prediction] | None = None
+    @contextmanager
+    def _call(self, regularizer: Choice) -> Iterator[Call]:
+        """Inside, :attr:`config` holds for a call with ``regularizer``."""
+        chosen, own = resolve(regularizer), self.config
+        self.config = self._configure([item.name for item in chosen])
         try:
-            with timer.stage("check"):
-                mine = predict(self.arch, self.tokenizer, edits, tokens=self.engine.used)
-        except Exception as error:
-            warnings.warn(
-                f"What the model says of the edits was not checked: {type(error).__name__}: {error}. The edits are written "
-                "all the same; ask the model yourself, or call editor.check(edits).",
-                KEditWarning,
-                stacklevel=4,
-            )
-        return current_group().broadcast(mine)  # so that all processes tell the same
-
-    def _checked(
-        self,
-        patch: EditPatch,
-        edits: Sequence[Edit],
-        before: Sequence[Prediction] | None,
-        settings: Settings,
-        timer: Timer,
-    ) -> list[EditCheck]:
-        """Ask the edited model for every edit, note it in the patch, and warn of what it does not say."""
-        after = None if before is None else self._predictions(edits, timer)
-        if before is None or after is None:
-            return []
-        patch.provenance["before"] = [prediction.to_dict() for prediction in before]
-        patch.provenance["after"] = [prediction.to_dict() for prediction in after]
-        checks = [EditCheck(*found) for found in zip(edits, before, after, strict=True)]
-        if current_group().leads:
-            warn_of_ineffective(checks, settings.config, stacklevel=4)
-        return checks
-
-    def _settings(self, regularizer: Choice) -> Settings:
-        found = resolve(regularizer)
-        config = self._configure([item.name for item in found])
-        complete = [filled(self.name, self.arch, item) for item in found]
-        check_editable(self.arch, config.layers)
-        names = tuple(weight.name for layer in config.layers for weight in self.arch.weights(layer))
-        return Settings(config, complete, names)
-
-    def _prepare(self, timer: Timer) -> None:
-        """Get what takes long and depends on the model alone, before anything is written."""
-        return
-
-    def _encode(self, edits: Sequence[Edit], settings: Settings) -> list[Request]:
-        return encode_edits(self.arch, self.tokenizer, edits, self.contexts, settings.needs)
+            check_editable(self.arch, self.config.layers)
+            preset = presets.find(self.name, self.arch)
+            complete = [presets.complete(preset, item) for item in chosen]
+            yield Call(complete, self.needs(complete))
+        finally:
+            self.config = own
 
     def _configure(self, regularizers: Sequence[str]) -> EditorConfig:
         """User > preset of (editor, model, regularizer) > preset of (editor, model) > rule."""
-        config = self._preset_config(self.arch, {**adapted(self.name, self.arch, regularizers), **self._given})
+        changes = presets.changes_for(presets.find(self.name, self.arch), regularizers)
+        config = self._preset_config(self.arch, {**changes, **self._given})
         for layer in config.layers:
             self.arch.check_layer(layer)
         return config
@@ -373,44 +354,45 @@ class Editor(ABC):
     @classmethod
     def _preset_config(cls, arch: ModelArch, changes: Mapping[str, Any]) -> EditorConfig:
         preset = presets.find(cls.name, arch)
-        values: dict[str, Any] = dict(preset.values) if preset else cls.rule(arch)
+        values = dict(preset.values) if preset else cls.rule(arch)
         for given, belonging in _BELONGING.items():
             if given in changes:
                 values.pop(belonging, None)
-        return cls.Config(**{**values, **changes})
+        return cls.Config.from_dict({**values, **changes})
 
-    @classmethod
-    def rule(cls, arch: ModelArch) -> dict[str, Any]:
-        """Hyper-parameters for a model without a preset, the layers among them."""
-        return {"layers": (presets.layer_rule(arch),)}
+    def _prepare(self, timer: Timer) -> None:
+        """Get what takes long and depends on the model alone, before anything is written."""
+        return
 
-    def _provenance(self, edits: Sequence[Edit], settings: Settings) -> dict[str, Any]:
+    def _encode(self, edits: Sequence[Edit], call: Call, *, to_write: bool = False) -> list[Request]:
+        for weight in self.edited_weights if to_write else ():
+            check_writable(weight)
+        return encode_edits(self.arch, self.tokenizer, edits, self.contexts, call.needs)
+
+    def _groups(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
+        """Requests whose updates are computed together."""
+        return [requests] if self.batched else [[request] for request in requests]
+
+    def _patch(
+        self, edits: Sequence[Edit], deltas: Mapping[str, Delta], call: Call, known: Mapping[str, Any] | None = None
+    ) -> EditPatch:
+        base = fingerprints(self.arch, deltas) if known is None else {name: known[name] for name in deltas}
+        return EditPatch(dict(deltas), base, self._provenance(edits, call))
+
+    def _provenance(self, edits: Sequence[Edit], call: Call) -> dict[str, Any]:
+        source = str(getattr(self.model.config, "_name_or_path", "") or "")
         return {
             "editor": self.name,
-            "config": settings.config.to_dict(),
-            "regularizers": [describe(item) for item in settings.regularizers],
+            "config": self.config.to_dict(),
+            "regularizers": [describe(item) for item in call.regularizers],
             "edits": [edit.to_dict() for edit in edits],
             "contexts": list(self.contexts),
             "budget": self.engine.used,
-            "model": describe_model(self.model, self.arch),
+            "model": {
+                "name": Path(source).name if Path(source).exists() else source,  # no path of this machine
+                "type": self.arch.model_type,
+                "num_layers": self.arch.num_layers,
+                "hidden": self.arch.hidden,
+                "dtype": str(self.arch.dtype).removeprefix("torch."),
+            },
         }
-
-
-def warn_of_ineffective(checks: Sequence[EditCheck], config: EditorConfig, *, stacklevel: int = 2) -> None:
-    """Warn, once, of the edits whose target the edited model does not say."""
-    missed = [check for check in checks if not check.after.said]
-    if not missed:
-        return
-    named = [f"{c.edit.text!r} → {c.edit.target_new!r}, but it says {c.after.shown!r}" for c in missed[:_NAMED]]
-    more = [f"and {len(missed) - _NAMED} more"] if len(missed) > _NAMED else []
-    count = "The edited model does not say what the edit asks for"
-    if len(checks) > 1:
-        count = f"The edited model does not say what {len(missed)} of {len(checks)} edits ask for"
-    hints = [hint for name, hint in _HINTS.items() if hasattr(config, name)]
-    if len(checks) > 1:
-        hints.append("fewer edits at once (a later edit can undo an earlier one)")
-    warnings.warn(
-        f"{count}: {'; '.join([*named, *more])}. Try {', '.join(hints[:-1])} or {hints[-1]}.",
-        IneffectiveEditWarning,
-        stacklevel=stacklevel + 1,
-    )

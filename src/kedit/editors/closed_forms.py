@@ -7,11 +7,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
 from kedit.errors import SingularMomentError
 from kedit.patch.delta import LowRankDelta
 from kedit.utils.linalg import cholesky, solved, whiten
+
+
+def mixed_keys(keys: Tensor) -> Tensor:
+    """One key per edit from the keys per context [E, C, I]: half the bare prompt's, half the mean of the others'; [E, I]."""
+    return keys[:, 0] if keys.shape[1] == 1 else (keys[:, 0] + reduce(keys[:, 1:], "e c i -> e i", "mean")) / 2
+
+
+def largest_weight(weight: float, overlaps: Tensor, share: float) -> float:
+    """``weight``, or less: what lets the median edit have ``share`` of its change written.
+
+    An edit alone gets x / (λ + x) of it, where x [E] is kᵀ C⁻¹ k (MEMIT) or ‖P k‖² (AlphaEdit).
+    """
+    return min(weight, float(overlaps.median()) * (1 - share) / share)
 
 
 def rank_one(whitened: Tensor, key: Tensor, residual: Tensor) -> LowRankDelta:
@@ -35,7 +49,7 @@ def rank_one(whitened: Tensor, key: Tensor, residual: Tensor) -> LowRankDelta:
             f"The whitened key hardly overlaps the key (uᵀk = {float(overlap):.3g}), so no rank-one update of "
             "sensible size writes this fact. Give the second moment more text, or fewer contexts."
         )
-    return LowRankDelta((residual.to(u) / overlap)[:, None], u[:, None])
+    return LowRankDelta(rearrange(residual.to(u) / overlap, "o -> o 1"), rearrange(u, "i -> i 1"))
 
 
 def ridge(keys: Tensor, residuals: Tensor, moment: Tensor, weight: float, factor: Callable[[], Tensor]) -> LowRankDelta:

@@ -1,4 +1,4 @@
-"""EMMET: MEMIT's batch with ROME's exact constraint (Gupta et al. 2024, arXiv:2403.14236)."""
+"""EMMET: MEMIT's batch with ROME's exact constraint (Gupta et al., 2024, arXiv:2403.14236)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kedit.editors import presets
-from kedit.editors.config import EditorConfig
-from kedit.editors.memit import MEMIT, mixed_keys
+from kedit.editors.closed_forms import mixed_keys
+from kedit.editors.config import EditorConfig, hyper
 from kedit.editors.solve_layers import LayerProblem
+from kedit.editors.value_editor import MultiLayerEditor
 from kedit.models import ModelArch
 from kedit.patch.delta import Delta
 
 
-class EMMET(MEMIT):
-    """EMMET (Gupta et al., 2024, arXiv:2403.14236): equality-constrained editing of a batch in one layer.
+class EMMET(MultiLayerEditor):
+    """Equality-constrained editing: a batch in one layer, every residual written exactly where λ is 0.
 
-    Δ = R (Kᵀ C'⁻¹ K + λ 1)⁻¹ Kᵀ C'⁻¹ with C' = α C, which is MEMIT's solution with the weight α λ. A single edit needs no
-    λ and is then written exactly, as by ROME.
+    ::
+
+        Δ = R (Kᵀ C'⁻¹ K + λ 1)⁻¹ Kᵀ C'⁻¹   with C' = α C
+
+    which is MEMIT's solution with the weight α λ. A single edit needs no λ.
     """
 
     name: ClassVar[str] = "emmet"
@@ -31,19 +35,15 @@ class EMMET(MEMIT):
             ridge: λ, used where a batch holds more than one edit.
         """
 
-        alpha: float = 1.0
-        ridge: float = 0.1
+        alpha: float = hyper(1.0, above=0)
+        ridge: float = hyper(0.1)
 
-        def __post_init__(self) -> None:
-            """Check every field."""
-            super().__post_init__()
-            self.check_range("alpha", above=0.0)
-            self.check_range("ridge")
+    config: Config
 
-    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
+    def solve(self, problem: LayerProblem) -> Delta:
         """The constrained solution of one layer."""
-        weight = config.alpha * config.ridge if len(insertion.keys) > 1 else 0.0
-        return insertion.ridge(mixed_keys(insertion.keys), weight)
+        weight = self.config.alpha * self.config.ridge if len(problem.keys) > 1 else 0.0
+        return problem.ridge(mixed_keys(problem.keys), weight)
 
     @classmethod
     def rule(cls, arch: ModelArch) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from kedit.editors import presets
-from kedit.editors.base import Editor
-from kedit.editors.config import EditorConfig, Settings
-from kedit.editors.solve_layers import Timer
+from kedit.editors.base import Call, Editor
+from kedit.editors.config import EditorConfig, hyper
+from kedit.editors.memory import training_footprint
 from kedit.errors import ConfigError, NonFiniteError, UnsupportedError
 from kedit.models import ModelArch
 from kedit.models.hooks import inference_state
@@ -22,14 +23,16 @@ from kedit.patch.delta import Delta, DenseDelta, check_finite
 from kedit.patch.ledger import Ledger
 from kedit.prompts.encode import Request
 from kedit.prompts.tokenize import pad
-from kedit.regularizers import Choice
-from kedit.utils.device_memory import LivePeak
 from kedit.values.memory import Footprint
 from kedit.values.optimize import StepLog
 
 
 class FT(Editor):
     """Fine-tunes the down-projection on the edit's sentence, every weight staying within ±ε of where it was.
+
+    ::
+
+        min over Δ of −log p(target | prompt; W + Δ),   |Δ_ij| ≤ ε
 
     There is no value, so there are no value regularizers, and nothing is guaranteed to hold afterwards. Of a mixture of
     experts, those are trained that serve the sentence's tokens.
@@ -46,21 +49,20 @@ class FT(Editor):
                 published form, all target tokens from the prompt's last position, wrong beyond one token.
         """
 
-        steps: int = 25
         lr: float = 5e-4
         weight_decay: float = 0.0
         kl_factor: float = 0.0
         clamp: float = 5e-4
         stop_loss: float = 1e-2
-        objective_form: Literal["masked", "prompt_last"] = "masked"
+        objective_form: Literal["masked", "prompt_last"] = hyper("masked", choices=("masked", "prompt_last"))
 
         def __post_init__(self) -> None:
             """Check every field."""
             super().__post_init__()
             if self.kl_factor:
                 raise ConfigError("FT has no KL term: leave kl_factor at 0.")
-            if self.objective_form not in ("masked", "prompt_last"):
-                raise ConfigError(f"objective_form is 'masked' or 'prompt_last', not {self.objective_form!r}.")
+
+    config: Config
 
     @classmethod
     def rule(cls, arch: ModelArch) -> dict[str, Any]:
@@ -70,68 +72,43 @@ class FT(Editor):
         """
         layer = presets.layer_rule(arch)
         matrix = arch.weights(layer)[0].matrix
-        found: dict[str, Any] = {"layers": (layer,)}
+        values: dict[str, Any] = {"layers": (layer,)}
         if matrix.is_floating_point() and matrix.numel():
             clamp = float(matrix.float().square().mean().sqrt()) / math.sqrt(arch.shape(layer)[1])
             if 0 < clamp < math.inf:
-                found |= {"clamp": clamp, "lr": clamp / 5}
-        return found
+                values |= {"clamp": clamp, "lr": clamp / 5}
+        return values
 
     @property
     def contexts(self) -> tuple[str, ...]:
         """The bare prompt alone, unless contexts were given."""
         return self._contexts or ("{}",)
 
-    def largest_wave(self, requests: Sequence[Request], settings: Settings) -> Footprint:
-        """One step of the longest edit, as it runs, beside what training holds of the weights.
-
-        That is the original twice, the change, its gradient twice and Adam's two averages.
-        """
+    def largest_wave(self, requests: Sequence[Request], call: Call) -> Footprint:
+        """One step of the longest edit, and what training holds of the weights."""
         longest = max(requests, key=lambda request: max(len(row.ids) for row in request.rewrite))
-        trained = self._trained(settings)
-        with inference_state(self.model, trained), LivePeak(self.model) as seen:
-            torch.autograd.grad(self._loss(longest, settings.config.objective_form), trained)
-        held = 7 * sum(tensor.numel() for tensor in trained) * self.arch.work_dtype.itemsize
-        return Footprint(stored=held, activations=seen.peak, logits=0)
+        return training_footprint(self.arch, self._trained(), lambda: self._loss(longest))
 
-    def write(
-        self, requests: Sequence[Request], settings: Settings, timer: Timer
-    ) -> tuple[dict[str, Delta], list[list[StepLog]]]:
-        """Fine-tune on one edit; the weights are put back."""
-        (request,) = requests
-        with timer.stage("optimise"), Ledger.of(self.model).scratch([self.arch.weight_of(n) for n in settings.names]):
-            return self._tune(request, settings)
-
-    def _settings(self, regularizer: Choice) -> Settings:
-        settings = super()._settings(regularizer)
-        if settings.regularizers:
-            raise ConfigError(
-                f"FT optimises weights, not a value, so {settings.regularizers[0].name!r} has nothing to restrain. "
-                "Use another editor, or no regularizer."
-            )
-        return settings
-
-    def _trained(self, settings: Settings) -> list[torch.nn.Parameter]:
+    def _trained(self) -> list[torch.nn.Parameter]:
         """The parameters behind the edited weights; experts share theirs."""
-        weights = [self.arch.weight_of(name) for name in settings.names]
-        return list({id(weight.parameter): weight.parameter for weight in weights}.values())
+        return list({id(weight.parameter): weight.parameter for weight in self.edited_weights}.values())
 
-    def _tune(self, request: Request, settings: Settings) -> tuple[dict[str, Delta], list[list[StepLog]]]:
-        config = settings.config
-        weights = [self.arch.weight_of(name) for name in settings.names]
+    def updates(self, requests: Sequence[Request], call: Call) -> tuple[dict[str, Delta], list[list[StepLog]]]:
+        """Fine-tune on one edit; the weights stay as they are."""
+        [request], config, weights = requests, self.config, self.edited_weights
         if any(weight.away is not None for weight in weights):
             raise UnsupportedError(
                 f"FT trains {weights[0].name}, which is offloaded: no gradient reaches it. Keep its block on a device "
                 "(device_map), or use an editor that solves for its update."
             )
-        trained = self._trained(settings)
-        original = [tensor.detach().to(self.arch.work_dtype, copy=True) for tensor in trained]
-        changes = [torch.zeros_like(tensor, requires_grad=True) for tensor in original]
+        trained = self._trained()
+        changes = [torch.zeros_like(tensor, dtype=self.arch.work_dtype, requires_grad=True) for tensor in trained]
         adam = torch.optim.Adam(changes, lr=config.lr, weight_decay=config.weight_decay)
         log: list[StepLog] = []
-        with inference_state(self.model, trained):
+        provisional = Ledger.of(self.model).provisional()
+        with call.timer.stage("optimise"), provisional as written, inference_state(self.model, trained):
             for step in range(config.steps):
-                loss = self._loss(request, config.objective_form)
+                loss = self._loss(request)
                 log.append({"step": float(step), "total": loss.item(), "nll": loss.item()})
                 if not math.isfinite(log[-1]["total"]):
                     raise NonFiniteError(f"The loss of {request.edit.text!r} is not finite at step {step}.")
@@ -141,35 +118,37 @@ class FT(Editor):
                 for change, grad in zip(changes, grads, strict=True):
                     change.grad = grad.to(change.dtype)
                 adam.step()
-                with torch.no_grad():
-                    for tensor, change, base in zip(trained, changes, original, strict=True):
-                        change.clamp_(-config.clamp, config.clamp)
-                        tensor.copy_(base + change)
-        found = {id(tensor): change.detach() for tensor, change in zip(trained, changes, strict=True)}
-        deltas: dict[str, Delta] = {}
+                for change in changes:
+                    change.detach().clamp_(-config.clamp, config.clamp)
+                written.add(self._deltas(trained, changes), anew=True)
+        return {name: check_finite(name, delta) for name, delta in self._deltas(trained, changes).items()}, [log]
+
+    def _deltas(self, trained: Sequence[Tensor], changes: Sequence[Tensor]) -> dict[str, Delta]:
+        """The changes as updates by name; experts that served no token are left out (but for one, if none did)."""
+        by_parameter = {id(tensor): change.detach() for tensor, change in zip(trained, changes, strict=True)}
+        weights, deltas = self.edited_weights, dict[str, Delta]()
         for weight in weights:
-            change = found[id(weight.parameter)]
+            change = by_parameter[id(weight.parameter)]
             if weight.index is not None:
                 change = change[weight.index]
-                if not bool(change.any()) and (deltas or weight is not weights[-1]):  # it served no token
+                if not bool(change.any()) and (deltas or weight is not weights[-1]):
                     continue
-            matrix = change.T if weight.transposed else change
-            deltas[weight.name] = check_finite(weight.name, DenseDelta(matrix.contiguous()))
-        return deltas, [log]
+            deltas[weight.name] = DenseDelta((change.T if weight.transposed else change).contiguous())
+        return deltas
 
-    def _loss(self, request: Request, form: str) -> Tensor:
+    def _loss(self, request: Request) -> Tensor:
         """Mean NLL of the target's tokens, over the contexts."""
-        rows = request.rewrite
-        ids, mask = pad([row.ids[:-1] if form == "masked" else row.ids[: row.target] for row in rows])
+        rows, masked = request.rewrite, self.config.objective_form == "masked"
+        ids, mask = pad([row.ids[:-1] if masked else row.ids[: row.target] for row in rows])
         device = self.arch.input_device
         output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         losses = []
-        for i, row in enumerate(rows):
-            if form == "masked":
-                logits = output.logits[i, row.prompt_last : len(row.ids) - 1]
+        for logits, row in zip(output.logits, rows, strict=True):
+            if masked:
+                chosen = logits[row.prompt_last : len(row.ids) - 1]
             else:
-                logits = output.logits[i, row.prompt_last].expand(len(row.labels), -1)
-            log_probs = log_softmax(logits.to(self.arch.work_dtype), -1)
-            labels = torch.tensor(row.labels, device=log_probs.device)
-            losses.append(-log_probs.gather(1, labels[:, None]).mean())
+                chosen = repeat(logits[row.prompt_last], "v -> t v", t=len(row.labels))
+            log_probs = log_softmax(chosen.to(self.arch.work_dtype), -1)
+            labels = rearrange(torch.tensor(row.labels, device=log_probs.device), "t -> t 1")
+            losses.append(-log_probs.gather(1, labels).mean())
         return torch.stack(losses).mean()

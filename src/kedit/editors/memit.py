@@ -1,35 +1,20 @@
-"""MEMIT (Meng et al., 2023, arXiv:2210.07229) and its relatives that share the ridge solution."""
+"""MEMIT: mass-editing memory in a transformer (Meng et al., 2023, arXiv:2210.07229)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from kedit.editors import presets
-from kedit.editors.config import EditorConfig
+from kedit.editors.closed_forms import largest_weight, mixed_keys
+from kedit.editors.config import EditorConfig, hyper
 from kedit.editors.solve_layers import LayerProblem
-from kedit.editors.value_editor import ValueEditor
-from kedit.models import ModelArch, Site
+from kedit.editors.value_editor import MultiLayerEditor
+from kedit.models import ModelArch
 from kedit.patch.delta import Delta
 
 
-def mixed_keys(keys: Tensor) -> Tensor:
-    """One key per edit from the keys per context [E, C, I]: half the bare prompt's, half the mean of the others'."""
-    return keys[:, 0] if keys.shape[1] == 1 else (keys[:, 0] + keys[:, 1:].mean(1)) / 2
-
-
-def largest_weight(weight: float, overlaps: Tensor, share: float) -> float:
-    """``weight``, or less: what lets the median edit have ``share`` of its change written.
-
-    An edit alone gets x / (λ + x) of it, where x [E] is kᵀ C⁻¹ k (MEMIT) or ‖P k‖² (AlphaEdit).
-    """
-    return min(weight, float(overlaps.median()) * (1 - share) / share)
-
-
-class MEMIT(ValueEditor):
+class MEMIT(MultiLayerEditor):
     """Mass editing: many associations, several layers, one ridge solution per layer.
 
     The value z is optimised at the output of the last edited block; where the block normalises its MLP's output, at the
@@ -42,7 +27,6 @@ class MEMIT(ValueEditor):
     """
 
     name: ClassVar[str] = "memit"
-    batched: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
@@ -54,43 +38,27 @@ class MEMIT(ValueEditor):
                 published form).
         """
 
-        moment_weight: float = 15_000.0
-        min_share: float = 0.0
+        moment_weight: float = hyper(15_000.0)
+        min_share: float = hyper(0.0, below=1)
 
-        def __post_init__(self) -> None:
-            """Check every field."""
-            super().__post_init__()
-            self.check_range("moment_weight")
-            self.check_range("min_share", below=1.0)
+    config: Config
 
-    def sites(self, config: Any) -> tuple[Site, ...]:
-        """The output of the last edited block, or its MLP's where the block normalises that."""
-        return (self.arch.output_site(config.layers[-1]),)
-
-    def residual_divisor(self, config: Any, layer: int) -> float:
-        """The number of layers left to write, this one included."""
-        return float(len(config.layers) - config.layers.index(layer))
-
-    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
+    def solve(self, problem: LayerProblem) -> Delta:
         """The ridge solution of one layer."""
-        keys, weight = mixed_keys(insertion.keys), config.moment_weight
-        if config.min_share:
-            overlaps = (keys.to(torch.float64) * insertion.whiten(keys)).sum(1)
-            weight = largest_weight(weight, overlaps, config.min_share)
-        return insertion.ridge(keys, weight)
+        keys, weight = mixed_keys(problem.keys), self.config.moment_weight
+        if self.config.min_share:
+            overlaps = (keys.double() * problem.whiten(keys)).sum(1)
+            weight = largest_weight(weight, overlaps, self.config.min_share)
+        return problem.ridge(keys, weight)
 
     @classmethod
     def rule(cls, arch: ModelArch) -> dict[str, Any]:
-        """The blocks around ROME's, up to five of them, and a λ that weighs the same in every model.
+        """MEMIT's blocks, and a λ that weighs the same in every model.
 
         kᵀ C⁻¹ k is the keys' width on average over ordinary text, and an edit gets kᵀ C⁻¹ k / (λ + kᵀ C⁻¹ k) of its change
         written. With λ = width an ordinary key gets half, and a subject's, rarer than that, most; of a subject as common as
         ordinary words ``min_share`` sees to it.
         """
-        layers = presets.layer_span_rule(arch)
-        found = {**super().rule(arch), "layers": layers}
-        if "moment_weight" in cls.Config.field_names():
-            found["moment_weight"] = float(arch.memory_width(layers[-1]))
-        if "min_share" in cls.Config.field_names():
-            found["min_share"] = presets.MIN_SHARE
-        return found
+        values = super().rule(arch)
+        width = arch.memory_width(values["layers"][-1])
+        return {**values, "moment_weight": float(width), "min_share": presets.MIN_SHARE}

@@ -1,16 +1,18 @@
-"""What an edit will hold in memory, said before it runs."""
+"""Estimates of the memory that an edit will take, before it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kedit.keys import read, routing
 from kedit.keys.second_moment import SecondMoments
 from kedit.models import ModelArch
+from kedit.models.hooks import inference_state
 from kedit.prompts.encode import Request
 from kedit.utils.device_memory import LivePeak
 from kedit.values.memory import Footprint
@@ -51,19 +53,43 @@ class MemoryEstimate:
 
 
 class Solver(Protocol):
-    """What is asked of an editor."""
+    """The members of a :class:`~kedit.editors.value_editor.ValueEditor` that are used here."""
 
     arch: ModelArch
     batched: ClassVar[bool]
 
     @property
-    def moments(self) -> SecondMoments:
-        """Second moments of the edited layers."""
-        ...
+    def moments(self) -> SecondMoments: ...  # noqa: D102
 
-    def solving_bytes(self, shape: tuple[int, int], edits: int, contexts: int) -> tuple[int, int]:
-        """Bytes that the closed form of one weight keeps, and those it holds meanwhile besides."""
-        ...
+    def solving_bytes(self, shape: tuple[int, int], edits: int) -> tuple[int, int]: ...  # noqa: D102
+
+
+def closed_form_bytes(shape: tuple[int, int], edits: int) -> tuple[int, int]:
+    """Bytes that the ridge solution of one weight [O, I] keeps for later edits, and those it holds meanwhile besides."""
+    square, keys = DOUBLE * shape[1] ** 2, DOUBLE * edits * shape[1]
+    if edits < shape[1]:  # the moment in float64 on the way to its factor; or systems in the number of edits
+        return square, max(square, 4 * keys + 3 * DOUBLE * edits**2)
+    return 0, 4 * square + 3 * keys
+
+
+def null_space_bytes(width: int, edits: int, past: int, used: float) -> tuple[int, int]:
+    """The same of a null-space update with so many past keys, where a share ``used`` of the directions is not free."""
+    square = DOUBLE * width**2
+    keys = edits + past if past < width else edits
+    system = 3 * square if edits + past >= width else 3 * DOUBLE * keys**2
+    kept = int(used * square) + DOUBLE * min(past, width) * width
+    return kept, max(square, 4 * DOUBLE * keys * width + system)
+
+
+def training_footprint(arch: ModelArch, trained: Sequence[nn.Parameter], loss: Callable[[], Tensor]) -> Footprint:
+    """One step as it runs, beside what training holds of the weights.
+
+    That is the original twice, the change, its gradient twice and Adam's two averages.
+    """
+    with inference_state(arch.model, trained), LivePeak(arch.model) as seen:
+        torch.autograd.grad(loss(), trained)
+    held = 7 * sum(tensor.numel() for tensor in trained) * arch.work_dtype.itemsize
+    return Footprint(stored=held, activations=seen.peak, logits=0)
 
 
 def closed_form_memory(
@@ -143,13 +169,14 @@ def _solving(editor: Solver, requests: Sequence[Request], places: Sequence[_Plac
     work = editor.arch.work_dtype.itemsize
     kept = copies = peak = 0
     for place in places:
-        factor, solving = editor.solving_bytes((place.outer, place.inner), edits, contexts)
+        factor, solving = editor.solving_bytes((place.outer, place.inner), edits)
         peak = max(peak, kept + copies + _reading(editor, requests, place.layer))
         kept += place.touched * factor
         keys = edits * contexts * place.inner * place.count * work
         peak = max(peak, kept + copies + keys + solving)
         if place is not places[-1]:  # overwritten while the next is solved for: a copy to go back to, and the sum
-            copies += place.touched * place.outer * place.inner * place.stored
+            lost = work if work > place.stored else 0
+            copies += place.touched * place.outer * place.inner * (place.stored + lost)
             peak = max(peak, kept + copies + 3 * place.outer * place.inner * work)
     return kept, peak
 

@@ -1,4 +1,4 @@
-"""PMET: precise model editing (Li et al. 2024, arXiv:2308.08742)."""
+"""PMET: precise model editing (Li et al., 2024, arXiv:2308.08742)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from kedit.models import ModelArch, Site
 
 
 class PMET(MEMIT):
-    """PMET (Li et al., 2024, arXiv:2308.08742): values for attention and MLP together, only the MLP's is written.
+    """PMET: values for attention and MLP together, of which the MLP's is written.
 
-    Two δ are optimised, at the outputs of the attention and of the MLP of the last edited block, each with its own
-    clamp and weight decay. The residual of the MLP's is divided by √(L − l + 1).
+    Two δ are optimised, at the outputs of the attention and of the MLP of the last edited block, each with its own clamp and
+    weight decay. MEMIT's solution then writes the MLP's, with the residual divided by a root::
+
+        R = (v* − m_L) / √(L − l + 1),   Δ_l = R Kᵀ (λ C + K Kᵀ)⁻¹
     """
 
     name: ClassVar[str] = "pmet"
@@ -34,17 +36,19 @@ class PMET(MEMIT):
         kl_factor: float = 1.0
         settle: bool = True
 
+    config: Config
+
+    def sites(self) -> tuple[Site, ...]:
+        """The MLP's output, which is written, and the attention's."""
+        return (Site(self.config.layers[-1], "mlp"), Site(self.config.layers[-1], "attention"))
+
+    def residual_divisor(self, remaining: int) -> float:
+        """The root of the number of layers left to write."""
+        return math.sqrt(remaining)
+
     @classmethod
     def rule(cls, arch: ModelArch) -> dict[str, Any]:
         """As MEMIT's, and one block further up: the lower the site, the more the attention's δ says of what is not written."""
-        found = {**super().rule(arch), "lr": 0.25, "clamp": 4.0}  # half of what is found is not written: it takes more
-        above = found["layers"][-1] + 1
-        return found if above > arch.num_layers - 2 else {**found, "layers": (*found["layers"], above)}
-
-    def sites(self, config: Any) -> tuple[Site, ...]:
-        """The MLP's output, which is written, and the attention's."""
-        return (Site(config.layers[-1], "mlp"), Site(config.layers[-1], "attention"))
-
-    def residual_divisor(self, config: Any, layer: int) -> float:
-        """The root of the number of layers left to write."""
-        return math.sqrt(super().residual_divisor(config, layer))
+        values = {**super().rule(arch), "lr": 0.25, "clamp": 4.0}  # half of the change is not written: it takes more
+        above = values["layers"][-1] + 1
+        return values if above > arch.num_layers - 2 else {**values, "layers": (*values["layers"], above)}

@@ -1,4 +1,4 @@
-"""Published hyper-parameters, found by what a model is: its type, depth and width.
+"""Published hyper-parameters by a model's type, depth and width, and those of a file beside the model.
 
 A model without an entry gets stated rules, which mean the same for every model: :func:`layer_rule`, :data:`VALUE_RULE`, and what
 the editor's ``rule`` adds.
@@ -8,12 +8,18 @@ EasyEdit's for Llama-2, Llama-3, Mistral and Qwen2. γ of SADR is published for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from kedit.errors import ConfigError
 from kedit.models import ModelArch
 from kedit.models.defaults import Preset as Preset
 from kedit.models.defaults import model_defaults
+from kedit.regularizers.base import Regularizer
+from kedit.utils.progress import logger
 
 Model = tuple[str, int, int]  # model type, blocks, width
 
@@ -108,12 +114,51 @@ def ridge(arch: ModelArch) -> float | None:
     return None if own is None else own.ridge
 
 
+FILE = "kedit_preset.json"
+"""Presets in a model's folder: ``{editor: {"values": {...}, "regularized": {regularizer: {...}}}}`` (:class:`Preset`)."""
+
+
 def find(editor: str, arch: ModelArch) -> Preset | None:
-    """The preset of an editor for a model, or ``None``."""
+    """The preset of an editor for a model: of the file in its folder, of its own defaults, or published; or ``None``.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     own = model_defaults(arch.model)
-    if own is not None and editor in own.presets:
-        return own.presets[editor]
+    for presets in (_beside(arch), {} if own is None else own.presets):
+        if editor in presets:
+            return presets[editor]
     return PRESETS.get(editor, {}).get((arch.model_type, arch.num_layers, arch.hidden))
+
+
+def _beside(arch: ModelArch) -> dict[str, Preset]:
+    """The presets of the file in the folder from which the model was loaded."""
+    path = Path(str(getattr(arch.model.config, "_name_or_path", "") or "")) / FILE
+    try:
+        if not path.is_file():
+            return {}
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {editor: Preset(**entry) for editor, entry in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f'{path} is not a file of presets ({error}). It is JSON: {{"rome": {{"values": {{"layers": [5]}}}}}}.'
+        ) from error
+
+
+def changes_for(preset: Preset | None, regularizers: Iterable[str]) -> dict[str, Any]:
+    """Hyper-parameters that a preset changes where these regularizers are used."""
+    known = {} if preset is None else preset.regularized
+    return {key: value for name in regularizers for key, value in known.get(name, {}).items() if key != "self"}
+
+
+def complete(preset: Preset | None, regularizer: Regularizer) -> Regularizer:
+    """A regularizer with the fields that are ``None`` from a preset."""
+    values = {} if preset is None else preset.regularized.get(regularizer.name, {}).get("self", {})
+    missing = {key: value for key, value in values.items() if getattr(regularizer, key, 0) is None}
+    if missing and dataclasses.is_dataclass(regularizer) and not isinstance(regularizer, type):
+        regularizer = dataclasses.replace(regularizer, **missing)
+        logger.info("%s: %s from the preset.", regularizer.name, missing)
+    return regularizer
 
 
 # Published step sizes are absolute: 0.5 per coordinate is a third of ‖v₀‖ on one model and many times ‖v₀‖ on another, where the

@@ -1,8 +1,10 @@
-"""What an edit returns."""
+"""The result of an edit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Watcher(Protocol):
-    """What was measured before an edit."""
+    """The measurements of a guard before an edit."""
 
     report: Any
 
@@ -28,11 +30,27 @@ class Watcher(Protocol):
 
 @runtime_checkable
 class Gate(Protocol):
-    """What decides whether an edit is kept; :class:`kedit.Guard` is one."""
+    """Decides whether an edit is kept; :class:`kedit.Guard` is one."""
 
     def watch(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit]) -> Watcher:
         """Measure the model before ``edits`` are written."""
         ...
+
+
+@dataclass
+class Timer:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 WRITTEN = "written"
@@ -77,7 +95,7 @@ class EditResult:
         self.patch.revert(self._model)
 
     def report(self) -> str:
-        """What was written, the losses before and after, and the time: a text for people."""
+        """Describe what was written, the losses before and after, and the time: a text for people."""
         provenance = self.patch.provenance
         names = [item["name"] for item in provenance.get("regularizers", [])]
         with_text = f" with {', '.join(names)}" if names else ""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from einops import reduce
 
 from kedit.editors.closed_forms import rank_one
 from kedit.editors.config import EditorConfig
 from kedit.editors.solve_layers import LayerProblem
 from kedit.editors.value_editor import ValueEditor
 from kedit.errors import ConfigError
-from kedit.models import Site
 from kedit.patch.delta import Delta
 
 
@@ -24,6 +25,9 @@ class ROME(ValueEditor):
     hence (W + Δ) k = v* at the bare prompt (the published code's convention).
     """
 
+    name: ClassVar[str] = "rome"
+    context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((5, 10), (10, 10))
+
     @dataclass(frozen=True, kw_only=True)
     class Config(EditorConfig):
         """ROME's hyper-parameters: those that all editors share, with a single layer."""
@@ -34,18 +38,11 @@ class ROME(ValueEditor):
             if len(self.layers) != 1:
                 raise ConfigError(f"ROME writes into one layer, not {self.layers}. MEMIT spreads an edit over several.")
 
-    name: ClassVar[str] = "rome"
-    context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((5, 10), (10, 10))
-
-    def sites(self, config: Any) -> tuple[Site, ...]:
-        """The MLP's output of the edited block."""
-        return (Site(config.layers[-1], "mlp"),)
-
-    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
+    def solve(self, problem: LayerProblem) -> Delta:
         """The rank-one update of one edit."""
-        keys = insertion.keys[0]  # [C, I]
-        whitened = insertion.whiten(keys.mean(0, keepdim=True))[0]
-        return rank_one(whitened, keys[0], insertion.residual[0])
+        [keys], [residual] = problem.keys, problem.residual  # [C, I], [O]
+        mean = reduce(keys, "c i -> 1 i", "mean")
+        return rank_one(problem.whiten(mean)[0], keys[0], residual)
 
 
 class RROME(ROME):
@@ -56,11 +53,9 @@ class RROME(ROME):
 
     name: ClassVar[str] = "rrome"
 
-    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
+    def solve(self, problem: LayerProblem) -> Delta:
         """The rank-one update of one edit."""
-        keys = insertion.keys[0]
-        mean = keys.mean(0)
-        whitened = insertion.whiten(mean[None])[0]
-        # v* − W k̄ = δ + W (k − k̄), as v* = W k + δ.
-        shift = insertion.project((keys[0] - mean)[None])[0]
-        return rank_one(whitened, mean, insertion.residual[0] + shift)
+        [keys], [residual] = problem.keys, problem.residual
+        mean = reduce(keys, "c i -> 1 i", "mean")
+        shift = problem.project(keys[:1] - mean)[0]  # v* − W k̄ = δ + W (k − k̄), as v* = W k + δ
+        return rank_one(problem.whiten(mean)[0], mean[0], residual + shift)

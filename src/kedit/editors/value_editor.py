@@ -1,27 +1,29 @@
-"""The base class of editors that optimise a value and then solve for the update that writes it."""
+"""The base classes of editors that optimise a value and then solve for the update that writes it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from kedit.edit import Edit
 from kedit.editors import presets
-from kedit.editors.base import Editor
-from kedit.editors.config import EditorConfig, Settings, check_sites
-from kedit.editors.memory import DOUBLE, MemoryEstimate, closed_form_memory
-from kedit.editors.solve_layers import LayerProblem, Timer, solve_layers, warn_of_known
+from kedit.editors.base import Call, Editor
+from kedit.editors.config import EditorConfig
+from kedit.editors.memory import MemoryEstimate, closed_form_bytes, closed_form_memory
+from kedit.editors.result import Timer
+from kedit.editors.solve_layers import LayerProblem, solve_layers
+from kedit.errors import ConfigError
 from kedit.keys.estimate import estimate_moments
 from kedit.keys.second_moment import RIDGE, Moment, SecondMoments
 from kedit.models import ModelArch, Site
 from kedit.patch.delta import Delta
 from kedit.prompts.encode import Request
-from kedit.regularizers import Choice
+from kedit.regularizers.base import Needs, Regularizer, needs_of
 from kedit.utils.progress import Progress
+from kedit.utils.warning import warn_user
 from kedit.values.memory import Footprint
 from kedit.values.optimize import StepLog, Values
 
@@ -59,21 +61,32 @@ class ValueEditor(Editor):
     # What a child supplies
 
     @abstractmethod
-    def sites(self, config: Any) -> tuple[Site, ...]:
-        """Where values are optimised; the first is where the residual is measured."""
+    def solve(self, problem: LayerProblem) -> Delta:
+        """The closed form: the update of one layer's weight, by the hyper-parameters of :attr:`config`."""
 
-    @abstractmethod
-    def solve(self, insertion: LayerProblem, config: Any) -> Delta:
-        """The closed form: the update of one layer's weight."""
+    # What a child may replace
 
-    def residual_divisor(self, config: Any, layer: int) -> float:
-        """What the residual is divided by at ``layer``: 1 unless a child spreads it over several layers."""
+    def sites(self) -> tuple[Site, ...]:
+        """Where values are optimised, the residual being measured at the first: the MLP's output of the last edited block."""
+        return (Site(self.config.layers[-1], "mlp"),)
+
+    def residual_divisor(self, remaining: int) -> float:
+        """The number that the residual is divided by where so many layers are left to write, this one included."""
         return 1.0
 
     @property
     def moment_layers(self) -> tuple[int, ...]:
         """Layers whose second moments the closed form reads: those that are edited, unless a child says ``()``."""
         return self.config.layers
+
+    @classmethod
+    def rule(cls, arch: ModelArch) -> dict[str, Any]:
+        """Hyper-parameters for a model without a preset, those of the value among them."""
+        return {**super().rule(arch), **presets.VALUE_RULE}
+
+    def solving_bytes(self, shape: tuple[int, int], edits: int) -> tuple[int, int]:
+        """Bytes that the closed form of one weight [O, I] keeps for later edits, and those it holds meanwhile besides."""
+        return closed_form_bytes(shape, edits)
 
     # What users call
 
@@ -88,58 +101,56 @@ class ValueEditor(Editor):
 
     @moments.setter
     def moments(self, moments: SecondMoments | Mapping[int, Moment | Tensor]) -> None:
-        found = moments if isinstance(moments, SecondMoments) else SecondMoments(moments)
-        found.check(self.arch, self.moment_layers)
-        self._moments = found
+        given = moments if isinstance(moments, SecondMoments) else SecondMoments(moments)
+        given.check(self.arch, self.moment_layers)
+        self._moments = given
 
-    @classmethod
-    def rule(cls, arch: ModelArch) -> dict[str, Any]:
-        """Hyper-parameters for a model without a preset, those of the value among them."""
-        return {**super().rule(arch), **presets.VALUE_RULE}
+    # The steps of an edit
 
-    # What a child may replace
+    def updates(self, requests: Sequence[Request], call: Call) -> tuple[dict[str, Delta], list[list[StepLog]]]:
+        """Optimise the values and solve for the updates that write them; the weights stay as they are."""
+        with call.timer.stage("optimise"):
+            values = self._optimize(requests, call)
+        with call.timer.stage("solve"):
+            return solve_layers(self, self.sites()[0], requests, values), values.log
 
-    def solving_bytes(self, shape: tuple[int, int], edits: int, contexts: int) -> tuple[int, int]:
-        """Bytes that the closed form of one weight [O, I] keeps for later edits, and those it holds meanwhile besides."""
-        square, keys = DOUBLE * shape[1] ** 2, DOUBLE * edits * shape[1]
-        if edits < shape[1]:  # the moment in float64 on the way to its factor; or systems in the number of edits
-            return square, max(square, 4 * keys + 3 * DOUBLE * edits**2)
-        return 0, 4 * square + 3 * keys
-
-    def largest_wave(self, requests: Sequence[Request], settings: Settings) -> Footprint:
-        """The memory that the optimisation holds at its peak."""
-        together = [requests] if self.batched else [[request] for request in requests]
-        found = (self.engine.largest_footprint(settings.sites, group, settings.needs) for group in together)
-        return max(found, key=lambda footprint: footprint.total)
-
-    def write(
-        self, requests: Sequence[Request], settings: Settings, timer: Timer
-    ) -> tuple[dict[str, Delta], list[list[StepLog]]]:
-        """The updates that write ``requests`` into the model as it is, and the log; the weights are left as they are."""
-        with timer.stage("optimise"):
-            values = self._optimize(requests, settings)
-        with timer.stage("solve"):
-            return self._solve_layers(requests, values, settings), values.log
-
-    def propose_deltas(self, requests: Sequence[Request], settings: Settings) -> list[dict[str, Delta]]:
-        """The updates that write each request alone."""
-        values = self._optimize(requests, settings)
+    def updates_of_each(self, requests: Sequence[Request], call: Call) -> list[dict[str, Delta]]:
+        """The updates that write each request alone; the values are optimised together."""
+        values, site = self._optimize(requests, call), self.sites()[0]
         found = []
         with Progress(len(requests), "solving") as progress:
             for number, request in enumerate(requests):
-                found.append(self._solve_layers([request], values.only(number), settings))
+                found.append(solve_layers(self, site, [request], values.only(number)))
                 progress.advance()
         return found
 
-    def memory_of(self, requests: Sequence[Request], settings: Settings) -> MemoryEstimate:
+    def _optimize(self, requests: Sequence[Request], call: Call) -> Values:
+        objective = self.config.objective
+        values = self.engine.optimize(self.sites(), requests, objective, call.regularizers, call.needs)
+        for request, known in zip(requests, values.known, strict=True):
+            if known:
+                text, target = request.edit.text, request.edit.target_new
+                warn_user(f"The model already continues {text!r} with {target!r}; the edit changes little.")
+        return values
+
+    def needs(self, regularizers: Sequence[Regularizer]) -> Needs:
+        """The activations that some regularizers want to see at :meth:`sites`."""
+        sites: object = self.sites()
+        if not (isinstance(sites, tuple) and sites and all(isinstance(site, Site) for site in sites)):
+            raise ConfigError(
+                f"{type(self).__name__}.sites() must return a tuple of kedit.models.Site, at least one; it returned {sites!r}."
+            )
+        return needs_of(regularizers, sites)
+
+    def largest_wave(self, requests: Sequence[Request], call: Call) -> Footprint:
+        """The memory that the optimisation holds at its peak."""
+        groups = self._groups(requests)
+        waves = (self.engine.largest_footprint(self.sites(), group, call.needs) for group in groups)
+        return max(waves, key=lambda footprint: footprint.total)
+
+    def memory_of(self, requests: Sequence[Request], call: Call) -> MemoryEstimate:
         """The memory that writing ``requests`` takes: the optimisation, the moments and the closed forms."""
-        return closed_form_memory(self, requests, settings.config.layers, self.largest_wave(requests, settings))
-
-    # Inside
-
-    def _settings(self, regularizer: Choice) -> Settings:
-        settings = super()._settings(regularizer)
-        return replace(settings, sites=check_sites(type(self).__name__, self.sites(settings.config)))
+        return closed_form_memory(self, requests, self.config.layers, self.largest_wave(requests, call))
 
     def _prepare(self, timer: Timer) -> None:
         if self.moment_layers:
@@ -147,16 +158,25 @@ class ValueEditor(Editor):
                 moments = self.moments
             moments.check(self.arch, self.moment_layers)
 
-    def _optimize(self, requests: Sequence[Request], settings: Settings) -> Values:
-        values = self.engine.optimize(
-            settings.sites, requests, settings.config.objective, settings.regularizers, settings.needs
-        )
-        warn_of_known(requests, values)
-        return values
-
-    def _solve_layers(self, requests: Sequence[Request], values: Values, settings: Settings) -> dict[str, Delta]:
-        return solve_layers(self.arch, self, requests, values, settings.config, self.moments)
-
-    def _provenance(self, edits: Sequence[Edit], settings: Settings) -> dict[str, Any]:
+    def _provenance(self, edits: Sequence[Edit], call: Call) -> dict[str, Any]:
         known = {} if self._moments is None else {str(i): m.figures() for i, m in self._moments.items()}
-        return {**super()._provenance(edits, settings), "moments": known}
+        return {**super()._provenance(edits, call), "moments": known}
+
+
+class MultiLayerEditor(ValueEditor):
+    """Writes a batch of edits into several layers, each of which takes its part of the residual (MEMIT, arXiv:2210.07229)."""
+
+    batched: ClassVar[bool] = True
+
+    def sites(self) -> tuple[Site, ...]:
+        """The output of the last edited block, or its MLP's where the block normalises that."""
+        return (self.arch.output_site(self.config.layers[-1]),)
+
+    def residual_divisor(self, remaining: int) -> float:
+        """The number of layers left to write."""
+        return float(remaining)
+
+    @classmethod
+    def rule(cls, arch: ModelArch) -> dict[str, Any]:
+        """The blocks around ROME's, up to five of them."""
+        return {**super().rule(arch), "layers": presets.layer_span_rule(arch)}

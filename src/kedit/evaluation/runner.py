@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from kedit.editors.base import Editor
-from kedit.editors.solve_layers import describe
 from kedit.errors import ConfigError
 from kedit.evaluation.cases import EditCase, drop_edited
 from kedit.evaluation.journal import Journal
@@ -209,15 +208,13 @@ class Run:
     def _fingerprints(self) -> dict[str, str]:
         if self.editor is None:
             return {}
-        weights = [weight for layer in self.editor.config.layers for weight in self.editor.arch.weights(layer)]
-        return {weight.name: tensor_fingerprint(weight.stored) for weight in weights}
+        return {weight.name: tensor_fingerprint(weight.stored) for weight in self.editor.edited_weights}
 
     def _settings(self) -> dict[str, Any]:
         """The hyper-parameters that are really used: a preset may change some for a regularizer."""
         if self.editor is None:
             return {"regularizers": [], "config": None}
-        used = self.editor._settings(self.regularizers)
-        return {"regularizers": [describe(item) for item in used.regularizers], "config": used.config.to_dict()}
+        return self.editor.describe_call(self.regularizers)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

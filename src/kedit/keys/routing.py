@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kedit.errors import KEditWarning
 from kedit.keys import read
 from kedit.models import ModelArch
 from kedit.prompts.encode import Request
+from kedit.utils.warning import warn_user
 
 Shares = dict[int, float]  # the router's weight of every chosen expert, by its number
 
@@ -78,12 +77,10 @@ def check(
             routes.append(Route(layer, edit, old, now, frozenset(own & written)))
     for route in routes:
         if route.reached < 1 - 1e-6:
-            warnings.warn(
+            warn_user(
                 f"In block {route.layer} the router now sends the subject of {requests[route.edit].edit.text!r} to experts "
                 f"that hold nothing of the edit: {1 - route.reached:.0%} of its weight. The fact may not be recalled. Edit "
-                "fewer layers, or one edit at a time.",
-                KEditWarning,
-                stacklevel=4,
+                "fewer layers, or one edit at a time."
             )
     return routes
 

@@ -5,7 +5,6 @@ They say which directions the keys of ordinary text use; the closed forms leave 
 
 from __future__ import annotations
 
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit.errors import ConfigError, KEditWarning, NonFiniteError, SingularMomentError
+from kedit.errors import ConfigError, NonFiniteError, SingularMomentError
 from kedit.models import Experts, ModelArch
 from kedit.utils.device_memory import device_with_room, offload_if_cpu
 from kedit.utils.linalg import cholesky, is_finite, whiten
+from kedit.utils.warning import warn_user
 
 RIDGE = 1e-4
 OUTLIER = 10.0
@@ -48,11 +48,9 @@ class Moment:
         """Warn where the estimate saw fewer keys than their width."""
         width = self.matrix.shape[:-1].numel()  # of a mixture, of all experts together: a token reaches but a few
         if self.tokens is not None and self.tokens < width:
-            warnings.warn(
+            warn_user(
                 f"The second moment of layer {layer} saw {self.tokens} keys of width {width}: directions it never "
-                "saw are held up by the ridge alone. Estimate it from more text.",
-                KEditWarning,
-                stacklevel=2,
+                "saw are held up by the ridge alone. Estimate it from more text."
             )
 
     def figures(self) -> dict[str, Any]:

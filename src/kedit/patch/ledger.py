@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -39,7 +39,13 @@ class _Entry:
     version: int = 0
     checksum: int = 0
     rounded: Tensor | None = None  # as stored, the sum before the cast, where the cast loses something
+    unrounded: Tensor | None = None  # the original before it was rounded, where that lost something
     deltas: dict[Hashable, Delta] = field(default_factory=dict)
+
+    def start(self) -> Tensor:
+        """The original as stored, in the dtype of the sum; a new tensor."""
+        start = self.unrounded if self.unrounded is not None else self.original
+        return start.to(self.weight.stored.device, sum_dtype(start.dtype), copy=True)
 
     def total(self) -> Tensor:
         """W₀ + Σ deltas as stored, in the dtype of the sum; a new tensor."""
@@ -128,7 +134,7 @@ class Ledger:
             self._check_unchanged(entry)
         totals = {}
         for name, entry in entries.items():
-            total = entry.original.to(entry.weight.stored.device, sum_dtype(entry.original.dtype), copy=True)
+            total = entry.start()
             for other, delta in entry.deltas.items():
                 if other != owner:
                     add_delta(total, delta, transposed=entry.weight.transposed)
@@ -151,31 +157,16 @@ class Ledger:
             del self._entries[name]
 
     @contextmanager
-    def scratch(self, weights: Iterable[Weight] = ()) -> Iterator[Callable[[Iterable[Weight]], None]]:
-        """Weights that may be overwritten inside and are as before afterwards, also after an exception.
-
-        Yields a function that adds more of them, to be called before they are overwritten.
-        """
-        copies: dict[str, tuple[Weight, Tensor]] = {}
-
-        def keep(more: Iterable[Weight]) -> None:
-            for weight in more:
-                if weight.name not in copies:
-                    check_writable(weight)
-                    weight.hold()
-                    copies[weight.name] = weight, weight.stored.clone()
-
-        keep(weights)
+    def provisional(self) -> Iterator[Provisional]:
+        """Updates that hold inside the block and are gone afterwards, also after an exception."""
+        changes = Provisional(self)
         try:
-            yield keep
+            yield changes
         finally:
             with _interrupts_held():
-                for weight, copy in copies.values():
-                    _store(weight, copy)
-                parameters = {id(weight.parameter) for weight, _ in copies.values()}
-                for entry in self._entries.values():
-                    if id(entry.weight.parameter) in parameters:
-                        entry.version = entry.weight.stored._version
+                for entry in changes.entries.values():
+                    _store(entry.weight, entry.original)
+                self._note_siblings(changes.entries)
 
     def _note_siblings(self, entries: Mapping[str, _Entry]) -> None:
         """Experts of one fused tensor share its version: what was written to one is no surprise to the others."""
@@ -184,13 +175,18 @@ class Ledger:
             if id(entry.weight.parameter) in parameters:
                 entry.version = entry.weight.stored._version
 
+    def _copied(self, name: str) -> _Entry:
+        """The weight as it is now."""
+        weight, known = self._lookup(name), self._entries.get(name)
+        check_writable(weight)
+        weight.hold()
+        rounded = None if known is None else known.rounded
+        return _Entry(weight, weight.stored.clone(), rounded=rounded, unrounded=rounded)
+
     def _entry(self, name: str, delta: Delta) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
-            weight = self._lookup(name)
-            check_writable(weight)
-            weight.hold()
-            entry = _Entry(weight, weight.stored.clone())
+            entry = self._copied(name)
             entry.mark()
         else:
             self._check_unchanged(entry)
@@ -251,6 +247,33 @@ class Ledger:
                     entry.store(stored, rounded)
                 self._note_siblings(entries)
             raise
+
+
+class Provisional:
+    """Weights that are changed for a while; get it with :meth:`Ledger.provisional`.
+
+    Updates are added as :meth:`Ledger.apply` adds them, so a weight has the bits that it will have once they are applied.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.entries: dict[str, _Entry] = {}
+
+    def add(self, deltas: Mapping[str, Delta], *, anew: bool = False) -> None:
+        """Add updates to the weights; with ``anew`` in place of all that were added to these weights before.
+
+        Raises:
+            NonFiniteError: a weight would not be finite.
+            PatchMismatchError: a weight cannot be written in place.
+        """
+        for name, delta in deltas.items():
+            if name not in self.entries:
+                self.entries[name] = self._ledger._copied(name)
+            entry = self.entries[name]
+            total = add_delta(entry.start() if anew else entry.total(), delta, transposed=entry.weight.transposed)
+            stored = cast_checked(name, total, entry.original.dtype)
+            entry.rounded = None if stored is total else total
+            _store(entry.weight, stored)
 
 
 def check_writable(weight: Weight) -> None:

@@ -1,9 +1,11 @@
-"""Terms that can be added to every value optimisation."""
+"""Regularizers: terms that can be added to every value optimisation."""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kedit.errors import ConfigError
@@ -89,3 +91,32 @@ def resolve(choice: Choice) -> list[Regularizer]:
             raise ConfigError(f"Two regularizers are called {made.name!r}. Give each one a name of its own.")
         found.append(made)
     return found
+
+
+def describe(regularizer: Regularizer) -> dict[str, Any]:
+    """A regularizer as JSON: its name, class and fields."""
+    fields: dict[str, Any] = vars(regularizer) if dataclasses.is_dataclass(regularizer) else {}
+    plain = {k: v if isinstance(v, str | int | float | bool | None) else repr(v) for k, v in fields.items()}
+    kind = type(regularizer)
+    return {"name": regularizer.name, "class": f"{kind.__module__}.{kind.__qualname__}", **plain}
+
+
+def from_description(description: Mapping[str, Any]) -> Regularizer:
+    """Make a registered regularizer again from what :func:`describe` gave, as it stands in a patch's provenance.
+
+    Raises:
+        UnknownNameError: no regularizer has this name.
+        ConfigError: the one of this name is another class, or does not take these fields.
+    """
+    kind = REGULARIZERS[str(description.get("name"))]
+    place = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+    if place != description.get("class"):
+        raise ConfigError(
+            f"The regularizer {description.get('name')!r} is {place} here; the description is of {description.get('class')}."
+        )
+    fields = {key: value for key, value in description.items() if key in _parameters(kind)}
+    for key, value in fields.items():
+        if isinstance(value, str) and value.startswith("("):  # a tuple
+            fields[key] = ast.literal_eval(value)
+    made: Regularizer = kind(**fields)
+    return made

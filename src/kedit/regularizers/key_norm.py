@@ -10,7 +10,7 @@ from torch import Tensor
 from kedit.errors import ConfigError
 from kedit.models import Site
 from kedit.regularizers.base import ForwardRecord, Needs, blocks_from
-from kedit.regularizers.sadr import finite
+from kedit.utils.validation import check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class KeyNorm:
 
     def __post_init__(self) -> None:
         """Check γ."""
-        if self.gamma is not None and not finite(self.gamma, 0.0):
-            raise ConfigError(f"KeyNorm.gamma must be a finite number of at least 0, not {self.gamma!r}.")
+        if self.gamma is not None:
+            check_number("KeyNorm.gamma", self.gamma)
 
     def needs(self, site: Site) -> Needs:
         """The subject's attention keys in the blocks above the edit.

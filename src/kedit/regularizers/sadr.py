@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +13,10 @@ from kedit.capture.divergence import row_divergence
 from kedit.errors import ConfigError
 from kedit.models import Site
 from kedit.regularizers.base import Activations, ForwardRecord, Needs, blocks_from
+from kedit.utils.validation import check_choice, check_number
+
+_Select = Literal["max", "all"]
+_Divergence = Literal["kl", "js", "l2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +44,8 @@ class SADR:
     """
 
     gamma: float | None = None
-    select: Literal["max", "all"] = "max"
-    divergence: Literal["kl", "js", "l2"] = "kl"
+    select: _Select = "max"
+    divergence: _Divergence = "kl"
     exact: bool = False
     eps: float = 1e-8
     layers: tuple[int, int] | None = None
@@ -54,18 +57,15 @@ class SADR:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if self.gamma is not None and not finite(self.gamma, 0.0):
-            raise ConfigError(f"SADR.gamma must be a finite number of at least 0, not {self.gamma!r}.")
-        if self.select not in ("max", "all"):
-            raise ConfigError(f"SADR.select is 'max' or 'all', not {self.select!r}.")
-        if self.divergence not in ("kl", "js", "l2"):
-            raise ConfigError(f"SADR.divergence is 'kl', 'js' or 'l2', not {self.divergence!r}.")
+        if self.gamma is not None:
+            check_number("SADR.gamma", self.gamma)
+        check_choice("SADR.select", self.select, get_args(_Select))
+        check_choice("SADR.divergence", self.divergence, get_args(_Divergence))
         if self.exact and self.divergence != "kl":
             raise ConfigError(
                 f"SADR.exact is a form of the divergence 'kl'; with {self.divergence!r} it has no meaning."
             )
-        if not finite(self.eps, 0.0) or self.eps == 0:
-            raise ConfigError(f"SADR.eps must be a finite number above 0, not {self.eps!r}.")
+        check_number("SADR.eps", self.eps, above=0)
         if self.layers is not None:
             layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
             if len(layers) != 2 or not all(type(i) is int for i in layers) or not 0 <= layers[0] <= layers[1]:
@@ -113,9 +113,3 @@ class SADR:
             )
             total = total + now.mean_per_edit(per_head.sum(1), num_edits)
         return total
-
-
-def finite(value: Any, least: float) -> bool:
-    """Whether ``value`` is a finite number of at least ``least``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= least

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedit.editors.key_history import KeyHistory
-from kedit.editors.solve_layers import describe
 from kedit.editors.value_editor import ValueEditor
 from kedit.errors import PatchError, PatchMismatchError
 from kedit.evaluation.guard import Guard
 from kedit.models.fingerprint import model_fingerprint, tensor_fingerprint
-from kedit.regularizers import Choice, resolve
+from kedit.regularizers import Choice, describe, resolve
 from kedit.sequential.folder import HEADER, START, is_begun, write_json
 from kedit.utils.files import parse_json, reading
 

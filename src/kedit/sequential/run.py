@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedit.edit import Edit, as_edits
-from kedit.editors.base import warn_of_ineffective
+from kedit.editors.observers import warn_of_ineffective
 from kedit.errors import ConfigError, IneffectiveEditWarning, NonFiniteError, PatchError, PatchMismatchError
 from kedit.evaluation.guard import Guard, GuardError
 from kedit.patch import EditPatch
@@ -136,7 +136,7 @@ def run_journal(
                 progress.advance()
             if result.patches:
                 result.checks = _at_the_end(editor, result.patches)
-                warn_of_ineffective(result.checks, editor.config, stacklevel=2)
+                warn_of_ineffective(result.checks, editor.config)
     return result
 
 
