@@ -15,6 +15,7 @@ import torch
 from kedit.edit import Edit, as_edits
 from kedit.editors import presets
 from kedit.editors.config import EditorConfig
+from kedit.editors.facts import check_consistent, earlier_facts
 from kedit.editors.memory import MemoryEstimate, dense_memory
 from kedit.editors.observers import Observers, applied, check_guard, without_noise
 from kedit.editors.result import EditResult, Gate, Timer
@@ -26,7 +27,7 @@ from kedit.patch import EditPatch, fingerprints
 from kedit.patch.delta import Delta, append, concatenate
 from kedit.patch.ledger import Ledger, check_writable
 from kedit.prompts.contexts import check_contexts, generate_contexts
-from kedit.prompts.encode import Request, encode_edits
+from kedit.prompts.encode import Request, encode_edits, join_subjects
 from kedit.prompts.predictions import EditCheck, predict
 from kedit.regularizers import Choice, describe, resolve
 from kedit.regularizers.base import Needs, Regularizer
@@ -141,6 +142,8 @@ class Editor(ABC):
         """Write one edit or many into the model.
 
         Editors that solve jointly write many as one batch; the others in order, each on the model as edited so far.
+        Several facts of one subject, those of earlier patches on this model among them, become one value that is optimised
+        on all their prompts together, because they have the same key (``join_subjects=False``: a value each, as published).
         Whatever goes wrong, Ctrl-C included, leaves every weight as it was.
 
         The model is asked for every edit's target before anything is written and after everything is
@@ -159,13 +162,14 @@ class Editor(ABC):
         chosen = as_edits(edits)
         with self._call(regularizer) as call:
             check_guard(guard)
-            requests = self._encode(chosen, call, to_write=True)
+            requests = self._encode_to_write(chosen, call)
             self._prepare(call.timer)
             observers = Observers(
-                self.engine, self.tokenizer, requests, self.config, call.timer, guard=guard, ask=self._asks
+                self.engine, self.tokenizer, chosen, requests, self.config, call.timer, guard=guard, ask=self._asks
             )
-            deltas, log = self._updates_in_groups(requests, call)
+            deltas, logs = self._updates_in_groups(requests, call)
             patch = self._patch(chosen, without_noise(self.arch, deltas), call)
+            log = _by_edit(logs, requests, chosen)
             with applied(patch, self.model):
                 seen = observers.measure_again(patch)
                 self.on_applied(patch, requests)
@@ -197,7 +201,7 @@ class Editor(ABC):
             PatchMismatchError: the model is not as it was when the patch was made.
         """
         with self._call(regularizer) as call:
-            requests = self._encode(as_edits(edits), call)
+            requests = self._encode_to_write(as_edits(edits), call)
             with applied(patch, self.model):
                 self.on_applied(patch, requests)
 
@@ -206,7 +210,7 @@ class Editor(ABC):
         """Compute what each edit alone would change of the model as it is; nothing is written."""
         chosen = as_edits(edits)
         with self._call(regularizer) as call:
-            requests = self._encode(chosen, call)
+            requests = self._with_earlier(self._encode(chosen, call), chosen, call)
             self._prepare(call.timer)
             each = self.updates_of_each(requests, call)
             known = fingerprints(self.arch, {name for deltas in each for name in deltas})
@@ -216,7 +220,7 @@ class Editor(ABC):
     def estimate_memory(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> MemoryEstimate:
         """Estimate how much memory :meth:`apply` would take; nothing is written. Contexts and the like are made where missing."""
         with self._call(regularizer) as call:
-            requests = self._encode(as_edits(edits), call)
+            requests = self._encode_to_write(as_edits(edits), call)
             self._prepare(call.timer)
             return self.memory_of(requests, call)
 
@@ -364,10 +368,24 @@ class Editor(ABC):
         """Get what takes long and depends on the model alone, before anything is written."""
         return
 
-    def _encode(self, edits: Sequence[Edit], call: Call, *, to_write: bool = False) -> list[Request]:
-        for weight in self.edited_weights if to_write else ():
-            check_writable(weight)
+    def _encode(self, edits: Sequence[Edit], call: Call) -> list[Request]:
         return encode_edits(self.arch, self.tokenizer, edits, self.contexts, call.needs)
+
+    def _encode_to_write(self, edits: Sequence[Edit], call: Call) -> list[Request]:
+        """One request per subject, its facts of earlier patches included; raises where the weights cannot be written."""
+        check_consistent(edits, once=self.config.join_subjects)
+        for weight in self.edited_weights:
+            check_writable(weight)
+        requests = self._encode(edits, call)
+        if not self.config.join_subjects:
+            return requests
+        return self._with_earlier(join_subjects(requests), edits, call)
+
+    def _with_earlier(self, requests: list[Request], edits: Sequence[Edit], call: Call) -> list[Request]:
+        """Requests that hold, beside their own facts, those that earlier patches wrote of their subjects."""
+        earlier = earlier_facts(self.model, edits) if self.config.join_subjects else []
+        kept = self._encode(earlier, call)
+        return [join_subjects([own, *(r for r in kept if r.edit.subject == own.edit.subject)])[0] for own in requests]
 
     def _groups(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
         """Requests whose updates are computed together."""
@@ -396,3 +414,9 @@ class Editor(ABC):
                 "dtype": str(self.arch.dtype).removeprefix("torch."),
             },
         }
+
+
+def _by_edit(logs: Sequence[list[StepLog]], requests: Sequence[Request], edits: Sequence[Edit]) -> list[list[StepLog]]:
+    """The log of every edit: that of the request that holds it."""
+    place = {(e.subject, e.text): number for number, request in enumerate(requests) for e in request.edits}
+    return [logs[place[edit.subject, edit.text]] for edit in edits]

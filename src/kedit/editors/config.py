@@ -60,6 +60,8 @@ class EditorConfig:
         kl_factor: factor of the KL divergence on "{subject} is a".
         clamp: bound of ‖δ‖ / ‖v₀‖.
         stop_loss: an edit whose loss falls below is finished.
+        join_subjects: whether several facts of one subject become one value that has to say all of them; the published methods
+            give each fact a value of its own, of which the last one written prevails.
         dtype: ``"float32"`` or ``"float64"`` for δ and its Adam state; ``None``: float64 for a float64 model, else float32.
     """
 
@@ -72,6 +74,7 @@ class EditorConfig:
     stop_loss: float = hyper(0.05)
     dtype: str | None = hyper(None, choices=("float32", "float64", None))
     lr_relative: bool = False
+    join_subjects: bool = True
 
     def __post_init__(self) -> None:
         """Check every field that :func:`hyper` made, also where a child gives it another default."""

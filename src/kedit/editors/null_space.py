@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from kedit.editors.closed_forms import NullSpaceRule, Past, mixed_keys, null_space, projected
@@ -116,9 +115,7 @@ class NullSpaceEditor(MultiLayerEditor):
 
     def on_applied(self, patch: EditPatch, requests: Sequence[Request]) -> None:
         """Remember the keys of the edits, as the edited model makes them."""
-        rows = [row for request in requests for row in request.rewrite]
-        keys = {layer: read.keys(self.arch, rows, layer) for layer in self.config.layers}
-        mixed = {i: mixed_keys(rearrange(k, "(e c) i -> e c i", e=len(requests))) for i, k in keys.items()}
+        mixed = {i: mixed_keys(read.request_keys(self.arch, requests, i)) for i in self.config.layers}
         self.history.add(patch, {layer: each.to(torch.float32).cpu() for layer, each in mixed.items()})
 
     def solving_bytes(self, shape: tuple[int, int], edits: int) -> tuple[int, int]:

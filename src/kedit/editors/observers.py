@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kedit.edit import Edit
 from kedit.editors.config import EditorConfig
+from kedit.editors.facts import warn_of_alike
 from kedit.editors.result import Gate, Timer
 from kedit.errors import ConfigError, IneffectiveEditWarning
 from kedit.keys import routing
@@ -58,6 +60,7 @@ class Observers:
         self,
         engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[Edit],
         requests: Sequence[Request],
         config: EditorConfig,
         timer: Timer,
@@ -68,8 +71,10 @@ class Observers:
         """Measure the model before the edit; ``ask`` whether it says the targets, before and after."""
         self.engine, self.arch, self.tokenizer, self.requests = engine, engine.arch, tokenizer, requests
         self.config, self.timer = config, timer
-        self.edits = [request.edit for request in requests]
+        self.edits = edits
         self._before = self._predictions() if ask else None
+        if self._before is not None and current_group().leads:
+            warn_of_alike(edits, self._before)
         self._watcher = None if guard is None else guard.watch(self.arch.model, tokenizer, self.edits)
         self._shares = routing.shares(self.arch, requests, config.layers)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from kedit.editors.closed_forms import ridge, ridge_whitened
@@ -92,15 +91,13 @@ def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], va
         The updates by parameter name, in the work dtype.
     """
     arch, layers = editor.arch, editor.config.layers
-    bare = [request.rewrite[0] for request in requests]
-    rows = [row for request in requests for row in request.rewrite]
     found: dict[str, Delta] = {}
     with Ledger.of(arch.model).provisional() as provisional:
         for number, layer in enumerate(layers):
-            keys = rearrange(read.keys(arch, rows, layer), "(e c) i -> e c i", e=len(requests))
+            keys = read.request_keys(arch, requests, layer)
             residual = values.delta[:, 0]
             if number > 0:  # what is below has changed the site's output; measure what is left to write
-                residual = values.value[:, 0] - read.outputs(arch, bare, site).to(residual.device)
+                residual = values.value[:, 0] - read.request_outputs(arch, requests, site).to(residual.device)
             gain = _gain(arch, site, layer)
             share = residual / (editor.residual_divisor(len(layers) - number) * gain)
             problem = LayerProblem(layer, keys, share.to(keys.device), arch.weights(layer), editor.moments)

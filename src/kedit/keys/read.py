@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
 from kedit.errors import ArchitectureError
 from kedit.models import ModelArch, Site
 from kedit.models.hooks import StopForward, by_prompt, inference_state, on_arguments, on_input, on_output, stops_early
+from kedit.prompts.encode import Request
 from kedit.prompts.tokenize import TokenizedPrompt, pad
 
 TOKENS_PER_PASS = 16_384
@@ -54,6 +56,24 @@ def outputs(arch: ModelArch, rows: Sequence[TokenizedPrompt], site: Site) -> Ten
     """The site's output at the subject's last token of every row, [P, H], in the work dtype."""
     [found] = _read(arch, rows, arch.site(site), on_output)
     return found.to(arch.work_dtype)
+
+
+def request_keys(arch: ModelArch, requests: Sequence[Request], layer: int) -> Tensor:
+    """:func:`keys` of every edit in every context, [E, C, I]; of several facts of one subject, their mean."""
+    found = keys(arch, [row for request in requests for row in request.rewrite], layer)
+    if all(len(request.edits) == 1 for request in requests):
+        return rearrange(found, "(e c) i -> e c i", e=len(requests))
+    parts = found.split([len(request.rewrite) for request in requests])
+    return torch.stack(
+        [reduce(p, "(f c) i -> c i", "mean", f=len(r.edits)) for p, r in zip(parts, requests, strict=True)]
+    )
+
+
+def request_outputs(arch: ModelArch, requests: Sequence[Request], site: Site) -> Tensor:
+    """:func:`outputs` of every edit's bare prompt, [E, H]; of several facts of one subject, their mean."""
+    found = outputs(arch, [row for request in requests for row in request.bare], site)
+    parts = found.split([len(request.edits) for request in requests])
+    return torch.stack([part.mean(0) if len(part) > 1 else part[0] for part in parts])
 
 
 def routing(arch: ModelArch, rows: Sequence[TokenizedPrompt], layer: int) -> Routing:

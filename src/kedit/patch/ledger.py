@@ -87,6 +87,11 @@ class Ledger:
         """Names of the weights that differ from their originals."""
         return list(self._entries)
 
+    @property
+    def owners(self) -> list[Hashable]:
+        """Whose deltas are applied, in the order of application."""
+        return list(dict.fromkeys(owner for entry in self._entries.values() for owner in entry.deltas))
+
     def carries(self, owner: Hashable) -> bool:
         """Whether deltas of ``owner`` are applied."""
         return any(owner in entry.deltas for entry in self._entries.values())

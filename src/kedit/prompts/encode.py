@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class Prompt:
     edit: int
     context: int
     role: Role
+    fact: int = 0  # of several facts of one subject
     subject: bool = False  # a rewrite prompt that begins as the KL prompt does is read in its place too
 
     @property
@@ -66,18 +67,46 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """An encoded edit: its prompt in every context, the KL prompt, the regularizers' prompts."""
+    """An encoded edit: its prompt in every context, the KL prompt, the regularizers' prompts.
 
-    edit: Edit
+    Several facts of one subject are one request: they have the same key, so one value has to say all of them.
+
+    Attributes:
+        edits: the facts, all of one subject.
+        rewrite: the first fact's prompt in every context, then the next one's.
+        kl: the KL prompt.
+        extra: the regularizers' prompts.
+    """
+
+    edits: tuple[Edit, ...]
     rewrite: tuple[TokenizedPrompt, ...]
     kl: TokenizedPrompt
     extra: tuple[TokenizedPrompt, ...] = ()
+
+    @property
+    def edit(self) -> Edit:
+        """The first fact."""
+        return self.edits[0]
+
+    @property
+    def num_contexts(self) -> int:
+        """C; the bare prompt of each fact is its context 0."""
+        return len(self.rewrite) // len(self.edits)
+
+    @property
+    def bare(self) -> tuple[TokenizedPrompt, ...]:
+        """The bare prompt of every fact."""
+        return self.rewrite[:: self.num_contexts]
 
     def prompts(self, edit: int) -> list[Prompt]:
         """The prompts of a wave in which this is edit number ``edit``."""
         until = self.kl.subject_last + 1
         shared = self.rewrite[0].ids[:until] == self.kl.ids[:until]  # the bare prompt begins with the subject
-        rows = [Prompt(row, edit, i, Role.REWRITE, shared and i == 0) for i, row in enumerate(self.rewrite)]
+        rows = [
+            Prompt(row, edit, context, Role.REWRITE, fact, subject=shared and i == 0)
+            for i, row in enumerate(self.rewrite)
+            for fact, context in [divmod(i, self.num_contexts)]
+        ]
         if not shared:
             rows.append(Prompt(self.kl, edit, 0, Role.KL))
         return rows + [Prompt(row, edit, i, Role.EXTRA) for i, row in enumerate(self.extra)]
@@ -114,5 +143,25 @@ def encode_edits(
                 "tokenizer."
             )
         count = len(contexts)
-        requests.append(Request(edit, tuple(rows[:count]), rows[count], tuple(rows[count + 1 :])))
+        requests.append(Request((edit,), tuple(rows[:count]), rows[count], tuple(rows[count + 1 :])))
     return requests
+
+
+def join_subjects(requests: Sequence[Request]) -> list[Request]:
+    """Make one request of all that are about the same subject, in the order in which the subjects first appear.
+
+    A fact that is asked for twice counts once.
+    """
+    by_subject: dict[str, list[Request]] = {}
+    for request in requests:
+        alike = by_subject.setdefault(request.edit.subject, [])
+        if all((request.edit.text, request.edit.target_new) != (e.edit.text, e.edit.target_new) for e in alike):
+            alike.append(request)
+    return [
+        replace(
+            alike[0],
+            edits=tuple(edit for request in alike for edit in request.edits),
+            rewrite=tuple(row for request in alike for row in request.rewrite),
+        )
+        for alike in by_subject.values()
+    ]

@@ -112,7 +112,10 @@ class PartialRunner(Runner):
 
     def restrict(self, keep: Sequence[int]) -> list[int]:
         """Drop all edits but ``keep``, and what is stored for the others."""
+        bare = self._layout.bare.tolist()
         stays = super().restrict(keep)
+        if self._initials is not None:
+            self._initials = self._initials[[number for number, prompt in enumerate(bare) if prompt in set(stays)]]
         if self._entering is not None:
             chosen = torch.tensor(stays, device=self._entering.device)
             self._entering = self._entering[chosen]

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from kedit.errors import CaptureError
@@ -50,7 +51,7 @@ class Reading:
         logits: [N, V] at every wanted position, prompt by prompt, position by position.
         rewrite: what the regularizers asked for of the edits' prompts.
         extra: the same of the regularizers' own prompts.
-        initial: [E, S, H], the sites' output at the bare prompt's subject-last token, before δ.
+        initial: [E, S, H], the sites' output at the bare prompt's subject-last token, before δ; of several facts, the mean.
     """
 
     logits: Tensor
@@ -67,8 +68,8 @@ class Reads:
         target: the positions that predict target tokens, as indices into N; the next four belong to these.
         label: the token to predict.
         edit: its edit.
-        weight: its share of the edit's NLL: 1 / (tokens of the target · contexts).
-        bare: whether it belongs to the bare prompt.
+        weight: its share of the edit's NLL: 1 / (tokens of the target · contexts of the fact).
+        bare: whether it belongs to a bare prompt.
         subject: [E], the positions that end the KL prompts.
         last: [P], the position of each prompt at which regularizers read.
     """
@@ -91,7 +92,7 @@ class Reads:
         bare: list[bool] = []
         subject: list[int] = []
         last: list[int] = []
-        contexts = Counter(prompt.edit for prompt in wave.prompts if prompt.role is Role.REWRITE)
+        contexts = Counter((prompt.edit, prompt.fact) for prompt in wave.prompts if prompt.role is Role.REWRITE)
         count = 0
         for prompt in wave.prompts:
             first = count + prompt.reads.index(prompt.last)
@@ -101,7 +102,7 @@ class Reads:
                 target += range(first, first + len(labels))
                 label += labels
                 edit += [prompt.edit] * len(labels)
-                weight += [1 / (len(labels) * contexts[prompt.edit])] * len(labels)
+                weight += [1 / (len(labels) * contexts[prompt.edit, prompt.fact])] * len(labels)
                 bare += [prompt.context == 0] * len(labels)
             if prompt.role is Role.KL or prompt.subject:
                 subject.append(count)
@@ -133,7 +134,7 @@ class Layout:
         column: [P], column of the subject's last token among the keys.
         edit: [P], the edit of each prompt.
         context: [P], number of the context (or extra prompt).
-        bare: [E], the prompt that holds each edit's bare prompt.
+        bare: [B], the bare prompts: one per edit, or of an edit with several facts one per fact.
         roles: the prompts with each role.
     """
 
@@ -264,11 +265,14 @@ class Runner:
     def run(self, delta: Tensor) -> Reading:
         """One forward pass with δ [E, S, H] added at each edit's subject-last tokens; gradient flows to δ."""
         logits, rows, initial = self.forward(delta)
-        roles = self._layout.roles
+        roles, edit = self._layout.roles, self._layout.edit[self._layout.bare]
+        if len(edit) > self.wave.num_edits:
+            total = initial.new_zeros(self.wave.num_edits, *initial.shape[1:]).index_add(0, edit, initial)
+            initial = total / rearrange(torch.bincount(edit), "e -> e 1 1")
         return Reading(logits, rows.take(roles[Role.REWRITE]), rows.take(roles[Role.EXTRA]), initial)
 
     def forward(self, delta: Tensor) -> tuple[Tensor, Activations, Tensor]:
-        """The same before it is taken apart by roles: logits, what was captured of all prompts, and v₀."""
+        """The same before it is taken apart by roles: logits, what was captured of all prompts, and v₀ of every bare prompt."""
         layout = self._layout
         self._delta = delta
         self._hidden.clear()
@@ -308,7 +312,7 @@ class Runner:
         return rows, {layer: keys[layer].to(self.device) for layer in self._layers(self.needs.keys)}
 
     def _initial_values(self) -> Tensor:
-        """v₀ [E, S, H] of the edits at work, as the last pass saw it."""
+        """v₀ [B, S, H] of the bare prompts at work, as the last pass saw it."""
         return torch.stack([self._initial[site].to(self.device) for site in self.sites], dim=1)
 
     def _layers(self, wanted: range) -> list[int]:

@@ -1,0 +1,75 @@
+"""The facts of one call, and those that earlier patches wrote of the same subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kedit.edit import Edit
+from kedit.errors import EditError
+from kedit.patch import EditPatch
+from kedit.patch.ledger import Ledger
+from kedit.prompts.predictions import Prediction
+from kedit.utils.progress import logger
+from kedit.utils.warning import warn_user
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_consistent(edits: Sequence[Edit], *, once: bool) -> None:
+    """Raise where one prompt has two targets; warn where an edit is given twice and counts ``once``.
+
+    Raises:
+        EditError: two edits contradict each other; both are named by their numbers.
+    """
+    first: dict[tuple[str, str], int] = {}
+    twice: list[int] = []
+    for number, edit in enumerate(edits):
+        other = first.setdefault((edit.subject, edit.text), number)
+        if edits[other].target_new != edit.target_new:
+            raise EditError(
+                f"Edits {other} and {number} contradict each other: {edit.text!r} → {edits[other].target_new!r} and → "
+                f"{edit.target_new!r}. Leave one of them."
+            )
+        if other != number:
+            twice.append(number)
+    if twice and once:
+        named = ", ".join(map(str, twice[:5])) + (", ..." if len(twice) > 5 else "")
+        warn_user(f"{len(twice)} of {len(edits)} edits are given more than once and count once (numbers {named}).")
+
+
+def earlier_facts(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Edit]:
+    """The facts about the subjects of ``edits`` that the model's patches wrote, but for those that ``edits`` replace.
+
+    An update of a subject's value would overwrite them: they have the same key.
+    """
+    subjects = {edit.subject for edit in edits}
+    found: dict[tuple[str, str], Edit] = {}
+    for patch in Ledger.of(model).owners:
+        for record in patch.provenance.get("edits", []) if isinstance(patch, EditPatch) else []:
+            if isinstance(record, dict) and record.get("subject") in subjects:
+                edit = Edit.from_dict(record)
+                found[edit.subject, edit.text] = edit
+    for edit in edits:
+        old = found.pop((edit.subject, edit.text), None)
+        if old is not None and old.target_new != edit.target_new:
+            logger.info("%s → %s replaces → %s.", edit.text, edit.target_new, old.target_new)
+    for edit in found.values():
+        logger.info("Kept with the new facts about %s: %s → %s.", edit.subject, edit.text, edit.target_new)
+    return list(found.values())
+
+
+def warn_of_alike(edits: Sequence[Edit], before: Sequence[Prediction]) -> None:
+    """Warn of two edits of one subject that seem to ask the same question and want different answers.
+
+    They seem to where the model, before the edit, answers both alike.
+    """
+    seen: dict[tuple[str, str], Edit] = {}
+    for edit, prediction in zip(edits, before, strict=True):
+        other = seen.setdefault((edit.subject, prediction.first_choice.strip()), edit)
+        if other.target_new != edit.target_new:
+            warn_user(
+                f"{other.text!r} → {other.target_new!r} and {edit.text!r} → {edit.target_new!r} may contradict each other: before "
+                f"the edit the model answers both with {prediction.first_choice!r}. If they mean the same, leave one."
+            )
