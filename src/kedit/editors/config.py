@@ -52,7 +52,7 @@ class EditorConfig:
 
     Attributes:
         layers: blocks whose down-projection is changed, ascending; the value is optimised at the last.
-        steps: forward passes of the optimisation at most.
+        steps: forward passes of the optimisation at most, times the number of facts where several of one subject are joined.
         lr: Adam's step size.
         lr_relative: whether ``lr`` counts in units of ‖v₀‖ / √H, so that a step has a length of about ``lr`` · ‖v₀‖ in every
             model; the published step sizes are absolute.

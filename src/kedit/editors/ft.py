@@ -107,7 +107,7 @@ class FT(Editor):
         log: list[StepLog] = []
         provisional = Ledger.of(self.model).provisional()
         with call.timer.stage("optimise"), provisional as written, inference_state(self.model, trained):
-            for step in range(config.steps):
+            for step in range(config.steps * len(request.edits)):
                 loss = self._loss(request)
                 log.append({"step": float(step), "total": loss.item(), "nll": loss.item()})
                 if not math.isfinite(log[-1]["total"]):

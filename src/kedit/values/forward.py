@@ -35,6 +35,14 @@ class Wave:
     prompts: tuple[Prompt, ...]
     num_edits: int
 
+    @property
+    def facts(self) -> Tensor:
+        """Number of facts of each edit, [E]."""
+        counts = torch.ones(self.num_edits, dtype=torch.int64)
+        for prompt in self.prompts:
+            counts[prompt.edit] = max(int(counts[prompt.edit]), prompt.fact + 1)
+        return counts
+
     def select(self, keep: Sequence[int]) -> tuple[Wave, list[int]]:
         """The wave of the edits ``keep`` (renumbered in order), and the indices of the prompts that stay."""
         number = {old: new for new, old in enumerate(keep)}

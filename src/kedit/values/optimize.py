@@ -26,7 +26,8 @@ class Objective:
     + the regularizers' penalties. (The norm of δ is not squared: the published code's form.)
 
     Attributes:
-        steps: forward passes at most; the last one does not update.
+        steps: forward passes at most, times the number of its facts for an edit that has several; the last one does not
+            update.
         lr: Adam's step size.
         lr_relative: whether ``lr`` counts in units of v₀'s root mean square, ‖v₀‖ / √H, per edit and site. A step then has a
             length of about ``lr`` · ‖v₀‖, so the same number means the same for every model.
@@ -103,13 +104,13 @@ def optimize(
     """
     state = _State(runner, numbers or range(runner.wave.num_edits), objective.dtype)
     with runner.installed():
-        for step in range(objective.steps):
+        for step in range(objective.steps * max(state.facts.tolist())):
             reading = runner.run(state.delta[state.active])
             terms = state.terms(reading, step, objective, regularizers)
             total = torch.stack(list(terms.values())).sum(0)
             state.record(step, total, terms)
-            last = step == objective.steps - 1
-            finished = torch.full_like(total, last, dtype=torch.bool) | (total < objective.stop_loss)
+            last = step + 1 >= objective.steps * state.facts[state.active]
+            finished = last | (total < objective.stop_loss)
             if objective.settle:
                 finished |= state.settle(terms["kl"])
             if progress is not None:
@@ -133,6 +134,7 @@ class _State:
         self.names = names
         self.delta = torch.zeros(shape, dtype=dtype or arch.work_dtype, device=device, requires_grad=True)
         self.active = torch.arange(num_edits, device=device)
+        self.facts = runner.wave.facts.to(device)
         self.log: list[list[StepLog]] = [[] for _ in range(num_edits)]
         self.known = [False] * num_edits
         self._initial: Tensor | None = None

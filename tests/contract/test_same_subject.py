@@ -1,0 +1,123 @@
+"""Several facts of one subject, in one call and in several, on the embedded model."""
+
+import warnings
+
+import pytest
+import torch
+
+import kedit
+from kedit.embedded import load_world
+from kedit.errors import EditError, KEditWarning
+
+EDITORS = ("rome", "rrome", "memit", "pmet", "emmet", "alphaedit", "ft")
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return kedit.load()
+
+
+def _edits(count, relations=("profession", "birthplace")):
+    """Facts of ``count`` people of the embedded model: for each, one edit per relation, to another object."""
+    world = load_world()
+    edits = []
+    for number, person in enumerate(world.people[3 : 3 + count]):
+        for name in relations:
+            relation = world.relation(name)
+            others = [item for item in relation.objects if item != world.object(person.name, name)]
+            edits.append(kedit.Edit(relation.templates[0], person.name, others[(5 * number + 3) % len(others)]))
+    return edits
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_all_are_said(embedded, name):
+    editor = kedit.get_editor(name, *embedded)
+    result = editor.apply(_edits(7))
+    assert [check.after.said for check in result.checks] == [True] * 14
+    assert len(result.log) == 14
+    result.revert()
+
+
+def test_published_form_forgets_the_first(embedded):
+    """Without the joint value, what is written last prevails: the reason why it is the default."""
+    editor = kedit.ROME(*embedded, join_subjects=False)
+    with pytest.warns(kedit.IneffectiveEditWarning):
+        result = editor.apply(_edits(7))
+    assert sum(check.after.said for check in result.checks) < 14
+    result.revert()
+
+
+def test_one_value_sums_the_losses(embedded):
+    """The loss of a joint value is the sum of the facts' losses, each as it is alone, before anything has moved."""
+    edits = _edits(1)
+    editor = kedit.ROME(*embedded, steps=1, stop_loss=0.0, contexts=["{}", "Well. {}"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = [editor.apply(edit) for edit in edits]
+        for result in alone:
+            result.revert()
+        joint = editor.apply(edits)
+    joint.revert()
+    assert joint.log[0] is joint.log[1]
+    total = sum(result.log[0][0]["nll"] for result in alone)
+    assert joint.log[0][0]["nll"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "alphaedit", "ft"])
+def test_earlier_facts_of_the_subject_are_kept(embedded, name):
+    editor = kedit.get_editor(name, *embedded)
+    first, second = _edits(1)
+    results = [editor.apply(first), editor.apply(second)]
+    assert [check.after.said for check in editor.check([first, second])] == [True, True]
+    for result in results:
+        result.revert()
+    third = kedit.Edit(first.prompt, first.subject, _edits(2)[2].target_new)
+    results = [editor.apply(first), editor.apply(third)]  # replaces the first
+    assert editor.check(third)[0].after.said
+    for result in results:
+        result.revert()
+
+
+def test_reapplied_and_reverted_bit_for_bit(embedded):
+    editor = kedit.AlphaEdit(*embedded)
+    weights = [tensor.clone() for tensor in embedded[0].parameters()]
+    edits = _edits(2)
+    result = editor.apply(edits)
+    after = [tensor.clone() for tensor in embedded[0].parameters()]
+    result.revert()
+    editor.reapply(result.patch, edits)
+    assert all(map(torch.equal, embedded[0].parameters(), after))
+    result.revert()
+    assert all(map(torch.equal, embedded[0].parameters(), weights))
+
+
+@pytest.mark.parametrize("name", ["rome", "memit"])
+def test_contradiction_names_both(embedded, name):
+    edits = _edits(2)
+    edits.append(kedit.Edit(edits[1].prompt, edits[1].subject, edits[3].target_new))
+    with pytest.raises(EditError, match="Edits 1 and 4 contradict each other"):
+        kedit.get_editor(name, *embedded).apply(edits)
+
+
+def test_duplicates_count_once(embedded):
+    edits = _edits(2, ["profession"])
+    editor = kedit.MEMIT(*embedded)
+    once = editor.apply(edits)
+    once.revert()
+    with pytest.warns(KEditWarning, match="1 of 3 edits are given more than once"):
+        twice = editor.apply([*edits, edits[0]])
+    twice.revert()
+    assert len(twice.log) == len(twice.checks) == 3
+    for name, delta in once.patch.deltas.items():
+        assert torch.equal(delta.dense, twice.patch.deltas[name].dense)
+
+
+def test_a_paraphrase_with_another_target_is_noticed(embedded):
+    world = load_world()
+    person, relation = world.people[3], world.relation("profession")
+    known = world.object(person.name, "profession")
+    new = [item for item in relation.objects if item != known]
+    edits = [kedit.Edit(template, person.name, target) for template, target in zip(relation.templates[:2], new)]
+    with pytest.warns(KEditWarning) as caught:
+        kedit.ROME(*embedded).apply(edits).revert()
+    assert any("may contradict each other" in str(warning.message) for warning in caught)
