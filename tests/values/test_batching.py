@@ -81,7 +81,7 @@ def test_every_model_type_passes_its_own_check(model_type, caplog):
     assert made.engine.mode == "auto"
     made.propose(ALL[0])
     assert list(made.engine._verdicts.values()) == [True]
-    assert "plain way" not in caplog.text
+    assert "full forward passes" not in caplog.text
 
 
 def test_a_model_that_fails_the_check_runs_the_plain_way_and_says_so(caplog, monkeypatch):
@@ -92,7 +92,7 @@ def test_a_model_that_fails_the_check_runs_the_plain_way_and_says_so(caplog, mon
         "kedit.values.cached_forward._right_aligned", lambda stored, lengths, prefix: stored[:, :, :prefix] * 2
     )
     found = again.propose(ALL[0])[0]
-    assert "plain way" in caplog.text
+    assert "full forward passes" in caplog.text
     for weight, delta in found.deltas.items():
         assert relative(delta.dense, expected.deltas[weight].dense) < 1e-6
 

@@ -119,6 +119,7 @@ class Editor(ABC):
         if config is not None and not isinstance(config, self.Config):
             raise ConfigError(f"config must be a {owner}.Config, not {type(config).__name__}.")
         self._given: dict[str, Any] = {**({} if config is None else vars(config)), **overrides}
+        self._preset = presets.find(self.name, self.arch)
         self.config = self._configure([])
         self.engine = Engine(self.arch)
         self._contexts = None if contexts is None else check_contexts(contexts)
@@ -341,23 +342,25 @@ class Editor(ABC):
         self.config = self._configure([item.name for item in chosen])
         try:
             check_editable(self.arch, self.config.layers)
-            preset = presets.find(self.name, self.arch)
-            complete = [presets.complete(preset, item) for item in chosen]
+            complete = [presets.complete(self._preset, item) for item in chosen]
             yield Call(complete, self.needs(complete))
         finally:
             self.config = own
 
     def _configure(self, regularizers: Sequence[str]) -> EditorConfig:
         """User > preset of (editor, model, regularizer) > preset of (editor, model) > rule."""
-        changes = presets.changes_for(presets.find(self.name, self.arch), regularizers)
-        config = self._preset_config(self.arch, {**changes, **self._given})
+        changes = presets.changes_for(self._preset, regularizers)
+        config = self._config_of(self.arch, self._preset, {**changes, **self._given})
         for layer in config.layers:
             self.arch.check_layer(layer)
         return config
 
     @classmethod
     def _preset_config(cls, arch: ModelArch, changes: Mapping[str, Any]) -> EditorConfig:
-        preset = presets.find(cls.name, arch)
+        return cls._config_of(arch, presets.find(cls.name, arch), changes)
+
+    @classmethod
+    def _config_of(cls, arch: ModelArch, preset: presets.Preset | None, changes: Mapping[str, Any]) -> EditorConfig:
         values = dict(preset.values) if preset else cls.rule(arch)
         for given, belonging in _BELONGING.items():
             if given in changes:

@@ -95,7 +95,7 @@ def training_footprint(arch: ModelArch, trained: Sequence[nn.Parameter], loss: C
 def closed_form_memory(
     editor: Solver, requests: Sequence[Request], layers: Sequence[int], wave: Footprint
 ) -> MemoryEstimate:
-    """What optimising values and solving for their updates will hold; runs a few tokens to see what one costs.
+    """Estimate the memory of optimising values and solving for their updates; runs a few tokens to see what one costs.
 
     Args:
         editor: who applies them.
@@ -113,7 +113,7 @@ def closed_form_memory(
 def dense_memory(
     arch: ModelArch, requests: Sequence[Request], layers: Sequence[int], wave: Footprint
 ) -> MemoryEstimate:
-    """What training the edited weights themselves will hold; arguments as of :func:`closed_form_memory`."""
+    """Estimate the memory of training the edited weights themselves; arguments as of :func:`closed_form_memory`."""
     places = _places(arch, requests, layers)
     return _estimate(arch, places, [place.outer * place.inner for place in places], wave)
 
@@ -164,7 +164,7 @@ def _estimate(
 
 
 def _solving(editor: Solver, requests: Sequence[Request], places: Sequence[_Place]) -> tuple[int, int]:
-    """What the closed forms keep, and what they hold at their peak, that included."""
+    """The bytes that the closed forms keep, and those they hold at their peak, these included."""
     edits, contexts = len(requests) if editor.batched else 1, len(requests[0].rewrite)
     work = editor.arch.work_dtype.itemsize
     kept = copies = peak = 0
@@ -182,7 +182,7 @@ def _solving(editor: Solver, requests: Sequence[Request], places: Sequence[_Plac
 
 
 def _reading(editor: Solver, requests: Sequence[Request], layer: int) -> int:
-    """What the pass that reads the keys holds: per token as one short prompt shows."""
+    """The bytes of the pass that reads the keys: per token as one short prompt shows."""
     together = requests if editor.batched else [max(requests, key=lambda request: request.rewrite[-1].subject_last)]
     rows = [row for request in together for row in request.rewrite]
     probe = max(rows, key=lambda row: row.subject_last)

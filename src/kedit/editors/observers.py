@@ -101,7 +101,7 @@ class Observers:
         }
 
     def _predictions(self) -> list[Prediction] | None:
-        """What the model says of the edits now; ``None``, with a warning, where it cannot be asked."""
+        """Ask the model for the targets of the edits; ``None``, with a warning, where it cannot be asked."""
         mine: list[Prediction] | None = None
         try:
             with self.timer.stage("check"):

@@ -87,7 +87,7 @@ def routing(arch: ModelArch, rows: Sequence[TokenizedPrompt], layer: int) -> Rou
 def _read(
     arch: ModelArch, rows: Sequence[TokenizedPrompt], module: torch.nn.Module, hook: Callable[..., Any]
 ) -> list[Tensor]:
-    """What ``hook`` sees of ``module`` at the subject's last token of each row: per tensor, [P, ...].
+    """Read what ``hook`` sees of ``module`` at the subject's last token of each row: per tensor, [P, ...].
 
     Later tokens cannot change it, so rows end there; the pass ends at the module.
     """

@@ -226,7 +226,7 @@ class Accumulator:
         return half
 
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`restore` needs to go on."""
+        """The tensors that :meth:`restore` needs to go on."""
         return {"total": self.total, "sketches": self._sketches, "counts": torch.tensor(self.counts)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:

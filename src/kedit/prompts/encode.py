@@ -45,7 +45,7 @@ class Prompt:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """What the model is fed."""
+        """The tokens that the model is fed."""
         if self.role is Role.REWRITE:
             return self.row.ids[:-1]
         return self.row.ids[: self.row.subject_last + 1] if self.role is Role.KL else self.row.ids

@@ -110,7 +110,7 @@ def score_rows(
 
 
 def _share(rows: Sequence[TokenizedPrompt]) -> tuple[list[tuple[int, ...]], list[_Reading]]:
-    """What has to run: a text that begins another one is left out and read there (attention is causal)."""
+    """Find the texts that have to run: one that begins another one is left out and read there (attention is causal)."""
     fed = [row.ids[:-1] for row in rows]
     inputs: list[tuple[int, ...]] = []
     source = [0] * len(rows)

@@ -17,6 +17,7 @@ from kedit.prompts.decode import continue_rows
 from kedit.prompts.likelihood import Answer, score_rows
 from kedit.prompts.tokenize import TokenizedPrompt, context_limit, encode, rewrite_texts
 from kedit.utils.progress import Progress
+from kedit.utils.validation import is_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ _LOGITS = 1 << 24  # numbers from the head per forward pass: less than the optim
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicts after the prompt of an edit.
+    """The prediction of a model after the prompt of an edit.
 
     Attributes:
         probability: of the whole target: the product over its tokens.
@@ -78,7 +79,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class EditCheck:
-    """What the model predicted for one edit before anything was written, and after everything was.
+    """The predictions for one edit, before anything was written and after everything was.
 
     Attributes:
         edit: the edit.
@@ -100,7 +101,7 @@ class EditCheck:
 def predict(
     arch: ModelArch, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], *, tokens: int
 ) -> list[Prediction]:
-    """What the model, as it is, predicts after each edit's bare prompt.
+    """Read what the model, as it is, predicts after each edit's bare prompt.
 
     The prompts run together, in evaluation mode and without gradient; nothing of the model is changed.
 
@@ -170,4 +171,4 @@ def _trimmed(text: str) -> str:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    return float(value) if is_number(value) else math.nan

@@ -54,7 +54,7 @@ def make(name: str, gamma: float | None = None) -> Any:
 
 
 def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
-    """What can be given by name to a class or function, where Python can tell."""
+    """The parameters of a class or function that can be given by name, where Python can tell."""
     try:
         found = inspect.signature(kind).parameters
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What a regularizer is: two methods, one that asks and one that scores."""
+"""The interface of a regularizer: one method asks for activations, one scores them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _cover(one: range, other: range) -> range:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a regularizer wants to see of every forward pass.
+    """The activations that a regularizer wants to see of every forward pass.
 
     Attributes:
         attention: blocks whose attention rows are captured (the row of the last prompt token, before the target);
@@ -53,7 +53,7 @@ class Needs:
             )
 
     def __or__(self, other: Needs) -> Needs:
-        """What satisfies both; extra prompts stay in order, those of ``self`` first."""
+        """The activations of both; extra prompts stay in order, those of ``self`` first."""
         return Needs(
             attention=_cover(self.attention, other.attention),
             hidden=_cover(self.hidden, other.hidden),
@@ -65,7 +65,7 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """What was captured of P prompts, read at each prompt's last token.
+    """The activations of P prompts, read at each prompt's last token.
 
     Attributes:
         edit: [P], the edit (0..E-1) that each prompt belongs to.
@@ -171,7 +171,7 @@ class ForwardRecord:
         return replace(self, delta=self.delta.detach(), rewrite=self.rewrite.detach(), extra=self.extra.detach())
 
     def only(self, needs: Needs, asked: Needs) -> ForwardRecord:
-        """What ``needs`` names of what was captured for ``asked``; extra prompts are numbered as in ``needs``."""
+        """The activations that ``needs`` names, of those captured for ``asked``; extra prompts are numbered as in ``needs``."""
         if needs == asked:
             return self
         extra = self.extra.keep_contexts([asked.prompts.index(prompt) for prompt in needs.prompts])
@@ -202,7 +202,7 @@ class Regularizer(Protocol):
         ...
 
     def needs(self, site: Site) -> Needs:
-        """What to capture when a value is written at ``site``."""
+        """The activations to capture when a value is written at ``site``."""
         ...
 
     def penalty(self, now: ForwardRecord, before: ForwardRecord) -> Tensor:
@@ -211,7 +211,7 @@ class Regularizer(Protocol):
 
 
 def needs_of(regularizers: Sequence[Regularizer], sites: Sequence[Site]) -> Needs:
-    """What some regularizers together want to see.
+    """Collect the needs of some regularizers.
 
     Raises:
         ConfigError: ``needs`` of one of them returns something else.

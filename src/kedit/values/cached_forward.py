@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -61,7 +62,7 @@ class _Prefix(DynamicLayer):
 
 
 def _gain_above(arch: ModelArch, sites: Sequence[Site]) -> float | None:
-    """What δ is multiplied by when it is added to the input of the block above; ``None`` where that is not the same."""
+    """The factor of δ when it is added to the input of the block above; ``None`` where that is not the same."""
     if len(sites) != 1 or sites[0].kind == "attention":
         return None
     return 1.0 if sites[0].kind == "block" else arch.gain(sites[0].layer)
@@ -220,7 +221,7 @@ def _right_aligned(stored: Tensor, lengths: Tensor, prefix: int) -> Tensor:
     """The first ``lengths[p]`` tokens of [P, heads, T, D], moved to the end of [P, heads, prefix, D]."""
     index = (torch.arange(prefix)[None] - (prefix - lengths[:, None])).clamp(min=0).to(stored.device)
     rows = torch.arange(len(lengths), device=stored.device)[:, None]
-    return stored[rows, :, index].transpose(1, 2).contiguous()
+    return rearrange(stored[rows, :, index], "p t heads d -> p heads t d").contiguous()
 
 
 @contextmanager

@@ -40,12 +40,6 @@ class ChunkedForward(Runner):
         arguments = (self.arch, self.sites, wave, self.needs)
         return type(self.whole)(*arguments, width=self.width, prefix=self.prefix)  # alike, so that rows line up
 
-    @property
-    def stored_bytes(self) -> tuple[int, int]:
-        """Bytes of stored hidden states, and of stored keys and values, of all parts."""
-        entering, prefix = zip(*(part.stored_bytes for part in self.parts), strict=True)
-        return sum(entering), sum(prefix)
-
     def restrict(self, keep: Sequence[int]) -> list[int]:
         """The one edit stays."""
         assert list(keep) == list(range(self.wave.num_edits))

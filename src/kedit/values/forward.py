@@ -1,7 +1,7 @@
 """Running the prompts of several edits with a value δ injected at each subject's last token.
 
-:class:`Wave` says which prompts run and what is read of them; :class:`Runner` executes it the plain way, whole
-prompts through the whole model, and :mod:`kedit.values.cached_forward` without what cannot change.
+:class:`Wave` says which prompts run and what is read of them; :class:`Runner` executes it as full forward passes,
+and :mod:`kedit.values.cached_forward` as prefix-cached ones, without what cannot change.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Wave:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one forward pass gave.
+    """The result of one forward pass.
 
     Attributes:
         logits: [N, V] at every wanted position, prompt by prompt, position by position.
@@ -200,7 +200,7 @@ class Layout:
 
 
 class Runner:
-    """Whole prompts through the whole model at every step: the plain way, which every model supports.
+    """Full forward passes: whole prompts through the whole model at every step, which every model supports.
 
     Of a model that lies on several devices, everything read is brought to the one that its input goes to (``device``).
 

@@ -1,4 +1,4 @@
-"""What a wave of edits holds in memory, said before it runs.
+"""Estimates the memory that a wave of edits takes, before it runs.
 
 The size of a token's activations depends on the architecture, so it is not written down here but read off one edit: the
 peak of a small step, split into what grows with running tokens, with stored tokens and with read positions.
@@ -43,7 +43,7 @@ class Footprint:
 
     @classmethod
     def in_parts(cls, parts: Sequence[Footprint]) -> Footprint:
-        """What prompts hold that run one part after the other: when the objective is computed, or while a part runs.
+        """The bytes of prompts that run one part after the other: when the objective is computed, or while a part runs.
 
         All logits are there for the objective with their copies, for a part with their gradient alone.
         """
@@ -102,7 +102,7 @@ class UnitCosts:
         )
 
     def footprint(self, wave: Wave, width: int, prefix: int) -> Footprint:
-        """What ``wave`` holds when its prompts are padded to ``width`` running tokens and ``prefix`` stored ones."""
+        """The bytes of ``wave`` when its prompts are padded to ``width`` running tokens and ``prefix`` stored ones."""
         count = len(wave.prompts)
         reads = sum(len(prompt.reads) for prompt in wave.prompts)
         return Footprint(

@@ -20,7 +20,7 @@ StepLog = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised, and when to stop.
+    """The loss that is minimised, and when to stop.
 
     total = mean over contexts of NLL(target) + kl_factor · KL("{subject} is a") + weight_decay · ‖δ‖ / ‖v₀‖²
     + the regularizers' penalties. (The norm of δ is not squared: the published code's form.)

@@ -150,13 +150,13 @@ class Engine:
         return footprint
 
     def largest_footprint(self, sites: Sequence[Site], requests: Sequence[Request], needs: Needs) -> Footprint:
-        """What the largest of the waves of ``requests`` will hold in memory."""
+        """The memory that the largest of the waves of ``requests`` takes."""
         self.used = self.budget
         waves = self._waves(requests, _by_span(requests))
         return self.footprint(sites, _wave(requests, _largest(requests, waves)), needs)
 
     def footprint(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Footprint:
-        """What ``wave`` will hold in memory at its peak, beside the model."""
+        """The memory that ``wave`` takes at its peak, beside the model."""
         runner = self.runner(sites, wave, needs)
         if isinstance(runner, ChunkedForward):
             return Footprint.in_parts([self._footprint(sites, part) for part in runner.parts])
@@ -178,7 +178,7 @@ class Engine:
         logger.warning("%s: waves now hold %d tokens.", reason, self.used)
 
     def runner(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
-        """What executes ``wave``, by the mode and, for ``"auto"``, by the check of the model.
+        """The runner that executes ``wave``, by the mode and, for ``"auto"``, by the check of the model.
 
         One edit that exceeds the budget alone runs in parts.
         """
@@ -217,7 +217,7 @@ class Engine:
         return waves
 
     def _check(self, sites: Sequence[Site], wave: Wave) -> bool:
-        """Whether the partial way gives the plain way's logits on the wave's first edit, with a δ of some size."""
+        """Whether prefix-cached passes give the logits of full ones on the wave's first edit, with a δ of some size."""
         first, _ = wave.select([0])
         generator = torch.Generator().manual_seed(0)
         shape = (1, len(sites), self.arch.hidden)
@@ -242,7 +242,7 @@ class Engine:
                 reason = f"its logits differ by {error_size:.1e} relative"
         if reason:
             logger.warning(
-                "This %s is run the plain way, every prompt whole at every step: the partial way failed its check (%s).",
+                "This %s runs full forward passes at every step: prefix-cached passes failed their check (%s).",
                 self.arch.model_type,
                 reason,
             )
