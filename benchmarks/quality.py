@@ -235,9 +235,10 @@ def _holds_zero(found: Estimate) -> bool:
 
 
 def _world(few: int, count: int, most: int) -> tuple[list[kedit.EditCase], list[kedit.EditCase], list[kedit.EditCase]]:
-    from kedit.embedded.edit_cases import embedded_world, world_cases
+    from kedit.embedded import load_world
+    from kedit.embedded.cases import world_cases
 
-    world = embedded_world()
+    world = load_world()
     people = sum(person.half == "test" and person.role == "edit" for person in world.people)
     facts = people * sum(relation.role == "edit" for relation in world.relations)
     large = world_cases(world, "test", min(most, facts), seed=1)
