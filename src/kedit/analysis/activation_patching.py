@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit.analysis.bootstrap import Floats
 from kedit.analysis.checks import as_kind, check_whole
 from kedit.analysis.edited_models import CHUNK, Patches, Source
 from kedit.analysis.interventions import (
@@ -33,6 +32,7 @@ from kedit.analysis.results.patching import CONTAMINATE, RESTORE, Condition, Pat
 from kedit.capture import capture_attention, substitute_attention
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase, Kind
+from kedit.evaluation.statistics import Floats
 from kedit.models import ModelArch, Site
 from kedit.models.hooks import inference_state
 from kedit.prompts.likelihood import TOKENS_PER_FORWARD, prompts_per_pass

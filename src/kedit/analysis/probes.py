@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit.analysis.bootstrap import Floats
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase, Kind, Probe
 from kedit.evaluation.probing import WATCHED
+from kedit.evaluation.statistics import Floats
 from kedit.models import ModelArch
 from kedit.prompts.likelihood import last_logits, pair_text
 from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode

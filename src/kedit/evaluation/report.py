@@ -124,8 +124,8 @@ class EvalReport:
         return "\n".join(lines) + "\n"
 
     def to_html(self) -> str:
-        """One page with tables and plots, without anything from elsewhere."""
-        return str(import_target("kedit.report.evaluation:page")(self))
+        """One page with tables and a figure (with ``kedit[plot]``), without anything from elsewhere."""
+        return str(import_target("kedit.report.evaluation:evaluation_page")(self))
 
     def save(self, folder: str | Path) -> Path:
         """Write ``records.jsonl``, ``summary.json``, ``summary.md`` and ``report.html``; returns the folder.

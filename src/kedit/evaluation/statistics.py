@@ -33,10 +33,20 @@ class Estimate:
     n: int
     cases: int
 
-    @property
-    def half_width(self) -> float | None:
-        """Half the interval's width."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+    @classmethod
+    def of(cls, value: float, drawn: Floats, n: int, cases: int) -> Estimate:
+        """A figure with the interval of its values in the resamples; NaN among these stands for none."""
+        if cases < 2 or np.isnan(drawn).all():
+            return cls(value, None, None, n, cases)
+        low, high = np.nanpercentile(drawn, [2.5, 97.5])
+        return cls(value, float(low), float(high), n, cases)
+
+    def text(self, digits: int = 2, scale: float = 1.0, unit: str = "") -> str:
+        """``98.50 [97.00, 100.00]``, times ``scale``."""
+        value = f"{scale * self.value:.{digits}f}{unit}"
+        if self.low is None or self.high is None:
+            return value
+        return f"{value} [{scale * self.low:.{digits}f}, {scale * self.high:.{digits}f}]"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -83,13 +93,6 @@ def case_weights(cases: int, resamples: int = RESAMPLES, seed: int = SEED) -> Fl
     return drawn.astype(np.float64)
 
 
-def harmonic_mean(values: Sequence[float]) -> float:
-    """Count over Σ 1/v; 0 as soon as a value is not above 0."""
-    if not values:
-        raise ValueError("The harmonic mean of nothing is not defined.")
-    return float(harmonic_means(np.array([values], dtype=np.float64).T)[0])
-
-
 def harmonic_means(values: Floats) -> Floats:
     """Harmonic means over the first axis, [K, B] to [B]."""
     positive = (values > 0).all(0)
@@ -115,11 +118,7 @@ def _estimate(sides: Sequence[Sequence[Tally]], weights: Floats) -> Estimate | N
     value = float(_combine(sides, everyone)[0])
     first = sides[0]
     n, cases = min(part.n for part in first), min(part.cases for part in first)
-    if cases < 2:
-        return Estimate(value, None, None, n, cases)
-    drawn = _combine(sides, weights)
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return Estimate(value, float(low), float(high), n, cases)
+    return Estimate.of(value, _combine(sides, weights), n, cases)
 
 
 def _combine(sides: Sequence[Sequence[Tally]], weights: Floats) -> Floats:

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from kedit.analysis.bootstrap import Floats
 from kedit.analysis.interventions import LABELS
 from kedit.analysis.results.drift import MEASURES, DriftProbe, DriftResult
 from kedit.analysis.results.patching import CONTAMINATE, EDITED, RESTORE, PatchingResult
 from kedit.analysis.results.tracing import ROLE_LABELS, ROLES, FactTrace, TraceResult
 from kedit.errors import DependencyError, EditError
-from kedit.evaluation.statistics import Estimate
+from kedit.evaluation.statistics import Estimate, Floats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,6 +106,26 @@ def _new(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+@styled
+def before_after(rows: Mapping[str, tuple[Estimate | None, Estimate | None]]) -> Figure:
+    """Metrics in per cent before and after the edits, a row each, with their intervals."""
+    figure = _new(9, 1.5 + 0.45 * len(rows))
+    axis = figure.subplots()
+    for state, (label, colour, marker) in enumerate((("before", "#4477aa", "o"), ("after", "#ee6677", "s"))):
+        shown = [(place, pair[state]) for place, pair in enumerate(rows.values())]
+        places = [place + 0.3 * state - 0.15 for place, estimate in shown if estimate is not None]
+        values, lows, highs = bounds([estimate for _, estimate in shown if estimate is not None])
+        error = [values - lows, highs - values]
+        axis.errorbar(values, places, xerr=error, fmt=marker, color=colour, label=label, clip_on=False)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("share (%)")
+    axis.grid(axis="x", color="#dddddd")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
 
 
 @styled
@@ -222,7 +241,7 @@ def correlation_plot(result: DriftResult, measure: str = "drift") -> Figure:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()  # matplotlib would write numbers beside these too, one over the other
     both = result.correlations()[measure]
-    axis.set_title(f"Pearson {_interval(both['pearson'])}\nSpearman {_interval(both['spearman'])}", fontsize=14)
+    axis.set_title(f"Pearson {both['pearson'].text()}\nSpearman {both['spearman'].text()}", fontsize=14)
     axis.set_xlabel("\n".join(textwrap.wrap(MEASURES[measure], 56)))
     axis.set_ylabel("loss of the right answer's\nprobability (points)")
     axis.grid(color="#dddddd")
@@ -239,19 +258,18 @@ def patching_bars(result: PatchingResult) -> Figure:
     figure = _new(9.5, 1.9 + 0.5 * len(kept))
     axis = figure.subplots()
     for place, (one, share) in enumerate(kept):
-        error = None
-        if share.low is not None and share.high is not None:
-            error = [[100 * (share.value - share.low)], [100 * (share.high - share.value)]]
+        value, low, high = 100 * bounds([share])
         restores = one.direction == RESTORE
         axis.barh(
-            place, 100 * share.value, xerr=error, height=0.7, color=COLOURS[one.activation], alpha=1 if restores else 0.45,
-            hatch=None if restores else "//", error_kw={"lw": 1.6, "capsize": 4},
+            place, value, xerr=None if share.low is None else [value - low, high - value], height=0.7,
+            color=COLOURS[one.activation], alpha=1 if restores else 0.45, hatch=None if restores else "//",
+            error_kw={"lw": 1.6, "capsize": 4},
         )  # fmt: skip
     names = [f"{_verb(one.direction)}: {plain(one.name or LABELS[one.activation])}" for one, _ in kept]
     axis.set_yticks(range(len(kept)), ["\n".join(textwrap.wrap(name, 36, break_on_hyphens=False)) for name in names])
     axis.set_ylim(len(kept) - 0.4, -0.6)  # the first on top
     axis.axvline(0, color="black", lw=1)
-    axis.set_xlabel(f"share of the lost {result.scale} that is won back or lost (%)")
+    axis.set_xlabel(f"share of the lost {result.scale} that is recovered or lost (%)")
     axis.grid(axis="x", color="#dddddd")
     return figure
 
@@ -271,17 +289,15 @@ def patching_windows(result: PatchingResult) -> Figure:
             ]  # fmt: skip
             shares = [share for share in map(result.share, numbers) if share is not None]
             if numbers and shares:
-                lows = [share.value if share.low is None else share.low for share in shares]
-                highs = [share.value if share.high is None else share.high for share in shares]
-                points = 100 * np.array([[share.value for share in shares], lows, highs])
                 label = LABELS[activation] if way == ways[0] else "_"
+                points = 100 * bounds(shares)
                 _line(axis, range(len(numbers)), points, label, COLOURS[activation], MARKERS[activation])
                 drawn.append(activation)
         _blocks(axis, range(result.num_layers))
         axis.set_title(f"{_verb(way)} in {'one block' if result.window == 1 else f'{result.window} blocks around'}")
         axis.grid(axis="y", color="#dddddd")
     _need(drawn)
-    axes[0].set_ylabel(f"share of the lost {result.scale}\nwon back or lost (%)")
+    axes[0].set_ylabel(f"share of the lost {result.scale}\nrecovered or lost (%)")
     figure.legend(loc="outside upper center", ncols=4)
     return figure
 
@@ -297,6 +313,12 @@ def _line(axis: Any, xs: Sequence[int], found: Floats, label: str, colour: str, 
     axis.plot(xs, found[0], marker=marker, color=colour, label=label)
     if not np.isnan(found[1]).any():
         axis.fill_between(xs, found[1], found[2], color=colour, alpha=0.18, lw=0)
+
+
+def bounds(estimates: Sequence[Estimate]) -> Floats:
+    """Values and the ends of their intervals, [3, N]; the value itself where there is no interval."""
+    ends = [(one.value, *(one.value if end is None else end for end in (one.low, one.high))) for one in estimates]
+    return np.array(list(zip(*ends, strict=True)), dtype=np.float64).reshape(3, -1)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -318,10 +340,6 @@ def _blocks(axis: Any, layers: range) -> None:
 
 def _verb(direction: str) -> str:
     return "restored" if direction == RESTORE else "contaminated"
-
-
-def _interval(found: Estimate) -> str:
-    return f"{found.value:.2f}" if found.low is None else f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def _need(drawn: Sequence[Any]) -> None:

@@ -24,7 +24,16 @@ from kedit.evaluation.cases import EditCase
 from kedit.evaluation.provenance import describe_model, environment
 from kedit.models import ModelArch
 from kedit.regularizers import Choice
-from kedit.report.html import STYLE, answers_html, heads_html, in_notebook, maps_html, patching_html, table, trace_html
+from kedit.report.html import (
+    answers_html,
+    document,
+    heads_html,
+    in_notebook,
+    maps_html,
+    patching_html,
+    table,
+    trace_html,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +84,6 @@ class Reveal:
 def page(found: Reveal) -> str:
     """The whole page about one edit or a run."""
     parts = [
-        f"<h1>{escape(found.title)}</h1>",
         f"<p>{escape(found.intro)}</p>",
         "<h2>What the model says</h2>",
         answers_html(found.drifts),
@@ -93,11 +101,7 @@ def page(found: Reveal) -> str:
         "<h2>Run</h2>",
         table([], [[escape(key), escape(str(value))] for key, value in found.meta.items()]),
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
-        f"<title>{escape(found.title)}</title><style>{STYLE}</style>"
-    )
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return document(found.title, parts)
 
 
 def _absent(reason: str, what: str = "Not") -> str:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kedit.analysis.bootstrap import Floats, correlation, pearson, spearman
+from kedit.analysis.bootstrap import correlation, pearson, spearman
 from kedit.analysis.checks import as_kind
-from kedit.analysis.results.base import NotebookResult
+from kedit.analysis.results.base import AnalysisResult
 from kedit.errors import EditError
 from kedit.evaluation.cases import Kind
-from kedit.evaluation.statistics import Estimate, Tally, case_weights, difference, estimate
+from kedit.evaluation.statistics import Estimate, Floats, Tally, case_weights, difference, estimate
 
 MEASURES = {
     "drift": "drift: KL(before ‖ after) of the last token's row, summed over blocks and heads, in nats",
@@ -107,7 +105,7 @@ class Head:
 
 
 @dataclass(frozen=True, eq=False)
-class DriftResult(NotebookResult):
+class DriftResult(AnalysisResult):
     """Attention before and after the edits of some cases.
 
     Attributes:
@@ -238,7 +236,7 @@ class DriftResult(NotebookResult):
         if edits > 1:
             lines.append("Correlation with the loss of that probability [95%]:")
             for name, both in self.correlations(kind).items():
-                lines.append(f"  {name:10s} Pearson {_cell(both['pearson'])}  Spearman {_cell(both['spearman'])}")
+                lines.append(f"  {name:10s} Pearson {both['pearson'].text()}  Spearman {both['spearman'].text()}")
         lines.append("Heads that over-attend to the edited subject most:")
         lines.append("  block head  over-attends  weight before  gain    KL (nats)  Pearson with loss")
         for one in self.heads(kind)[:8]:
@@ -273,14 +271,3 @@ class DriftResult(NotebookResult):
             for probe in self.probes
         ]
         return {"label": self.label, "layers": list(self.layers), "probes": probes, "failures": dict(self.failures)}
-
-    def save(self, path: str | Path) -> Path:
-        """Write :meth:`to_dict` as JSON."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-        return target
-
-
-def _cell(found: Estimate) -> str:
-    return f"{found.value:.2f}" if found.low is None else f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kedit.analysis.bootstrap import Floats, mean_map
+from kedit.analysis.bootstrap import mean_map
 from kedit.analysis.interventions import LABELS
-from kedit.analysis.results.base import NotebookResult
+from kedit.analysis.results.base import AnalysisResult
 from kedit.errors import ConfigError, EditError
+from kedit.evaluation.statistics import Floats
 
 ROLES = ("subject first", "subject middle", "subject last", "next", "between", "last")
 ROLE_LABELS = (
@@ -115,7 +114,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True, eq=False)
-class TraceResult(NotebookResult):
+class TraceResult(AnalysisResult):
     """Traced facts and their averages.
 
     Attributes:
@@ -213,13 +212,6 @@ class TraceResult(NotebookResult):
             "facts": facts,
             "skipped": list(self.skipped),
         }
-
-    def save(self, path: str | Path) -> Path:
-        """Write :meth:`to_dict` as JSON."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-        return target
 
 
 def _supported(effect: Floats) -> npt.NDArray[np.bool_]:
