@@ -183,9 +183,9 @@ def test_without_a_true_target_the_models_own_answer_is_traced():
     [
         ({"kinds": ("mlp", "keys")}, "kinds are some of"),
         ({"kinds": "mlp"}, "kinds are some of"),
-        ({"window": 0}, "window is a number of blocks from 1 to 6"),
-        ({"noise": 0.0}, "noise is a finite number above 0"),
-        ({"samples": 0}, "samples is a whole number of at least 1"),
+        ({"window": 0}, "window must be a whole number of at least 1 and at most 6"),
+        ({"noise": 0.0}, "noise must be a finite number above 0"),
+        ({"samples": 0}, "samples must be a whole number of at least 1"),
     ],
 )
 def test_options_out_of_range_are_refused(options, words):

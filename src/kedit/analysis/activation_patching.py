@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit.analysis.checks import as_kind, check_whole
+from kedit.analysis.checks import as_kind
 from kedit.analysis.edited_models import CHUNK, Patches, Source
 from kedit.analysis.interventions import (
     ACTIVATIONS,
     LABELS,
     Change,
     changing,
-    default_window,
     put_values,
     reading,
     window_of,
+    window_width,
 )
 from kedit.analysis.probes import ProbeTokens, Questions, probe_tokens
 from kedit.analysis.results.patching import CONTAMINATE, RESTORE, Condition, PatchingResult
@@ -39,6 +39,7 @@ from kedit.prompts.likelihood import TOKENS_PER_FORWARD, prompts_per_pass
 from kedit.prompts.tokenize import pad
 from kedit.regularizers import Choice
 from kedit.utils.progress import Progress
+from kedit.utils.validation import check_whole, is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ def patch_activations(
     check_whole("chunk", chunk, 1)
     check_whole("tokens", tokens, 1)
     arch = ModelArch(model)
-    width = default_window(arch.num_layers) if window is None else window
+    width = window_width(window, arch.num_layers)
     conditions = _conditions(arch, activations, directions, width, {} if heads is None else heads)
     patches = Patches(model, tokenizer, cases, editor, regularizer, config)
     asked = {
@@ -132,8 +133,6 @@ def _conditions(
         raise ConfigError(f"activations are some of {', '.join(LABELS)}, not {activations!r}.")
     if isinstance(directions, str) or not directions or set(directions) - {RESTORE, CONTAMINATE}:
         raise ConfigError(f"directions are {RESTORE!r} and {CONTAMINATE!r}, not {directions!r}.")
-    if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= arch.num_layers:
-        raise ConfigError(f"window is a number of blocks from 1 to {arch.num_layers}, not {width!r}.")
     every = tuple(range(arch.num_layers))
     _check_heads(arch, heads)
     made = []
@@ -156,7 +155,7 @@ def _check_heads(arch: ModelArch, heads: Mapping[str, Heads]) -> None:
     numbers = _head_numbers(arch) if heads else {}
     for name, chosen in heads.items():
         for pair in chosen:
-            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(type(part) is int for part in pair):
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_whole, pair)):
                 raise ConfigError(f"The heads {name!r} hold {pair!r}, which is no pair (block, head) of whole numbers.")
             layer, head = arch.check_layer(pair[0]), pair[1]
             number = numbers.get(layer, 0)

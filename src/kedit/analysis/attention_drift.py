@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit.analysis.checks import as_kinds, check_whole
+from kedit.analysis.checks import as_kinds
 from kedit.analysis.edited_models import CHUNK, Patches, Source
 from kedit.analysis.probes import ProbeTokens, probe_tokens_by_case
 from kedit.analysis.results.drift import DriftProbe, DriftResult
@@ -26,6 +26,7 @@ from kedit.models.hooks import inference_state
 from kedit.prompts.likelihood import score_rows
 from kedit.regularizers import Choice
 from kedit.utils.progress import Progress
+from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

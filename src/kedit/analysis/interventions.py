@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from kedit.models import ModelArch, Site
-from kedit.models.arch import Kind
+from kedit.models.arch import SiteKind
 from kedit.models.hooks import by_prompt, on_output
+from kedit.utils.validation import check_whole
 
 # The names in results and figures -> the kind of site.
-ACTIVATIONS: dict[str, Kind] = {"hidden": "block", "mlp": "mlp", "attention": "attention"}
+ACTIVATIONS: dict[str, SiteKind] = {"hidden": "block", "mlp": "mlp", "attention": "attention"}
 LABELS = {
     "hidden": "hidden state",
     "mlp": "MLP output",
@@ -95,9 +96,13 @@ def reading(arch: ModelArch, sites: list[Site], columns: Tensor) -> Iterator[dic
         yield found
 
 
-def default_window(num_layers: int) -> int:
-    """ROME's window, 10 of GPT-2 XL's 48 blocks, in proportion: 1 of 6, 6 of 28."""
-    return max(1, round(num_layers * _WINDOW_SHARE))
+def window_width(window: int | None, num_layers: int) -> int:
+    """The width of windows; by default ROME's, 10 of GPT-2 XL's 48 blocks, in proportion: 1 of 6, 6 of 28.
+
+    Raises:
+        ConfigError: it is no whole number from 1 to ``num_layers``.
+    """
+    return max(1, round(num_layers * _WINDOW_SHARE)) if window is None else check_whole("window", window, 1, num_layers)
 
 
 def window_of(layer: int, width: int, num_layers: int) -> range:

@@ -17,6 +17,7 @@ from torch import nn
 from kedit.capture import open_contexts
 from kedit.errors import ArchitectureError, CaptureError
 from kedit.models.compat import uses_interface
+from kedit.utils.validation import is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +47,7 @@ def layer_index(module: nn.Module) -> int | None:
     """Number of the block an attention module belongs to, as transformers stores it."""
     for name in ("layer_idx", "layer_id"):
         value = getattr(module, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if is_whole(value):
             return value
     return None
 

@@ -25,6 +25,7 @@ from kedit.models import ModelArch
 from kedit.models.defaults import model_defaults
 from kedit.patch.ledger import Ledger
 from kedit.utils.linalg import is_finite
+from kedit.utils.validation import is_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,9 +149,8 @@ class Guard:
         object.__setattr__(self, "cases", _all_of(self.cases, EditCase, "cases", "kedit.EditCase objects"))
         for name in self.limits():
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             most = math.inf if name in ("kl", "perplexity", "norm_growth") else 1.0
-            if value is not None and (not number or not 0 <= value <= most):
+            if value is not None and not (is_number(value) and 0 <= value <= most):
                 expected = "a share from 0 to 1" if most == 1.0 else "a finite number of at least 0"
                 raise ConfigError(f"Guard.{name} is {expected} or None, not {value!r}.")
         if self.texts == () and (self.kl is not None or self.perplexity is not None):

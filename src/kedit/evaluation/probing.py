@@ -18,6 +18,7 @@ from kedit.models import ModelArch
 from kedit.prompts.decode import continue_rows, says
 from kedit.prompts.likelihood import Answer, pair_text, score_rows
 from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode
+from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,13 +63,6 @@ class EvalOptions:
         for text in self.texts:
             if not isinstance(text, str):
                 raise ConfigError(f"texts are plain text, each a string; found a {type(text).__name__}: {text!r}.")
-
-
-def check_whole(name: str, value: object, least: int | None = None) -> None:
-    """Raise ``ConfigError`` unless ``value`` is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-        bound = "" if least is None else f" of at least {least}"
-        raise ConfigError(f"{name} must be a whole number{bound}, not {value!r}.")
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from kedit.models.offload import device_of, unwrap
 from kedit.models.parameters import bare, part, weight_of
 from kedit.models.weight import Weight
 from kedit.utils.progress import logger
+from kedit.utils.validation import is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Kind = Literal["mlp", "block", "attention"]
+SiteKind = Literal["mlp", "block", "attention"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Site:
     """
 
     layer: int
-    kind: Kind = "mlp"
+    kind: SiteKind = "mlp"
 
 
 class ModelArch:
@@ -250,7 +251,7 @@ class ModelArch:
 
     def check_layer(self, layer: int) -> int:
         """Return ``layer``, or raise :class:`ConfigError` where the model has no such block."""
-        if isinstance(layer, bool) or not isinstance(layer, int):
+        if not is_whole(layer):
             raise ConfigError(f"A layer must be a whole number, not {layer!r}.")
         if not 0 <= layer < self.num_layers:
             raise ConfigError(

@@ -19,7 +19,7 @@ from kedit.analysis.probes import probe_tokens_by_case
 from kedit.analysis.results.drift import DriftResult
 from kedit.analysis.results.patching import PatchingResult
 from kedit.analysis.results.tracing import TraceResult
-from kedit.errors import ConfigError, EditError
+from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
 from kedit.evaluation.provenance import describe_model, environment
 from kedit.models import ModelArch
@@ -34,6 +34,7 @@ from kedit.report.html import (
     table,
     trace_html,
 )
+from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,8 +143,8 @@ def reveal(
         EditError: no case has a probe that mentions the edited subject, or no case could be edited.
         ConfigError: options do not fit together.
     """
-    if not all(type(number) is int and number >= 1 for number in (samples, traced)):
-        raise ConfigError(f"samples and traced must be at least 1, not {samples!r} and {traced!r}.")
+    check_whole("samples", samples, 1)
+    check_whole("traced", traced, 1)
     start = time.perf_counter()
     plain = Patches(model, tokenizer, cases, editor, None, config)
     chosen = plain.cases

@@ -1,4 +1,4 @@
-"""The base class of the results of the analysis functions."""
+"""The base class of the results of the analysis functions, and kinds of probes by name."""
 
 from __future__ import annotations
 
