@@ -16,7 +16,7 @@ from kedit.analysis.probes import ProbeTokens, probe_tokens_by_case
 from kedit.analysis.results.drift import DriftProbe, DriftResult
 from kedit.capture import row_divergence
 from kedit.capture.divergence import over_attending
-from kedit.capture.install import attention_modules
+from kedit.capture.modules import attention_modules
 from kedit.errors import EditError
 from kedit.evaluation.attention import AttentionToSubject, attention_to_subject
 from kedit.evaluation.cases import EditCase, Kind

@@ -33,7 +33,7 @@ class _Rows(torch.autograd.Function):
         q, k, positions, rows = ctx.saved_tensors
         dq = torch.zeros_like(q) if ctx.needs_input_grad[0] else None
         dk = torch.zeros_like(k) if ctx.needs_input_grad[1] else None
-        ctx.backend.backward(grad, rows, q, k, positions, ctx.rule, dq, dk)
+        ctx.backend.backward(grad, rows, q, k, positions, ctx.rule, (dq, dk))
         return dq, dk, None, None, None, None
 
 
@@ -81,7 +81,7 @@ class _AttentionAndRows(torch.autograd.Function):
                 if ctx.needs_input_grad[i]:
                     grads[i] = _writable(grads[i], inner[i])
             q, k = inner[0].detach(), inner[1].detach()
-            ctx.backend.backward(grad_rows, rows, q, k, positions, ctx.rule, grads[0], grads[1])
+            ctx.backend.backward(grad_rows, rows, q, k, positions, ctx.rule, (grads[0], grads[1]))
         if not keep:
             ctx.inner = ctx.out = None
         return (*grads, None, None, None, None, None)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kedit.capture.attention_rule import Memo, Rule, accumulator, gather_queries, visible
+from kedit.capture.attention_rule import Grads, Memo, Rule, accumulator, gather_queries, visible
 from kedit.capture.reference import normalise
 
 
@@ -61,17 +61,8 @@ def forward(q: Tensor, k: Tensor, positions: Tensor, rule: Rule, memo: Memo | No
     return normalise(scores, rule.sinks, rule.lse)
 
 
-def backward(
-    grad: Tensor,
-    rows: Tensor,
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    rule: Rule,
-    dq: Tensor | None,
-    dk: Tensor | None,
-) -> None:
-    """Add the gradient of the rows to ``dq`` and ``dk`` in place.
+def backward(grad: Tensor, rows: Tensor, q: Tensor, k: Tensor, positions: Tensor, rule: Rule, grads: Grads) -> None:
+    """Add the gradient of the rows to that of the queries, ``dq``, and of the keys, ``dk``, in place.
 
     ds = p (dp - Σ p dp), through the softcap; dq += scaling · ds k, dk += scaling · dsᵀ q. A key that has no weight takes
     no part, whatever ``grad`` holds there.
@@ -83,9 +74,9 @@ def backward(
         k: keys, [B, A / G, Tk, D].
         positions: [B, R].
         rule: as in the forward pass.
-        dq: [B, A, Tq, D] in the dtype of q, or ``None`` if not wanted.
-        dk: [B, A / G, Tk, D] in the dtype of k, or ``None`` if not wanted.
+        grads: dq [B, A, Tq, D] in the dtype of q and dk [B, A / G, Tk, D] in the dtype of k; ``None`` if not wanted.
     """
+    dq, dk = grads
     grad = torch.where(rows == 0, 0, grad.to(rows.dtype))
     ds = rows * (grad - (rows * grad).sum(-1, keepdim=True))
     ds = ds.view(q.shape[0], k.shape[1], -1, k.shape[2])
