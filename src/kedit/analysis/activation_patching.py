@@ -103,16 +103,16 @@ def patch_activations(
         raise EditError(
             f"Nothing could be patched: No probe of kind {asked_kind} has a wrong answer and mentions the subject."
         )
-    found: list[tuple[ProbeTokens, Floats]] = []
+    scored: list[tuple[ProbeTokens, Floats]] = []
     with inference_state(model), Progress(len(asked), "patching", unit="case") as progress:
         for part in patches.chunks(chunk):
             for case, patch in part:
                 if probes := asked[case.id]:
                     exchange = _Exchange(arch, Questions.of(probes), tokens)
                     scores = exchange.run(patches, patch, conditions)
-                    found += [(probe, scores[:, i]) for i, probe in enumerate(probes)]
+                    scored += [(probe, scores[:, i]) for i, probe in enumerate(probes)]
                 progress.advance()
-    if not found:
+    if not scored:
         raise EditError(f"Nothing could be patched: {next(iter(patches.failures.values()))}")
     return PatchingResult(
         label=patches.label,
@@ -120,8 +120,8 @@ def patch_activations(
         window=width,
         num_layers=arch.num_layers,
         conditions=(Condition.original(), Condition.edited(), *conditions),
-        cases=tuple(probe.case for probe, _ in found),
-        probabilities=np.stack([scores for _, scores in found], 1),
+        cases=tuple(probe.case for probe, _ in scored),
+        probabilities=np.stack([scores for _, scores in scored], 1),
         failures=dict(patches.failures),
     )
 
@@ -213,7 +213,7 @@ class _Exchange:
             reading(self.arch, sites, self.positions) as outputs,
         ):
             scores = self.questions.score(self.arch, self.ids, self.mask, 1)
-            rows = {layer: found.cpu() for layer, found in capture.rows.items()}
+            rows = {layer: own.cpu() for layer, own in capture.rows.items()}
         return _Stored(rows, outputs, scores)
 
     def _patched(
@@ -241,14 +241,14 @@ class _Exchange:
 
     def _weights(self, conditions: Sequence[Condition], stored: _Stored) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         rows, where = {}, {}
-        for layer, found in stored.rows.items():
-            heads = torch.zeros(len(conditions), found.shape[1], dtype=torch.bool)
+        for layer, own in stored.rows.items():
+            heads = torch.zeros(len(conditions), own.shape[1], dtype=torch.bool)
             for c, one in enumerate(conditions):
                 if one.activation == "weights" and layer in one.layers:
-                    heads[c, one.heads_of(layer, found.shape[1])] = True
+                    heads[c, one.heads_of(layer, own.shape[1])] = True
             if heads.any():
-                rows[layer] = found.repeat(len(conditions), 1, 1, 1)
-                where[layer] = heads.repeat_interleave(len(found), 0)
+                rows[layer] = own.repeat(len(conditions), 1, 1, 1)
+                where[layer] = heads.repeat_interleave(len(own), 0)
         return rows, where
 
     def _outputs(self, conditions: Sequence[Condition], stored: _Stored) -> Iterator[tuple[Site, Change]]:

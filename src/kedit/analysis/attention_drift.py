@@ -68,7 +68,7 @@ def drift(
     arch = ModelArch(model)
     patches = Patches(model, tokenizer, cases, editor, regularizer, config)
     asked = probe_tokens_by_case(arch, tokenizer, patches.cases, chosen)
-    found = _Found([])
+    measured = _Found([])
     with inference_state(model), Progress(len(asked), "comparing attention", unit="case") as progress:
         for part in patches.chunks(chunk):
             before = dict(zip([case.id for case, _ in part], _ask(arch, [asked[c.id] for c, _ in part]), strict=True))
@@ -76,11 +76,11 @@ def drift(
                 with patches.edited(patch):
                     after = _ask(arch, [asked[case.id]])[0]
                 for probe, then, now in zip(asked[case.id], before[case.id], after, strict=True):
-                    found.add(tokenizer, probe, then, now)
+                    measured.add(tokenizer, probe, then, now)
                 progress.advance()
-    if not found.probes:
+    if not measured.probes:
         raise EditError(f"No edit succeeded. The first: {next(iter(patches.failures.values()), 'there was none')}")
-    return found.result(patches, tuple(attention_modules(model)))
+    return measured.result(patches, tuple(attention_modules(model)))
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ def mean_map(values: Floats, resamples: int = RESAMPLES) -> Floats:
         mean = filled.sum(0) / counts
         weights = case_weights(len(values), resamples)
         drawn = (weights @ filled) / (weights @ there)
-    found = np.full((3, flat.shape[1]), np.nan)
-    found[0] = mean
+    result = np.full((3, flat.shape[1]), np.nan)
+    result[0] = mean
     some = counts >= 2
     if some.any():
-        found[1:, some] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0)
-    return found.reshape(3, *values.shape[1:])
+        result[1:, some] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0)
+    return result.reshape(3, *values.shape[1:])
 
 
 def pearson(x: Floats, y: Floats) -> float:

@@ -133,14 +133,14 @@ def _trace_fact(arch: ModelArch, fact: Fact, kinds: Sequence[str], width: int, n
     todo: list[Restoration | None] = [None, *restorations(fact, kinds, arch.num_layers)]
     rows = [(sample, spec) for spec in range(len(todo)) for sample in range(len(noise))]
     size = _rows_per_pass(arch, fact, tokens)
-    found = np.empty(len(rows))
+    scores = np.empty(len(rows))
     clean = float("nan")
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         probabilities = _run(arch, fact, width, noise[[sample for sample, _ in part]], [todo[spec] for _, spec in part])
         clean = float(probabilities[0])
-        found[start : start + size] = probabilities[1:]
-    means = found.reshape(len(todo), len(noise)).mean(1)
+        scores[start : start + size] = probabilities[1:]
+    means = scores.reshape(len(todo), len(noise)).mean(1)
     effects = {}
     for i, kind in enumerate(kinds):
         effect = np.zeros((fact.num_prompt, arch.num_layers))
@@ -196,8 +196,8 @@ def _changes(arch: ModelArch, width: int, todo: Sequence[Restoration | None]) ->
         for site in _sites(item, width, arch.num_layers):
             places.setdefault(site, []).append((row, item.token if item else 0))
     changes = {}
-    for site, found in places.items():
-        rows, columns = (torch.tensor(part) for part in zip(*found, strict=True))
+    for site, at in places.items():
+        rows, columns = (torch.tensor(part) for part in zip(*at, strict=True))
         changes[site] = copy_rows(rows, columns, torch.zeros_like(rows))
     return changes
 

@@ -25,7 +25,7 @@ def as_kinds(values: Any) -> tuple[Kind, ...]:
     """Kinds of probes; raises :class:`ConfigError` where they are no list of them."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ConfigError(f"kinds is a list of kinds of probes, like ({str(Kind.RELATION)!r},), not {values!r}.")
-    found = tuple(as_kind(value) for value in values)
-    if not found:
+    kinds = tuple(as_kind(value) for value in values)
+    if not kinds:
         raise ConfigError(f"kinds is empty, so no probe would be asked. Give some of {', '.join(map(str, Kind))}.")
-    return found
+    return kinds

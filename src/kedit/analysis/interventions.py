@@ -80,20 +80,20 @@ def changing(arch: ModelArch, changes: Mapping[Site, Change]) -> Iterator[None]:
 @contextmanager
 def reading(arch: ModelArch, sites: list[Site], columns: Tensor) -> Iterator[dict[Site, Tensor]]:
     """Collects the outputs of sites at the tokens ``columns`` [B, R]; column -1 gives what is never used."""
-    found: dict[Site, Tensor] = {}
+    outputs: dict[Site, Tensor] = {}
 
     def read(site: Site) -> Callable[[Tensor], None]:
         def take(output: Tensor) -> None:
             at = columns.clamp(min=0).to(output.device)
             split = by_prompt(output, len(at))
-            found[site] = split[torch.arange(len(at), device=output.device)[:, None], at].cpu()
+            outputs[site] = split[torch.arange(len(at), device=output.device)[:, None], at].cpu()
 
         return take
 
     with ExitStack() as stack:
         for site in sites:
             stack.enter_context(on_output(arch.site(site), read(site)))
-        yield found
+        yield outputs
 
 
 def window_width(window: int | None, num_layers: int) -> int:

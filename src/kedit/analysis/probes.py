@@ -110,8 +110,8 @@ class Questions:
         places: list[set[int]] = [set() for _ in self.inputs]
         for number, start, labels in self.answers:
             places[number].update(range(start, start + len(labels)))
-        width = max(len(found) for found in places)
-        return torch.tensor([sorted(found) + [-1] * (width - len(found)) for found in places])
+        width = max(len(tokens) for tokens in places)
+        return torch.tensor([sorted(tokens) + [-1] * (width - len(tokens)) for tokens in places])
 
     @torch.no_grad()
     def score(self, arch: ModelArch, ids: Tensor, mask: Tensor, count: int) -> Floats:

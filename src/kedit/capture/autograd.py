@@ -73,8 +73,8 @@ class _AttentionAndRows(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None, None]
         if grad_out is not None:
             wanted = [i for i in range(3) if ctx.needs_input_grad[i]]
-            found = torch.autograd.grad(ctx.out, [inner[i] for i in wanted], grad_out, retain_graph=keep)
-            for i, grad in zip(wanted, found, strict=True):
+            computed = torch.autograd.grad(ctx.out, [inner[i] for i in wanted], grad_out, retain_graph=keep)
+            for i, grad in zip(wanted, computed, strict=True):
                 grads[i] = grad
         if grad_rows is not None:
             for i in range(2):

@@ -37,21 +37,21 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     Raises:
         CaptureError: none was found.
     """
-    found: dict[int, nn.Module] = {}
+    modules: dict[int, nn.Module] = {}
     for module in decoder_of(model).modules():  # parents come before children: the innermost stays
         layer = layer_index(module)
         if layer is None or "Attention" not in type(module).__name__ or getattr(module, "is_cross_attention", False):
             continue
-        if layer in found and module not in set(found[layer].modules()):
+        if layer in modules and module not in set(modules[layer].modules()):
             raise CaptureError(
                 f"Block {layer} of {type(model).__name__} has two attention modules "
-                f"({type(found[layer]).__name__}, {type(module).__name__}); kedit cannot tell which to capture."
+                f"({type(modules[layer]).__name__}, {type(module).__name__}); kedit cannot tell which to capture."
             )
-        found[layer] = module
-    found = found or _by_structure(model)
-    if not found:
+        modules[layer] = module
+    modules = modules or _by_structure(model)
+    if not modules:
         raise CaptureError(f"{type(model).__name__} has no attention module that kedit can find.")
-    return dict(sorted(found.items()))
+    return dict(sorted(modules.items()))
 
 
 def _by_structure(model: nn.Module) -> dict[int, nn.Module]:

@@ -84,19 +84,19 @@ def backward(grad: Tensor, rows: Tensor, q: Tensor, k: Tensor, positions: Tensor
         ds = ds / torch.cosh(_products(q, k, positions, rule.scaling).div_(rule.softcap)).square_()
     ds = ds * rule.scaling
     queries = _queries(q, k, positions)
-    found = torch.empty_like(queries) if dq is not None else None
+    products = torch.empty_like(queries) if dq is not None else None
     for batch in _batches(q):
-        if found is not None:
-            torch.matmul(ds[batch], k[batch].to(ds.dtype), out=found[batch])
+        if products is not None:
+            torch.matmul(ds[batch], k[batch].to(ds.dtype), out=products[batch])
         if dk is not None:
             dk[batch] += ds[batch].transpose(2, 3) @ queries[batch]
-    if dq is not None and found is not None:
-        _scatter(dq, found.view(q.shape[0], q.shape[1], -1, q.shape[3]), positions)
+    if dq is not None and products is not None:
+        _scatter(dq, products.view(q.shape[0], q.shape[1], -1, q.shape[3]), positions)
 
 
-def _scatter(dq: Tensor, found: Tensor, positions: Tensor) -> None:
+def _scatter(dq: Tensor, gradients: Tensor, positions: Tensor) -> None:
     """Add [B, A, R, D] to the rows ``positions`` of dq; rows named twice receive both."""
     batch = torch.arange(dq.shape[0], device=dq.device)[:, None]
     dead = (positions < 0)[:, :, None, None]
-    values = found.transpose(1, 2).masked_fill(dead, 0).to(dq.dtype)
+    values = gradients.transpose(1, 2).masked_fill(dead, 0).to(dq.dtype)
     dq.transpose(1, 2).index_put_((batch, positions.clamp(min=0)), values, accumulate=True)

@@ -89,9 +89,9 @@ def recognise(records: Sequence[Any], source: str = "The file") -> str:
             for fields, name in _MARKS:
                 if fields <= record.keys():
                     return name
-    found = next((sorted(record) for record in records if isinstance(record, Mapping)), [])
+    names = next((sorted(record) for record in records if isinstance(record, Mapping)), [])
     raise EditError(
-        f"{source} is in no known form (fields of its first record: {', '.join(found) or 'none'}). "
+        f"{source} is in no known form (fields of its first record: {', '.join(names) or 'none'}). "
         f"Name one of {', '.join(FORMATS)}."
     )
 

@@ -182,11 +182,11 @@ class Guard:
 
 def _all_of(given: Any, kind: type, name: str, what: str) -> tuple[Any, ...]:
     """The items as a tuple; raises :class:`ConfigError` unless all are of a kind."""
-    found = tuple(given) if isinstance(given, Iterable) else (given,)
-    for item in found:
+    items = tuple(given) if isinstance(given, Iterable) else (given,)
+    for item in items:
         if not isinstance(item, kind):
             raise ConfigError(f"Guard.{name} are {what}, and one of them is {item!r:.60}.")
-    return found
+    return items
 
 
 @dataclass
@@ -265,8 +265,8 @@ def _share(scores: Sequence[CaseScore], kind: Kind) -> float | None:
 
 
 def _succeeds(probe: ProbeScore) -> float:
-    found = success(probe, probe)
-    return (all_tokens(probe, probe) or 0.0) if found is None else found
+    passed = success(probe, probe)
+    return (all_tokens(probe, probe) or 0.0) if passed is None else passed
 
 
 def _norm(weight: torch.Tensor) -> float:

@@ -39,30 +39,30 @@ def propose_each(
 ) -> dict[str, EditPatch | str]:
     """By case: the patch that writes its facts on the unedited model, or why there is none."""
     single = [case for case in cases if not case.more]
-    found: dict[str, EditPatch | str] = {}
+    patches: dict[str, EditPatch | str] = {}
     try:
         made = editor.propose([case.edit for case in single], list(regularizers)) if single else []
-        found.update(zip((case.id for case in single), made, strict=True))
+        patches.update(zip((case.id for case in single), made, strict=True))
     except FATAL_ERRORS:
         raise
     except KEditError:
         pass  # which one fails shows below
     for case in cases:
-        if case.id in found:
+        if case.id in patches:
             continue
         try:
             if not case.more:
-                found[case.id] = editor.propose(case.edit, list(regularizers))[0]
+                patches[case.id] = editor.propose(case.edit, list(regularizers))[0]
                 continue
             with editor.unchecked():
                 result = editor.apply(case.edits, list(regularizers))
             result.revert()
-            found[case.id] = result.patch
+            patches[case.id] = result.patch
         except FATAL_ERRORS:
             raise
         except KEditError as error:
-            found[case.id] = str(error)
-    return found
+            patches[case.id] = str(error)
+    return patches
 
 
 class JointEdit:

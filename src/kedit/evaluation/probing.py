@@ -170,26 +170,26 @@ class ProbeScorer:
         """Greedy continuations and whether they are the right answer, for the kinds where that is asked."""
         if not self.extent.exact:
             return {}
-        found: list[tuple[tuple[str, int], TokenizedPrompt, list[str]]] = []
+        asked: list[tuple[tuple[str, int], TokenizedPrompt, list[str]]] = []
         for plan in plans:
             for number, probe in enumerate(plan.case.probes):
                 if probe.kind in EXACT and probe.right is not None:
                     accepted = [probe.right, *probe.accept]
-                    found.append(((plan.case.id, number), plan.right[number], accepted))
-        if not found:
+                    asked.append(((plan.case.id, number), plan.right[number], accepted))
+        if not asked:
             return {}
-        lengths = [len(row.labels) + _longer(self.tokenizer, accepted) + SPARE for _, row, accepted in found]
-        prompts = [row.ids[: row.target] for _, row, _ in found]
+        lengths = [len(row.labels) + _longer(self.tokenizer, accepted) + SPARE for _, row, accepted in asked]
+        prompts = [row.ids[: row.target] for _, row, _ in asked]
         texts = continue_rows(self.arch, self.tokenizer, prompts, lengths)
         return {
             key: (text, says(text, accepted, ended=ended))
-            for (key, _, accepted), (text, ended) in zip(found, texts, strict=True)
+            for (key, _, accepted), (text, ended) in zip(asked, texts, strict=True)
         }
 
     def _written(self, plans: Sequence[Plan]) -> dict[tuple[str, int], str]:
         if not self.extent.generate:
             return {}
-        found = [
+        prompts = [
             ((plan.case.id, number), plan.right[number].ids)
             for plan in plans
             for number, probe in enumerate(plan.case.probes)
@@ -197,9 +197,14 @@ class ProbeScorer:
         ]
         extent = self.extent
         texts = continue_rows(
-            self.arch, self.tokenizer, [ids for _, ids in found], extent.generate, top_k=extent.top_k, seed=extent.seed
+            self.arch,
+            self.tokenizer,
+            [ids for _, ids in prompts],
+            extent.generate,
+            top_k=extent.top_k,
+            seed=extent.seed,
         )
-        return {key: text for (key, _), (text, _) in zip(found, texts, strict=True)}
+        return {key: text for (key, _), (text, _) in zip(prompts, texts, strict=True)}
 
     def _reference(self, case: EditCase, written: Sequence[str]) -> float | None:
         """All that was generated against all references, joined as in the published code."""

@@ -63,8 +63,8 @@ class Tally:
     @classmethod
     def of(cls, values: Sequence[Sequence[float]], *, by_case: bool = False) -> Tally:
         """Values per case; ``by_case`` takes each case's mean as its one value."""
-        sums = np.array([sum(found) for found in values], dtype=np.float64)
-        counts = np.array([len(found) for found in values], dtype=np.float64)
+        sums = np.array([sum(per_case) for per_case in values], dtype=np.float64)
+        counts = np.array([len(per_case) for per_case in values], dtype=np.float64)
         if by_case:
             sums = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
             counts = (counts > 0).astype(np.float64)
@@ -122,8 +122,8 @@ def _estimate(sides: Sequence[Sequence[Tally]], weights: Floats) -> Estimate | N
 
 
 def _combine(sides: Sequence[Sequence[Tally]], weights: Floats) -> Floats:
-    found = []
+    combined = []
     for parts in sides:
         means = np.stack([part.means(weights) for part in parts])
-        found.append(means[0] if len(parts) == 1 else harmonic_means(means))
-    return found[0] if len(found) == 1 else found[0] - found[1]
+        combined.append(means[0] if len(parts) == 1 else harmonic_means(means))
+    return combined[0] if len(combined) == 1 else combined[0] - combined[1]

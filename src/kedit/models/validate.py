@@ -58,8 +58,8 @@ def check_model(model: Any) -> None:
 
 def _down(arch: ModelArch, layer: int) -> nn.Module:
     experts = arch.experts(layer)
-    found: nn.Module = arch.down(layer) if experts is None else experts.module
-    return found
+    down: nn.Module = arch.down(layer) if experts is None else experts.module
+    return down
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def _picture(report: EvalReport) -> str:
         return ""
     measured = {METRICS[name].label: report.figures[name] for name in shares}
     try:
-        drawn = before_after({label: (found["before"], found["after"]) for label, found in measured.items()})
+        drawn = before_after({label: (states["before"], states["after"]) for label, states in measured.items()})
     except DependencyError as error:
         return f"<p><small>{escape(str(error))}</small></p>"
     return figure(drawn, "Before and after the edits. Bars: 95% bootstrap intervals by case.")
@@ -46,10 +46,10 @@ def _picture(report: EvalReport) -> str:
 
 def _metrics(report: EvalReport) -> str:
     rows = []
-    for name, found in report.figures.items():
-        metric, after = METRICS[name], found["after"]
+    for name, states in report.figures.items():
+        metric, after = METRICS[name], states["after"]
         assert after is not None
-        cells = [show(found[state], metric) for state in ("before", "after", "difference")]
+        cells = [show(states[state], metric) for state in ("before", "after", "difference")]
         label = f'<span title="{escape(metric.summary)}">{escape(metric.label)}</span>'
         source = f"{escape(metric.protocol)}<br><small>{escape(metric.source)}</small>"
         rows.append([label, *cells, f"{after.n} ({after.cases})", metric.direction, source])

@@ -156,9 +156,9 @@ def tracing_handover(result: TraceResult) -> Figure:
     ]
     for kind, role, colour, marker in lines:
         if kind in result.kinds:
-            found = 100 * result.average(kind)[:, ROLES.index(role)]
+            effects = 100 * result.average(kind)[:, ROLES.index(role)]
             label = f"{LABELS[kind]}, {ROLE_LABELS[ROLES.index(role)]}"
-            _line(axis, range(result.num_layers), found, label, colour, marker)
+            _line(axis, range(result.num_layers), effects, label, colour, marker)
     _blocks(axis, range(result.num_layers))
     axis.set_ylabel("average indirect effect\n(points of probability)")
     axis.grid(axis="y", color="#dddddd")
@@ -193,9 +193,9 @@ def drift_maps(results: Sequence[DriftResult], name: str = "kl") -> Figure:
     blocks, heads = maps[0].shape
     figure = _new(1.8 + len(maps) * max(2.8, 0.55 * heads), 1.8 + max(2.2, 0.5 * min(blocks, 16)))
     axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
-    top = max(float(np.abs(found).max()) for found in maps)
-    for axis, found, result in zip(axes, maps, results, strict=True):
-        image = _heat(axis, found, -top if name == "gain" else 0.0, top, CHANGE if name == "gain" else AMOUNT)
+    top = max(float(np.abs(values).max()) for values in maps)
+    for axis, values, result in zip(axes, maps, results, strict=True):
+        image = _heat(axis, values, -top if name == "gain" else 0.0, top, CHANGE if name == "gain" else AMOUNT)
         axis.set_title(plain(result.label))
         axis.set_xlabel("head")
         axis.set_xticks(range(0, heads, 1 if heads <= 12 else 4))
@@ -215,8 +215,8 @@ def attention_maps(probe: DriftProbe, states: Mapping[str, Floats]) -> Figure:
     blocks = len(next(iter(states.values())))
     figure = _new(max(8, 2.2 + _TOKEN_WIDTH * len(probe.tokens)), 1.6 + len(states) * (0.6 + 0.26 * min(blocks, 24)))
     axes = figure.subplots(len(states), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (label, found) in zip(axes, states.items(), strict=True):
-        image = _heat(axis, found, 0.0, 1.0)
+    for axis, (label, weights) in zip(axes, states.items(), strict=True):
+        image = _heat(axis, weights, 0.0, 1.0)
         axis.set_title(plain(label))
         axis.set_ylabel("block")
         axis.set_yticks(range(0, blocks, 1 if blocks <= 6 else max(2, blocks // 5)))
@@ -252,8 +252,8 @@ def correlation_plot(result: DriftResult, measure: str = "drift") -> Figure:
 def patching_bars(result: PatchingResult) -> Figure:
     """How much of the damage each exchange undoes or does: all blocks at once and chosen heads, with intervals."""
     chosen = [(i, one) for i, one in enumerate(result.conditions) if i > EDITED and one.centre is None]
-    found = [(one, result.share(i)) for i, one in chosen]
-    kept = [(one, share) for one, share in found if share is not None]
+    shares = [(one, result.share(i)) for i, one in chosen]
+    kept = [(one, share) for one, share in shares if share is not None]
     _need(kept)
     figure = _new(9.5, 1.9 + 0.5 * len(kept))
     axis = figure.subplots()
@@ -308,11 +308,11 @@ def _heat(axis: Any, values: Floats, low: float, high: float, colours: str = AMO
     return axis.imshow(values, vmin=low, vmax=high, cmap=colours, aspect="auto", interpolation="nearest")
 
 
-def _line(axis: Any, xs: Sequence[int], found: Floats, label: str, colour: str, marker: str) -> None:
+def _line(axis: Any, xs: Sequence[int], values: Floats, label: str, colour: str, marker: str) -> None:
     """A line through means [0] with its interval [1], [2] as a band."""
-    axis.plot(xs, found[0], marker=marker, color=colour, label=label)
-    if not np.isnan(found[1]).any():
-        axis.fill_between(xs, found[1], found[2], color=colour, alpha=0.18, lw=0)
+    axis.plot(xs, values[0], marker=marker, color=colour, label=label)
+    if not np.isnan(values[1]).any():
+        axis.fill_between(xs, values[1], values[2], color=colour, alpha=0.18, lw=0)
 
 
 def bounds(estimates: Sequence[Estimate]) -> Floats:

@@ -117,13 +117,13 @@ def heads_html(drifts: Sequence[DriftResult]) -> str:
     parts = [drift_html(drifts[0], drifts)]
     for other in drifts[1:]:
         try:
-            found = drifts[0].against(other)
+            means = drifts[0].against(other)
         except EditError as error:
             parts.append(f"<p>{escape(str(error))}</p>")
             continue
         parts.append(
-            f"<p>In the heads that over-attend under {escape(drifts[0].label)}, the mean drift is {found['here'].value:.3f} nats; "
-            f"under {escape(other.label)} it is {found['other'].value:.3f}.</p>"
+            f"<p>In the heads that over-attend under {escape(drifts[0].label)}, the mean drift is {means['here'].value:.3f} nats; "
+            f"under {escape(other.label)} it is {means['other'].value:.3f}.</p>"
         )
     return "".join(parts)
 

@@ -67,8 +67,8 @@ class Reveal:
 
     def summary(self) -> str:
         """All summaries, as text, and what is missing."""
-        found = [part.summary() for part in (self.trace, *self.drifts, self.patching) if part is not None]
-        return "\n\n".join([*found, *(f"{PARTS[name]}: not available. {why}" for name, why in self.missing.items())])
+        parts = [part.summary() for part in (self.trace, *self.drifts, self.patching) if part is not None]
+        return "\n\n".join([*parts, *(f"{PARTS[name]}: not available. {why}" for name, why in self.missing.items())])
 
     def save(self, path: str | Path) -> Path:
         """Write the page: one HTML file that needs nothing else."""
@@ -82,27 +82,27 @@ class Reveal:
         return in_notebook(self, page)
 
 
-def page(found: Reveal) -> str:
+def page(result: Reveal) -> str:
     """The whole page about one edit or a run."""
     parts = [
-        f"<p>{escape(found.intro)}</p>",
+        f"<p>{escape(result.intro)}</p>",
         "<h2>What the model says</h2>",
-        answers_html(found.drifts),
+        answers_html(result.drifts),
         "<h2>Where the fact is kept</h2>",
-        _absent(found.missing["trace"]) if found.trace is None else trace_html(found.trace),
+        _absent(result.missing["trace"]) if result.trace is None else trace_html(result.trace),
         "<h2>Where the last token looks</h2>",
-        maps_html(found.drifts),
+        maps_html(result.drifts),
         "<h2>Which heads moved</h2>",
-        heads_html(found.drifts),
-        _absent(found.missing["regularized"], "The run with the regularizer is not")
-        if "regularized" in found.missing
+        heads_html(result.drifts),
+        _absent(result.missing["regularized"], "The run with the regularizer is not")
+        if "regularized" in result.missing
         else "",
         "<h2>What carries the damage</h2>",
-        _absent(found.missing["patching"]) if found.patching is None else patching_html(found.patching),
+        _absent(result.missing["patching"]) if result.patching is None else patching_html(result.patching),
         "<h2>Run</h2>",
-        table([], [[escape(key), escape(str(value))] for key, value in found.meta.items()]),
+        table([], [[escape(key), escape(str(value))] for key, value in result.meta.items()]),
     ]
-    return document(found.title, parts)
+    return document(result.title, parts)
 
 
 def _absent(reason: str, what: str = "Not") -> str:

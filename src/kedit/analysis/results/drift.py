@@ -129,11 +129,11 @@ class DriftResult(AnalysisResult):
             ConfigError: there is no such kind.
         """
         wanted = as_kind(kind)
-        found = tuple(probe for probe in self.probes if probe.kind == wanted)
-        if not found:
+        probes = tuple(probe for probe in self.probes if probe.kind == wanted)
+        if not probes:
             kinds = ", ".join(sorted({str(probe.kind) for probe in self.probes}))
             raise EditError(f"No probe of kind {kind} was asked; there are {kinds}.")
-        return found
+        return probes
 
     @property
     def main_kind(self) -> Kind:
@@ -162,7 +162,7 @@ class DriftResult(AnalysisResult):
         loss = np.array([probe.loss for probe in probes])
         kl = self.stack("kl", kind)
         maps = {name: self.map(name, kind) for name in ("over", "excess", "gain", "kl", "weight_before")}
-        found = [
+        heads = [
             Head(
                 layer=layer,
                 head=head,
@@ -176,7 +176,7 @@ class DriftResult(AnalysisResult):
             for place, layer in enumerate(self.layers)
             for head in range(kl.shape[2])
         ]
-        return sorted(found, key=lambda one: -one.excess)
+        return sorted(heads, key=lambda one: -one.excess)
 
     def correlations(self, kind: Kind | str | None = None) -> dict[str, dict[str, Estimate]]:
         """By measure: Pearson's and Spearman's correlation with the loss, with intervals by case."""
@@ -186,14 +186,14 @@ class DriftResult(AnalysisResult):
         probes = self.of(chosen)
         loss = np.array([probe.loss for probe in probes])
         groups = [probe.case for probe in probes]
-        found = self._correlations.setdefault(str(chosen), {})
+        correlations = self._correlations.setdefault(str(chosen), {})
         for name in MEASURES:
             values = np.array([probe.measure(name) for probe in probes])
-            found[name] = {
+            correlations[name] = {
                 "pearson": correlation(pearson, values, loss, groups),
                 "spearman": correlation(spearman, values, loss, groups),
             }
-        return found
+        return correlations
 
     def against(self, other: DriftResult, kind: Kind | str | None = None) -> dict[str, Estimate]:
         """The drift of the heads that over-attend here, here and in ``other``, and the paired difference (other - here).
@@ -217,11 +217,11 @@ class DriftResult(AnalysisResult):
                 there[mine.case].append(float(twin.kl[mine.over].mean()))
         tallies = [Tally.of([values[case] for case in cases]) for values in (here, there)]
         weights = case_weights(len(cases))
-        found = [estimate([tally], weights) for tally in tallies]
+        means = [estimate([tally], weights) for tally in tallies]
         change = difference([tallies[1]], [tallies[0]], weights)
-        if found[0] is None or found[1] is None or change is None:
+        if means[0] is None or means[1] is None or change is None:
             raise EditError(f"Under {self.label} no head attends to the edited subject more than any did before.")
-        return {"here": found[0], "other": found[1], "difference": change}
+        return {"here": means[0], "other": means[1], "difference": change}
 
     def summary(self) -> str:
         """The correlations and the heads that over-attend most, as text."""
