@@ -176,7 +176,7 @@ def _head_numbers(arch: ModelArch) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What one state of the model computes at the positions: rows by block [N, A, R, T], outputs by site [N, R, H]."""
+    """Activations of one state of the model at the positions: rows by block [N, A, R, T], outputs by site [N, R, H]."""
 
     rows: dict[int, Tensor]
     outputs: dict[Site, Tensor]

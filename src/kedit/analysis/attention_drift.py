@@ -108,7 +108,7 @@ def _ask(arch: ModelArch, cases: Sequence[Sequence[ProbeTokens]]) -> list[list[_
 
 @dataclass
 class _Found:
-    """What has been measured so far."""
+    """Probes measured so far."""
 
     probes: list[DriftProbe]
 

@@ -36,7 +36,7 @@ KINDS = ("hidden", "mlp", "attention")
 
 @dataclass(frozen=True)
 class Restoration:
-    """What is given back: one kind of activation, at one token, in the window around one block."""
+    """One restoration: one kind of activation, at one token, in the window around one block."""
 
     kind: str
     token: int

@@ -41,7 +41,7 @@ class Fact:
 
     @property
     def fed(self) -> tuple[int, ...]:
-        """What the model reads: all but the answer's last token."""
+        """The tokens that the model reads: all but the answer's last token."""
         return self.row.ids[:-1]
 
     @property

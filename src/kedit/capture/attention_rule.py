@@ -14,7 +14,7 @@ Grads = tuple[Tensor | None, Tensor | None]
 """Gradients of queries and keys that are added to in place; ``None`` where one is not wanted."""
 
 Memo = dict[Any, Any]
-"""What the layers of one forward pass share, such as masks gathered at the captured rows."""
+"""Values that the layers of one forward pass share, such as masks gathered at the captured rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

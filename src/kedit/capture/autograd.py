@@ -15,7 +15,7 @@ from kedit.capture.dispatch import RowsBackend
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class _Rows(torch.autograd.Function):
+class _RowsAlone(torch.autograd.Function):
     """Rows alone; for attention whose own graph autograd has to keep (eager attention)."""
 
     @staticmethod
@@ -112,7 +112,7 @@ def rows_node(
     check(q, k, positions)
     if not _needs_graph(q, k):
         return backend.forward(q.detach(), k.detach(), positions, rule, memo)
-    rows: Tensor = _Rows.apply(q, k, positions, rule, backend, memo)  # type: ignore[no-untyped-call]
+    rows: Tensor = _RowsAlone.apply(q, k, positions, rule, backend, memo)  # type: ignore[no-untyped-call]
     return rows
 
 

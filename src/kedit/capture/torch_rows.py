@@ -12,7 +12,7 @@ from kedit.capture.reference import normalise
 
 
 def _bias(rule: Rule, positions: Tensor, q: Tensor, k: Tensor, memo: Memo | None) -> Tensor:
-    """What is added to the scores, -inf at hidden keys: [B, A|1, R, Tk]; made once for all layers that share masks."""
+    """The bias of the scores, -inf at hidden keys: [B, A|1, R, Tk]; made once for all layers that share masks."""
     num_queries, num_keys, dtype = q.shape[2], k.shape[2], accumulator(q.dtype)
     shape = (num_queries, num_keys, dtype, q.device)
     key = ("bias", id(rule.allow), id(rule.add), id(positions), rule.causal, rule.offset, rule.window, shape)

@@ -1,4 +1,4 @@
-"""What all loaders share: reading a file, and turning records into cases without stopping at a bad one."""
+"""Reads files of records, and turns records into cases without stopping at a bad one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Malformed:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a file gave.
+    """Cases of a file.
 
     Attributes:
         cases: the cases, in the file's order.

@@ -1,4 +1,4 @@
-"""What is evaluated: an edit and the probes that show what it did."""
+"""Evaluation cases: an edit and the probes that show what it did."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kedit.prompts.tokenize import separator
 
 
 class Kind(str, Enum):
-    """What a probe asks about."""
+    """Kinds of probes."""
 
     __str__ = str.__str__  # also in f-strings, as of enum.StrEnum, which Python 3.10 lacks
 

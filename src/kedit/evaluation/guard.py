@@ -38,7 +38,7 @@ DEFAULT_TEXTS = (
     "Water boils at a lower temperature in the mountains, because the pressure of the air is lower there. This is why "
     "rice and potatoes take longer to cook.",
 )
-"""What a model reads for KL and perplexity where no text is given."""
+"""Texts for KL and perplexity where none are given."""
 
 _GAINS = {"efficacy": Kind.REWRITE, "paraphrase": Kind.PARAPHRASE}
 _DROPS = {"neighbour_drop": Kind.NEIGHBOUR, "distracted_drop": Kind.DISTRACTED, "relation_drop": Kind.RELATION}
@@ -191,7 +191,7 @@ def _all_of(given: Any, kind: type, name: str, what: str) -> tuple[Any, ...]:
 
 @dataclass
 class GuardCheck:
-    """What a guard measured before an edit, ready to compare."""
+    """Measurements before an edit, to compare the edited model with."""
 
     guard: Guard
     examiner: ProbeScorer

@@ -1,4 +1,4 @@
-"""What a run has finished, on disk, so that an interrupted one goes on where it stopped."""
+"""Finished cases and steps of a run, on disk, so that an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SPARE = 4  # tokens that a greedy answer may take beyond the longest accepted on
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What is measured beside the likelihoods.
+    """Measurements beside the likelihoods.
 
     Attributes:
         exact: decode greedily and compare with the right answer.
@@ -77,7 +77,7 @@ class Plan:
 
 @dataclass
 class Baseline:
-    """What the unedited model showed, as far as later scores are compared with it."""
+    """Measurements of the unedited model that later scores are compared with."""
 
     log_probs: Tensor | None = None
     gazes: dict[str, dict[int, AttentionToSubject]] = field(default_factory=dict)  # by case, by number of the probe

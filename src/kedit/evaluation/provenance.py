@@ -1,4 +1,4 @@
-"""What metrics depend on: code, model, editor and machine, as hashes and names."""
+"""Origins of metrics: code, model, editor and machine, as hashes and names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured of one probe, one case: plain numbers that are stored and read back."""
+"""Scores of probes and cases: plain numbers that are stored and read back."""
 
 from __future__ import annotations
 

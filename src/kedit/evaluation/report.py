@@ -1,4 +1,4 @@
-"""What an evaluation found: records, figures with intervals, and the forms they are written in."""
+"""The result of an evaluation: records, figures with intervals, and the forms they are written in."""
 
 from __future__ import annotations
 

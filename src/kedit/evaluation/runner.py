@@ -67,7 +67,7 @@ class Run:
         self.seconds: dict[str, float] = {}
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run; the editor's contexts and second moments are made where missing."""
+        """Settings by which a run is the same as another; the editor's contexts and second moments are made where missing."""
         texts = digest(list(self.extent.texts))
         with self._timed("prepare"):
             editor = describe_editor(self.editor)
@@ -85,7 +85,7 @@ class Run:
         }
 
     def meta(self) -> dict[str, Any]:
-        """What a report says about the run, beside its figures."""
+        """The description of the run in its report."""
         return {
             "editor": None if self.editor is None else self.editor.name,
             **self.settings,

@@ -1,4 +1,4 @@
-"""What differs between the supported versions of transformers, in one place.
+"""Differences between the supported versions of transformers, in one place.
 
 Differences are read from the model at hand, not from the version: a model that brings its own code
 (``trust_remote_code``) may keep what transformers has changed.

@@ -81,7 +81,7 @@ class Experts:
 
     @property
     def names(self) -> list[str]:
-        """What the experts' matrices are called."""
+        """Names of the experts' matrices."""
         return [f"{self.path}.{self.leaf}[{index}]" for index in range(self.count)]
 
     def weight(self, index: int) -> Weight:

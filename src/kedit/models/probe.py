@@ -163,7 +163,7 @@ class Block:
         return Parts(self.names[ends[0]], path, path.rpartition(".")[0] or path)
 
     def _inputs(self, changed: nn.Module | None) -> tuple[dict[nn.Module, Tensor], list[nn.Module]]:
-        """What every linear layer is given when one layer's output is changed, [T, I] each, and the order of calls."""
+        """Inputs of all linear layers when one layer's output is changed, [T, I] each, and the order of calls."""
         given: dict[nn.Module, Tensor] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -216,7 +216,7 @@ def put(stack: ExitStack, module: nn.Module, change: Tensor) -> None:
 
 
 def others(call: Call, ends: Sequence[nn.Module], attention: str) -> list[str]:
-    """What reaches the block's output besides its linear layers ``ends``, by name; what its attention does is left out.
+    """Names of modules that reach the block's output besides its linear layers ``ends``; what its attention does is left out.
 
     The ends' outputs are held as they are, and what every other matrix of the block gives is changed. So an expert or a
     second MLP beside the down-projection is seen, however it is written.

@@ -1,4 +1,4 @@
-"""What an edit takes for granted of a model, checked before anything is written."""
+"""Checks of a model before anything is written."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _NO_SHARES = {"em", "pm", "nm", "rm", "dnm", "fluency", "attention_gain"}  # not
 
 
 def evaluation_page(report: EvalReport) -> str:
-    """The whole page; without matplotlib, it says so in the place of the figure."""
+    """The whole page; without matplotlib, a sentence takes the place of the figure."""
     parts = [
         f"<p>{len(report.records)} cases.</p>",
         _metrics(report),

@@ -108,6 +108,12 @@ def _new(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _panels(count: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure with panels side by side that share their vertical axis."""
+    figure = _new(width, height)
+    return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
+
+
 @styled
 def before_after(rows: Mapping[str, tuple[Estimate | None, Estimate | None]]) -> Figure:
     """Metrics in per cent before and after the edits, a row each, with their intervals."""
@@ -131,8 +137,7 @@ def before_after(rows: Mapping[str, tuple[Estimate | None, Estimate | None]]) ->
 @styled
 def tracing_averages(result: TraceResult) -> Figure:
     """Average indirect effect by token role and block, a panel per kind of activation."""
-    figure = _new(2.6 + 3.4 * len(result.kinds), 4.6)
-    axes = figure.subplots(1, len(result.kinds), sharey=True, squeeze=False)[0]
+    figure, axes = _panels(len(result.kinds), 2.6 + 3.4 * len(result.kinds), 4.6)
     top = max(float(np.nanmax(result.average(kind)[0])) for kind in result.kinds)
     there = [role for role in range(len(ROLES)) if not np.isnan(result.average(result.kinds[0])[0, role]).all()]
     for axis, kind in zip(axes, result.kinds, strict=True):
@@ -171,8 +176,7 @@ def tracing_fact(fact: FactTrace) -> Figure:
     """Every effect of one fact: tokens down, blocks across, a panel per kind."""
     kinds = list(fact.effects)
     tokens, layers = next(iter(fact.effects.values())).shape
-    figure = _new(2.6 + 3.4 * len(kinds), 1.8 + 0.36 * tokens)
-    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    figure, axes = _panels(len(kinds), 2.6 + 3.4 * len(kinds), 1.8 + 0.36 * tokens)
     top = max(float(effect.max()) for effect in fact.effects.values())
     for axis, kind in zip(axes, kinds, strict=True):
         image = _heat(axis, 100 * fact.effects[kind], 0.0, 100 * max(top, 0.01))
@@ -191,8 +195,8 @@ def drift_maps(results: Sequence[DriftResult], name: str = "kl") -> Figure:
     """Head × block maps of several results on one scale: mean ``"kl"`` or ``"gain"`` of the weight on the subject."""
     maps = [result.map(name) for result in results]
     blocks, heads = maps[0].shape
-    figure = _new(1.8 + len(maps) * max(2.8, 0.55 * heads), 1.8 + max(2.2, 0.5 * min(blocks, 16)))
-    axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    width, height = 1.8 + len(maps) * max(2.8, 0.55 * heads), 1.8 + max(2.2, 0.5 * min(blocks, 16))
+    figure, axes = _panels(len(maps), width, height)
     top = max(float(np.abs(values).max()) for values in maps)
     for axis, values, result in zip(axes, maps, results, strict=True):
         image = _heat(axis, values, -top if name == "gain" else 0.0, top, CHANGE if name == "gain" else AMOUNT)
@@ -278,8 +282,7 @@ def patching_bars(result: PatchingResult) -> Figure:
 def patching_windows(result: PatchingResult) -> Figure:
     """How much of the damage each exchange undoes or does, window by window."""
     ways = [way for way in (RESTORE, CONTAMINATE) if any(one.direction == way for one in result.conditions)]
-    figure = _new(2.2 + 5 * len(ways), 4.8)
-    axes = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
+    figure, axes = _panels(len(ways), 2.2 + 5 * len(ways), 4.8)
     drawn = []
     for axis, way in zip(axes, ways, strict=True):
         for activation in LABELS:

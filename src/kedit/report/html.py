@@ -155,7 +155,7 @@ def drift_html(result: DriftResult, beside: Sequence[DriftResult] = ()) -> str:
 
 
 def patching_html(result: PatchingResult) -> str:
-    """What exchanging activations undoes and does."""
+    """Patching: shares of the damage by exchange, and the summary."""
     words = f"<pre>{escape(result.summary())}</pre>"
     try:
         bars, windows = figures.patching_bars(result), figures.patching_windows(result)

@@ -45,7 +45,7 @@ HEAD_SHARES = (6, 3)  # a sixth and a third of all heads are restored alone
 
 @dataclass(frozen=True, eq=False)
 class Reveal:
-    """What some edits do inside a model.
+    """Tracing, attention drift and patching of some edits.
 
     Attributes:
         title: of the page.

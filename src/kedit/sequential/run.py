@@ -38,7 +38,7 @@ class Refusal:
 
 @dataclass
 class JournalResult:
-    """What a run left on the model.
+    """The result of a run: kept and refused edits.
 
     Attributes:
         patches: of the kept edits, in order.
@@ -141,7 +141,7 @@ def run_journal(
 
 
 def _at_the_end(editor: Editor, patches: Sequence[EditPatch]) -> list[EditCheck]:
-    """What the model says of every kept edit once all are written: a later step may have undone an earlier one."""
+    """Checks of every kept edit once all are written: a later step may have undone an earlier one."""
     edits: list[Edit] = []
     before: list[Prediction | None] = []
     for patch in patches:

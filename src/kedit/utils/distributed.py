@@ -48,7 +48,7 @@ class Group:
         return list(items[self.rank :: self.size])
 
     def gather(self, mine: T) -> list[T]:
-        """What every process has, by rank; tensors in it must be on the CPU.
+        """Gather the values of all processes, by rank; tensors in it must be on the CPU.
 
         Raises:
             ProcessError: another process is gone.
@@ -57,7 +57,7 @@ class Group:
         return everyone
 
     def run_on_all(self, call: Callable[[], T]) -> list[T]:
-        """What ``call`` gives in every process, by rank; an error in one of them is raised in all.
+        """Run ``call`` in every process and gather the results, by rank; an error in one of them is raised in all.
 
         Raises:
             KEditError: the call failed somewhere; or as :meth:`gather`.
@@ -74,7 +74,7 @@ class Group:
         return [result for result, _ in found]  # type: ignore[misc]
 
     def broadcast(self, mine: T) -> T:
-        """What process 0 has; raises as :meth:`gather`."""
+        """The value of process 0, in every process; raises as :meth:`gather`."""
         box: list[T] = self._talk("broadcast_object_list", [mine])
         return box[0]
 

@@ -250,17 +250,8 @@ class DriftResult(AnalysisResult):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every probe with its figures by block and head."""
-        names = (
-            "case",
-            "prompt",
-            "right",
-            "wrong",
-            "column",
-            "right_before",
-            "right_after",
-            "wrong_before",
-            "wrong_after",
-        )
+        names = ["case", "prompt", "right", "wrong", "column"]
+        names += ("right_before", "right_after", "wrong_before", "wrong_after")
         arrays = ("kl", "weight_before", "weight_after", "over")
         probes = [
             {

@@ -1,4 +1,4 @@
-"""What patching found."""
+"""The result of activation patching."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ORIGINAL, EDITED = 0, 1  # the first two conditions of every result
 
 @dataclass(frozen=True)
 class Condition:
-    """What is exchanged, and in which model.
+    """An exchange of activations, and the model it is made in.
 
     Attributes:
         direction: ``"restore"`` (the edited model gets original values) or ``"contaminate"`` (the other way round).
@@ -117,13 +117,13 @@ class PatchingResult(AnalysisResult):
         return self._estimate(float(self.passed[condition].mean()), drawn)
 
     def damage(self, of: str) -> float:
-        """What the edit costs per probe: points of the ``"score"``, or ``"probability"`` of the right answer (0 to 1)."""
+        """Loss per probe from the edit: points of the ``"score"``, or ``"probability"`` of the right answer (0 to 1)."""
         values = self._values(of)
         return float(values[ORIGINAL].mean() - values[EDITED].mean())
 
     @property
     def scale(self) -> str:
-        """What shares are of: the score, or the right answer's probability where no score was lost."""
+        """The scale of shares: the score, or the right answer's probability where no score was lost."""
         return "score" if self.damage("score") > 0 else "probability"
 
     def share(self, condition: int, *, of: str | None = None) -> Estimate | None:

@@ -1,4 +1,4 @@
-"""What causal tracing found."""
+"""The result of causal tracing."""
 
 from __future__ import annotations
 
