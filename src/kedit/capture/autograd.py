@@ -42,16 +42,9 @@ class _AttentionAndRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attend: Attend,
-        positions: Tensor,
-        rule: Rule,
-        backend: RowsBackend,
-        memo: Memo | None,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attend: Attend,
+        positions: Tensor, rule: Rule, backend: RowsBackend, memo: Memo | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wanted = ctx.needs_input_grad[:3]
         inner = [x.detach().requires_grad_(need) for x, need in zip((q, k, v), wanted, strict=True)]
         with torch.enable_grad():

@@ -114,6 +114,16 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
 
 
+def _effects(effects: Mapping[str, Floats], top: float, height: float) -> tuple[Figure, Any, Any]:
+    """A panel of effects [rows, L], up to ``top``, per kind of activation; also the last image, for a colour bar."""
+    figure, axes = _panels(len(effects), 2.6 + 3.4 * len(effects), height)
+    for axis, (kind, effect) in zip(axes, effects.items(), strict=True):
+        image = _heat(axis, 100 * effect, 0.0, 100 * top)
+        _blocks(axis, range(effect.shape[1]))
+        axis.set_title(LABELS[kind])
+    return figure, axes, image
+
+
 @styled
 def before_after(rows: Mapping[str, tuple[Estimate | None, Estimate | None]]) -> Figure:
     """Metrics in per cent before and after the edits, a row each, with their intervals."""
@@ -137,13 +147,9 @@ def before_after(rows: Mapping[str, tuple[Estimate | None, Estimate | None]]) ->
 @styled
 def tracing_averages(result: TraceResult) -> Figure:
     """Average indirect effect by token role and block, a panel per kind of activation."""
-    figure, axes = _panels(len(result.kinds), 2.6 + 3.4 * len(result.kinds), 4.6)
     top = max(float(np.nanmax(result.average(kind)[0])) for kind in result.kinds)
     there = [role for role in range(len(ROLES)) if not np.isnan(result.average(result.kinds[0])[0, role]).all()]
-    for axis, kind in zip(axes, result.kinds, strict=True):
-        image = _heat(axis, 100 * result.average(kind)[0][there], 0.0, 100 * top)
-        _blocks(axis, range(result.num_layers))
-        axis.set_title(LABELS[kind])
+    figure, axes, image = _effects({kind: result.average(kind)[0][there] for kind in result.kinds}, top, 4.6)
     axes[0].set_yticks(range(len(there)), [ROLE_LABELS[role] for role in there])
     figure.colorbar(image, ax=list(axes), label="average indirect effect\n(points of probability)")
     return figure
@@ -174,14 +180,9 @@ def tracing_handover(result: TraceResult) -> Figure:
 @styled
 def tracing_fact(fact: FactTrace) -> Figure:
     """Every effect of one fact: tokens down, blocks across, a panel per kind."""
-    kinds = list(fact.effects)
-    tokens, layers = next(iter(fact.effects.values())).shape
-    figure, axes = _panels(len(kinds), 2.6 + 3.4 * len(kinds), 1.8 + 0.36 * tokens)
-    top = max(float(effect.max()) for effect in fact.effects.values())
-    for axis, kind in zip(axes, kinds, strict=True):
-        image = _heat(axis, 100 * fact.effects[kind], 0.0, 100 * max(top, 0.01))
-        _blocks(axis, range(layers))
-        axis.set_title(LABELS[kind])
+    tokens = len(fact.tokens)
+    top = max(0.01, *(float(effect.max()) for effect in fact.effects.values()))
+    figure, axes, image = _effects(fact.effects, top, 1.8 + 0.36 * tokens)
     first, last = fact.span
     names = [plain(token) + (" *" if first <= i <= last else "") for i, token in enumerate(fact.tokens)]
     axes[0].set_yticks(range(tokens), names)
