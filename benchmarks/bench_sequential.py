@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import kedit
-from kedit.embedded.edit_cases import embedded_world
+from kedit.embedded import load_world
 from kedit.evaluation.provenance import environment
 from kedit.utils.device_memory import HeapTrim
 
@@ -72,7 +72,7 @@ def wordings(count: int) -> list[kedit.Edit]:
 
     Not several facts of a person: where a prompt begins with the name, all of them would be written at one key.
     """
-    world = embedded_world()
+    world = load_world()
     relations = [relation for relation in world.relations if relation.role == "edit"]
     found = []
     for number in range(min(len(relation.templates) for relation in relations)):

@@ -7,10 +7,13 @@ Hyper-parameters are chosen on one half of the cases and used on the other. Ever
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 import kedit
 from kedit.data import load_cases
@@ -25,6 +28,7 @@ from kedit.keys.estimate import tokenizer_fingerprint
 from kedit.models import ModelArch, unwrap
 from kedit.models.fingerprint import model_fingerprint
 from kedit.regularizers import describe, resolve
+from kedit.report.figures import bounds, styled
 
 GAMMAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 WIDER = (30.0, 100.0)  # tried one by one while the largest so far is the best
@@ -234,9 +238,10 @@ def _holds_zero(found: Estimate) -> bool:
 
 
 def _world(few: int, count: int, most: int) -> tuple[list[kedit.EditCase], list[kedit.EditCase], list[kedit.EditCase]]:
-    from kedit.embedded.edit_cases import embedded_world, world_cases
+    from kedit.embedded import load_world
+    from kedit.embedded.cases import world_cases
 
-    world = embedded_world()
+    world = load_world()
     people = sum(person.half == "test" and person.role == "edit" for person in world.people)
     facts = people * sum(relation.role == "edit" for relation in world.relations)
     large = world_cases(world, "test", min(most, facts), seed=1)
@@ -272,7 +277,7 @@ def cell(found: Estimate | None) -> str:
     """``49.35(2.3)``: the paper's form."""
     if found is None:
         return "–"
-    return f"{found.value:.2f}" + ("" if found.half_width is None else f"({found.half_width:.1f})")
+    return f"{found.value:.2f}" + ("" if found.low is None else f"({(found.high - found.low) / 2:.1f})")
 
 
 def signed(found: Estimate | None) -> str:
@@ -281,6 +286,34 @@ def signed(found: Estimate | None) -> str:
         return "–"
     interval = "" if found.low is None else f" [{found.low:+.2f}, {found.high:+.2f}]"
     return f"{found.value:+.2f}{interval}"
+
+
+@styled
+def tradeoff(lines: Mapping[str, Sequence[tuple[float, float, Estimate]]], metric: str) -> Figure:
+    """A line per way of selecting heads, through (γ, PS, metric): PS across, the metric with its interval up."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    styles = (("#4477aa", "o", (10, -5), "left"), ("#ee6677", "s", (-10, -16), "right"))  # labels on both sides
+    for number, ((name, points), (colour, marker, offset, side)) in enumerate(zip(lines.items(), styles, strict=False)):
+        xs = [x for _, x, _ in points]
+        ys, low, high = bounds([y for *_, y in points])
+        axis.plot(xs, ys, marker=marker, color=colour, label=name)
+        shifted = [x + 0.15 * number for x in xs]  # so that bars at the same place are all seen
+        axis.errorbar(shifted, ys, yerr=[ys - low, high - ys], fmt="none", ecolor=colour, capsize=3, lw=1.6)
+        labels: dict[tuple[float, float], list[str]] = {}
+        for (gamma, x, _), y in zip(points, ys, strict=True):
+            near = [place for place in labels if math.dist((x, y), place) < 2]
+            labels.setdefault(near[0] if near else (x, y), []).append(f"{gamma:g}")
+        for place, gammas in labels.items():
+            axis.annotate(
+                f"γ {', '.join(gammas)}", place, offset, textcoords="offset points", color=colour, ha=side, fontsize=11
+            )
+    axis.set_xlabel("PS (%)")
+    axis.set_ylabel(f"{metric} (%)")
+    axis.margins(x=0.15)
+    axis.grid(color="#dddddd")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,13 +4,13 @@ import math
 from functools import partial
 
 import pytest
-from quality import ADR, FIVE, GAMMAS, GENERATE, MARKS, WIDER, cell, save_json, signed, table, value
+from quality import ADR, FIVE, GAMMAS, GENERATE, MARKS, WIDER, cell, save_json, signed, table, tradeoff, value
 
 import kedit
 from kedit.evaluation.metrics import METRICS
 from kedit.evaluation.statistics import case_weights
 from kedit.regularizers import KeyNorm
-from kedit.report.svg import Curve, curves
+from kedit.report.figures import as_svg
 
 pytestmark = [
     pytest.mark.timeout(0),
@@ -175,7 +175,7 @@ def test_the_papers_claims_on_the_embedded_model(bench, table3):
 def test_the_trade_off_over_gamma(bench):
     """(b): PS against DNS and RS as γ grows, for the selected heads and for all."""
     name = "rome" if "rome" in bench.names else bench.names[0]
-    cases, lines = bench.test[:100], {"dns": [], "rs": []}
+    cases, lines = bench.test[:100], {"dns": {}, "rs": {}}
     rows = []
     for label, select in (("SADR", "max"), (ADR, "all")):
         reports = [(0.0, bench.run(bench.editor(name), None, cases, exact=False))]
@@ -192,13 +192,12 @@ def test_the_trade_off_over_gamma(bench):
             )
         for metric in lines:
             if all(metric in report.figures and "ps" in report.figures for _, report in reports):
-                points = [(value(report, "ps"), report[metric]) for _, report in reports]
-                lines[metric].append(Curve(label, points, [f"γ {gamma:g}" for gamma, _ in reports]))
+                lines[metric][label] = [(gamma, value(report, "ps"), report[metric]) for gamma, report in reports]
     text = f"# The trade-off over γ ({name})\n\n{bench.describe()} The first {len(cases)} held-out edits.\n\n"
     text += table(["", "γ", *(METRICS[n].label for n in ("score", *FIVE))], rows)
     for metric, found in lines.items():
         if found:
-            bench.write(f"tradeoff_{metric}.svg", curves(found, "PS", METRICS[metric].label))
+            bench.write(f"tradeoff_{metric}.svg", as_svg(tradeoff(found, METRICS[metric].label)))
             text += f"\n![{METRICS[metric].label} against PS](tradeoff_{metric}.svg)\n"
     bench.write("tradeoff.md", text)
     assert len(rows) == 2 * (len(GAMMAS) + 1)

@@ -19,7 +19,8 @@ from kedit.analysis.interventions import LABELS
 from kedit.analysis.results.drift import MEASURES, DriftResult
 from kedit.analysis.results.patching import CONTAMINATE, EDITED, ORIGINAL, RESTORE, PatchingResult
 from kedit.analysis.results.tracing import ROLES, TraceResult
-from kedit.embedded.edit_cases import embedded_world, world_cases
+from kedit.embedded import load_world
+from kedit.embedded.cases import world_cases
 from kedit.evaluation.provenance import environment
 from kedit.report import figures
 from kedit.report.overview import head_sets, reveal
@@ -43,7 +44,7 @@ class Found:
 def found(request, tmp_path_factory):
     torch.set_num_threads(1)
     model, tokenizer = kedit.load()
-    cases = world_cases(embedded_world(), "test", EDITS)
+    cases = world_cases(load_world(), "test", EDITS)
     editor = kedit.ROME(model, tokenizer)
     plain, regularized = (Patches(model, tokenizer, cases, editor, name).all() for name in (None, "sadr"))
     rome, sadr = (kedit.drift(model, tokenizer, cases, patches) for patches in (plain, regularized))

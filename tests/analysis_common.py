@@ -6,7 +6,8 @@ import torch
 
 import kedit
 from kedit.analysis.edited_models import Patches
-from kedit.embedded.edit_cases import embedded_world, world_cases
+from kedit.embedded import load_world
+from kedit.embedded.cases import world_cases
 from kedit.evaluation import Probe
 from kedit.models import ModelArch
 from kedit.models.fingerprint import tensor_fingerprint
@@ -34,7 +35,7 @@ def embedded():
 @functools.cache
 def cases(count):
     """The first cases of the test half."""
-    return world_cases(embedded_world(), "test", count)
+    return world_cases(load_world(), "test", count)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The order of the packages: each imports only those above it, inside functions and for type checkers too."""
+"""The order of the packages, and no circles in them: imports inside functions and for type checkers count too."""
 
 import ast
 from pathlib import Path
@@ -40,6 +40,39 @@ def package_of(path):
     return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
+def module_of(path):
+    """The dotted name of a file's module; of a package, that of its ``__init__``."""
+    name = ".".join(("kedit", *path.relative_to(ROOT).with_suffix("").parts))
+    return name.removesuffix(".__init__")
+
+
+def modules_imported(tree, known):
+    """The modules among ``known`` that a module imports, at its top or inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in known else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def circles(trees):
+    """Sets of modules that import one another, directly or through others, of parsed modules by name."""
+    arrows = {
+        name: {other for other in modules_imported(tree, trees) if other in trees} for name, tree in trees.items()
+    }
+    reached = {name: set(others) for name, others in arrows.items()}
+    for via in trees:  # Warshall
+        for others in reached.values():
+            if via in others:
+                others |= reached[via]
+    found = {
+        frozenset(other for other in reached[name] if name in reached[other]) for name in trees if name in reached[name]
+    }
+    return sorted(map(sorted, found))
+
+
 def imported(tree):
     """Packages and flat modules of kedit that a module imports, at its top or inside functions, with line numbers."""
     for node in ast.walk(tree):
@@ -68,6 +101,27 @@ def test_every_package_has_its_place():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_package_imports_only_those_above_it(path):
     assert upward(ast.parse(path.read_text(encoding="utf-8")), package_of(path)) == []
+
+
+CIRCLES = {  # still to be opened
+    "kedit.patch": ["attach", "describe", "diff", "merge", "patch", "peft"],
+}
+
+
+def test_no_modules_import_one_another():
+    trees = {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+    known = [[f"{package}.{name}" for name in names] for package, names in CIRCLES.items()]
+    assert circles(trees) == known
+
+
+def test_a_circle_is_seen_through_functions_and_type_checkers():
+    trees = {
+        "kedit.a": ast.parse("def f():\n    from kedit import b"),
+        "kedit.b": ast.parse("if TYPE_CHECKING:\n    from kedit.c import C"),
+        "kedit.c": ast.parse("import kedit.a"),
+        "kedit.d": ast.parse("from kedit.a import f"),
+    }
+    assert circles(trees) == [["kedit.a", "kedit.b", "kedit.c"]]
 
 
 def test_imports_in_functions_and_for_type_checkers_count():

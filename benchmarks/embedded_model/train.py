@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from invent import invent
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -218,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the world, the initial weights and the training rows")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps")
     options = parser.parse_args(argv)
-    world = World.invent(options.seed)
+    world = invent(options.seed)
     tokenizer = build_tokenizer(world)
     polish = Recipe.polish_steps if options.steps == Recipe.steps else 0
     model = train(world, tokenizer, Recipe(steps=options.steps, polish_steps=polish), options.seed)

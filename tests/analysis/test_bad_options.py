@@ -25,14 +25,14 @@ def _nothing_runs(model):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"samples": 1.5}, "samples is a whole number of at least 1, not 1.5"),
-        ({"samples": True}, "samples is a whole number"),
-        ({"noise": "x"}, "noise is a finite number above 0, not 'x'"),
-        ({"noise": float("inf")}, "noise is a finite number above 0, not inf"),
-        ({"noise": float("nan")}, "noise is a finite number above 0, not nan"),
-        ({"window": 1.5}, "window is a number of blocks"),
-        ({"tokens": 0}, "tokens is a whole number of at least 1"),
-        ({"seed": "a"}, "seed is a whole number"),
+        ({"samples": 1.5}, "samples must be a whole number of at least 1, not 1.5"),
+        ({"samples": True}, "samples must be a whole number"),
+        ({"noise": "x"}, "noise must be a finite number above 0, not 'x'"),
+        ({"noise": float("inf")}, "noise must be a finite number above 0, not inf"),
+        ({"noise": float("nan")}, "noise must be a finite number above 0, not nan"),
+        ({"window": 1.5}, "window must be a whole number"),
+        ({"tokens": 0}, "tokens must be a whole number of at least 1"),
+        ({"seed": "a"}, "seed must be a whole number"),
         ({"kinds": (3,)}, "kinds are some of"),
     ],
 )
@@ -49,7 +49,7 @@ def test_tracing(model, options, words):
         ({"kinds": "relation"}, r"kinds is a list of kinds of probes, like \('relation',\), not 'relation'"),
         ({"kinds": 3}, "kinds is a list"),
         ({"kinds": ()}, "kinds is empty"),
-        ({"chunk": 0}, "chunk is a whole number of at least 1, not 0"),
+        ({"chunk": 0}, "chunk must be a whole number of at least 1, not 0"),
     ],
 )
 def test_drift(model, options, words):
@@ -63,8 +63,8 @@ def test_drift(model, options, words):
     [
         ({"kind": "bogus"}, "no kind of probe 'bogus'"),
         ({"heads": [(0, 1)]}, "heads are named sets"),
-        ({"chunk": 0}, "chunk is a whole number"),
-        ({"tokens": 1.0}, "tokens is a whole number"),
+        ({"chunk": 0}, "chunk must be a whole number"),
+        ({"tokens": 1.0}, "tokens must be a whole number"),
     ],
 )
 def test_patching(model, options, words):

@@ -159,7 +159,7 @@ def test_shares_are_of_the_damage(tmp_path):
     [
         ({"activations": ["keys"]}, "activations are some of"),
         ({"directions": ["sideways"]}, "directions are 'restore' and 'contaminate'"),
-        ({"window": 9}, "window is a number of blocks from 1 to 3"),
+        ({"window": 9}, "window must be a whole number of at least 1 and at most 3"),
         ({"heads": {"mine": [(0, 7)]}}, "name head 7 of block 0, which has 4 heads"),
         ({"heads": {"mine": [(5, 0)]}}, "Layer 5 is out of range"),
     ],

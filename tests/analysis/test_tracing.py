@@ -8,7 +8,7 @@ import kedit
 from analysis_common import FACTS, TOKENIZER, cases, embedded
 from kedit.analysis.causal_tracing import draw_noise, embedding_deviation
 from kedit.analysis.facts import as_facts
-from kedit.analysis.interventions import default_window, window_of
+from kedit.analysis.interventions import window_of, window_width
 from kedit.analysis.results.tracing import ROLES, FactTrace, TraceResult
 from kedit.errors import ConfigError, EditError
 from kedit.models import ModelArch
@@ -183,9 +183,9 @@ def test_without_a_true_target_the_models_own_answer_is_traced():
     [
         ({"kinds": ("mlp", "keys")}, "kinds are some of"),
         ({"kinds": "mlp"}, "kinds are some of"),
-        ({"window": 0}, "window is a number of blocks from 1 to 6"),
-        ({"noise": 0.0}, "noise is a finite number above 0"),
-        ({"samples": 0}, "samples is a whole number of at least 1"),
+        ({"window": 0}, "window must be a whole number of at least 1 and at most 6"),
+        ({"noise": 0.0}, "noise must be a finite number above 0"),
+        ({"samples": 0}, "samples must be a whole number of at least 1"),
     ],
 )
 def test_options_out_of_range_are_refused(options, words):
@@ -216,8 +216,8 @@ def test_the_embedded_model_hands_the_fact_over_after_its_first_blocks():
 
 
 def test_windows_are_romes():
-    assert default_window(48) == 10
-    assert default_window(6) == 1
+    assert window_width(None, 48) == 10
+    assert window_width(None, 6) == 1
     assert list(window_of(20, 10, 48)) == list(range(15, 25))
     assert list(window_of(0, 3, 6)) == [0, 1]
     assert list(window_of(5, 1, 6)) == [5]

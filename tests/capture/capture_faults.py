@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from capture_cases import Case
 
-_FORWARD = "    head = kv * G + g\n    query = tl.where(live, pos, 0).to(tl.int64)\n    at"
+_ROWS = "    return g, kv * G + g, r, pos, tl.where(live, pos, 0).to(tl.int64)"
 _BOOL = "tl.load(allow_ptrs[:, None] + n[None, :] * san, mask=seen, other=0)"
 
 
@@ -34,7 +34,7 @@ FAULTS = {
     "no softcap in the gradient": Fault("(1 - (s / cap) * (s / cap))", "1", Case(softcap=3.0)),
     "gradient without its mean": Fault("p * (dp - weighted[:, None])", "p * dp", Case()),
     "gradient without scaling": Fault("(dp - weighted[:, None])) * scaling", "(dp - weighted[:, None]))", Case()),
-    "key heads interleaved": Fault(_FORWARD, _FORWARD.replace("kv * G + g", "g * KH + kv"), Case(groups=4)),
+    "key heads interleaved": Fault(_ROWS, _ROWS.replace("kv * G + g", "g * 2 + kv"), Case(groups=4, kv_heads=2)),
     "duplicates counted once": Fault(
         "tl.where(same, 1.0, 0.0)", "tl.where(same & (m[None, :] == m[:, None]), 1.0, 0.0)", Case()
     ),
@@ -45,8 +45,8 @@ FAULTS = {
     "last block of keys left out": Fault("range(0, TK, BN)", "range(0, TK - BN + 1, BN)", Case(keys=63, width=256)),
     "width not masked": Fault("(d < D)", "(d < BD)", Case(width=80, packed=True)),
     "dead rows read": Fault(
-        "live = inside & (pos >= 0)\n" + _FORWARD,
-        "live = inside\n" + _FORWARD.replace("tl.where(live, pos, 0)", "tl.maximum(pos, 0)"),
+        "live = inside & (pos >= 0)\n" + _ROWS,
+        "live = inside\n" + _ROWS.replace("tl.where(live, pos, 0)", "tl.maximum(pos, 0)"),
         Case(dead=True, causal=False),
     ),
     "dk overwritten": Fault("(before + dk)", "(dk)", Case(groups=4)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kedit.capture import capture_attention, substitute_attention
-from kedit.capture.install import attention_modules
+from kedit.capture.modules import attention_modules
 from kedit.errors import CaptureError
 
 

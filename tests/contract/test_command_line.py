@@ -209,7 +209,7 @@ def test_errors_before_the_work(tmp_path, capsys, monkeypatch, arguments, words)
 def test_report_without_draws_of_noise_edits_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("kedit.editors.base.Editor.propose", None)
     assert main(["report", "--cases", "1", "--samples", "0", "--out", str(tmp_path / "r.html")]) == 1
-    assert "samples and traced must be at least 1, not 0" in capsys.readouterr().err
+    assert "samples must be a whole number of at least 1, not 0" in capsys.readouterr().err
 
 
 def test_results_are_written_into_new_folders(tmp_path, capsys):

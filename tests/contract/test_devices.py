@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kedit
 import zoo
 from kedit.analysis.activation_patching import patch_activations
-from kedit.embedded.edit_cases import embedded_world, world_cases
+from kedit.embedded import load_world
+from kedit.embedded.cases import world_cases
 from kedit.models import ModelArch
 from kedit.models.fingerprint import model_fingerprint
 from kedit.patch.ledger import Ledger
@@ -148,7 +149,7 @@ def test_what_follows_an_edit_on_two_devices(tmp_path, monkeypatch):
 
 def test_an_edit_is_judged_and_looked_into_on_two_devices():
     model, tok = kedit.load()
-    cases = world_cases(embedded_world(), "test", 1)
+    cases = world_cases(load_world(), "test", 1)
 
     def look(model):
         editor = kedit.ROME(model, tok, contexts=["{}"], steps=4)

@@ -76,7 +76,7 @@ def test_bad_gammas_are_refused():
 
 def test_a_model_whose_keys_cannot_be_read_says_so(monkeypatch):
     """As types whose attention computes its scores by itself: only its softmax is overheard."""
-    from kedit.capture.context import AttentionCapture
+    from kedit.capture.attention_capture import AttentionCapture
 
     monkeypatch.setattr(AttentionCapture, "_keep_key", lambda *_: None)
     model = tiny_model("gpt2")

@@ -1,12 +1,12 @@
 """The embedded world's own cases."""
 
-from kedit.embedded.edit_cases import world_cases
-from kedit.embedded.world import World
+from kedit.embedded import load_world
+from kedit.embedded.cases import world_cases
 from kedit.evaluation.cases import Kind, drop_edited
 
 
 def test_the_embedded_world_asks_in_every_way_that_it_has():
-    world = World.invent(seed=0)
+    world = load_world()
     cases = world_cases(world, "test", 60, seed=1)
     assert cases == world_cases(world, "test", 60, seed=1)
     assert cases != world_cases(world, "test", 60, seed=2)

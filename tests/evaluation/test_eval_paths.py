@@ -13,7 +13,6 @@ import kedit.utils.registry
 from kedit.cli import main
 from kedit.data import load_cases
 from kedit.evaluation import evaluate
-from kedit.report.svg import Curve, curves
 from tiny_models import moments, tiny_model, tokenizer
 
 FILES = ("counterfact_flat_1000", "counterfact_schema_100", "sadr_merged_counterfact_half", "knowedit_zsre_200")
@@ -136,15 +135,3 @@ def test_a_regularizer_of_ones_own_by_its_entry_point(monkeypatch, capsys):
     assert quiet.meta["regularizers"][0]["name"] == "quiet"
     assert "quiet" in quiet.title
     assert quiet["em"].value < plain["em"].value
-
-
-def test_curves_draw_every_point():
-    model, tok = tiny_model("gpt2"), tokenizer("plain")
-    from test_eval_runner import make_cases
-
-    report = evaluate(model, tok, make_cases(), None)
-    estimate = report["rs"]
-    picture = curves([Curve("a", [(0.0, estimate), (1.0, estimate)], ["x<y", "z"])], "γ", "RS")
-    assert picture.count("<circle") == 3  # two points and the legend
-    assert "x&lt;y" in picture
-    assert curves([], "x", "y") == ""

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kedit.embedded.edit_cases import embedded_world, world_cases
+from kedit.embedded import load_world
+from kedit.embedded.cases import world_cases
 from tiny_models import tiny_model, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +150,7 @@ def test_the_large_runs_take_all_the_edits_that_there_are(quality):
     assert (len(dev), len(test)) == (2, 3)
     assert len({case.edit.text for case in large}) == len(large)
     with pytest.raises(ValueError, match=f"the test half has {len(large)} facts"):
-        world_cases(embedded_world(), "test", len(large) + 1, seed=1)
+        world_cases(load_world(), "test", len(large) + 1, seed=1)
     assert len(quality._world(2, 3, 7)[2]) == 7
 
 

@@ -10,7 +10,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import kedit  # noqa: E402
-from kedit.embedded.edit_cases import embedded_world, world_cases  # noqa: E402
+from kedit.embedded import load_world  # noqa: E402
+from kedit.embedded.cases import world_cases  # noqa: E402
 from kedit.keys.estimate import accumulate  # noqa: E402
 from kedit.models import ModelArch  # noqa: E402
 from kedit.utils import distributed  # noqa: E402
@@ -58,7 +59,7 @@ def run_eval(folder):
     asked, append = [], Journal.append
     Journal.append = lambda self, record: (asked.append(record.id), append(self, record))
     model, tok = kedit.load()
-    cases = world_cases(embedded_world(), "dev", 6)
+    cases = world_cases(load_world(), "dev", 6)
     options = {"steps": 4, "lr": 2.0}
     report = kedit.evaluate(model, tok, cases, "memit", config=options, chunk=2, exact=False, out=folder / "run")
     Journal.append = append

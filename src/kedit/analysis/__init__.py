@@ -1,5 +1,5 @@
-"""What an edit does inside the model: causal tracing, attention drift, patching, and pages that show them.
+"""Analyses of edits inside the model: causal tracing, attention drift, patching, and pages that show them.
 
-The functions themselves are :func:`kedit.trace`, :func:`kedit.drift`, :func:`kedit.analysis.activation_patching.substitute` and
-:func:`kedit.report.overview.reveal`.
+The functions themselves are :func:`kedit.trace`, :func:`kedit.drift`,
+:func:`kedit.analysis.activation_patching.patch_activations` and :func:`kedit.report.overview.reveal`.
 """

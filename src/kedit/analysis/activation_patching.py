@@ -15,30 +15,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit.analysis.bootstrap import Floats
-from kedit.analysis.checks import as_kind, check_whole
+from kedit.analysis.checks import as_kind
 from kedit.analysis.edited_models import CHUNK, Patches, Source
 from kedit.analysis.interventions import (
     ACTIVATIONS,
     LABELS,
     Change,
     changing,
-    default_window,
     put_values,
     reading,
     window_of,
+    window_width,
 )
 from kedit.analysis.probes import ProbeTokens, Questions, probe_tokens
 from kedit.analysis.results.patching import CONTAMINATE, RESTORE, Condition, PatchingResult
 from kedit.capture import capture_attention, substitute_attention
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase, Kind
+from kedit.evaluation.statistics import Floats
 from kedit.models import ModelArch, Site
 from kedit.models.hooks import inference_state
 from kedit.prompts.likelihood import TOKENS_PER_FORWARD, prompts_per_pass
 from kedit.prompts.tokenize import pad
 from kedit.regularizers import Choice
 from kedit.utils.progress import Progress
+from kedit.utils.validation import check_whole, is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ def patch_activations(
     check_whole("chunk", chunk, 1)
     check_whole("tokens", tokens, 1)
     arch = ModelArch(model)
-    width = default_window(arch.num_layers) if window is None else window
+    width = window_width(window, arch.num_layers)
     conditions = _conditions(arch, activations, directions, width, {} if heads is None else heads)
     patches = Patches(model, tokenizer, cases, editor, regularizer, config)
     asked = {
@@ -102,16 +103,16 @@ def patch_activations(
         raise EditError(
             f"Nothing could be patched: No probe of kind {asked_kind} has a wrong answer and mentions the subject."
         )
-    found: list[tuple[ProbeTokens, Floats]] = []
+    scored: list[tuple[ProbeTokens, Floats]] = []
     with inference_state(model), Progress(len(asked), "patching", unit="case") as progress:
         for part in patches.chunks(chunk):
             for case, patch in part:
                 if probes := asked[case.id]:
                     exchange = _Exchange(arch, Questions.of(probes), tokens)
                     scores = exchange.run(patches, patch, conditions)
-                    found += [(probe, scores[:, i]) for i, probe in enumerate(probes)]
+                    scored += [(probe, scores[:, i]) for i, probe in enumerate(probes)]
                 progress.advance()
-    if not found:
+    if not scored:
         raise EditError(f"Nothing could be patched: {next(iter(patches.failures.values()))}")
     return PatchingResult(
         label=patches.label,
@@ -119,8 +120,8 @@ def patch_activations(
         window=width,
         num_layers=arch.num_layers,
         conditions=(Condition.original(), Condition.edited(), *conditions),
-        cases=tuple(probe.case for probe, _ in found),
-        probabilities=np.stack([scores for _, scores in found], 1),
+        cases=tuple(probe.case for probe, _ in scored),
+        probabilities=np.stack([scores for _, scores in scored], 1),
         failures=dict(patches.failures),
     )
 
@@ -132,8 +133,6 @@ def _conditions(
         raise ConfigError(f"activations are some of {', '.join(LABELS)}, not {activations!r}.")
     if isinstance(directions, str) or not directions or set(directions) - {RESTORE, CONTAMINATE}:
         raise ConfigError(f"directions are {RESTORE!r} and {CONTAMINATE!r}, not {directions!r}.")
-    if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= arch.num_layers:
-        raise ConfigError(f"window is a number of blocks from 1 to {arch.num_layers}, not {width!r}.")
     every = tuple(range(arch.num_layers))
     _check_heads(arch, heads)
     made = []
@@ -156,7 +155,7 @@ def _check_heads(arch: ModelArch, heads: Mapping[str, Heads]) -> None:
     numbers = _head_numbers(arch) if heads else {}
     for name, chosen in heads.items():
         for pair in chosen:
-            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(type(part) is int for part in pair):
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_whole, pair)):
                 raise ConfigError(f"The heads {name!r} hold {pair!r}, which is no pair (block, head) of whole numbers.")
             layer, head = arch.check_layer(pair[0]), pair[1]
             number = numbers.get(layer, 0)
@@ -177,7 +176,7 @@ def _head_numbers(arch: ModelArch) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What one state of the model computes at the positions: rows by block [N, A, R, T], outputs by site [N, R, H]."""
+    """Activations of one state of the model at the positions: rows by block [N, A, R, T], outputs by site [N, R, H]."""
 
     rows: dict[int, Tensor]
     outputs: dict[Site, Tensor]
@@ -214,7 +213,7 @@ class _Exchange:
             reading(self.arch, sites, self.positions) as outputs,
         ):
             scores = self.questions.score(self.arch, self.ids, self.mask, 1)
-            rows = {layer: found.cpu() for layer, found in capture.rows.items()}
+            rows = {layer: own.cpu() for layer, own in capture.rows.items()}
         return _Stored(rows, outputs, scores)
 
     def _patched(
@@ -242,14 +241,14 @@ class _Exchange:
 
     def _weights(self, conditions: Sequence[Condition], stored: _Stored) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         rows, where = {}, {}
-        for layer, found in stored.rows.items():
-            heads = torch.zeros(len(conditions), found.shape[1], dtype=torch.bool)
+        for layer, own in stored.rows.items():
+            heads = torch.zeros(len(conditions), own.shape[1], dtype=torch.bool)
             for c, one in enumerate(conditions):
                 if one.activation == "weights" and layer in one.layers:
-                    heads[c, one.heads_of(layer, found.shape[1])] = True
+                    heads[c, one.heads_of(layer, own.shape[1])] = True
             if heads.any():
-                rows[layer] = found.repeat(len(conditions), 1, 1, 1)
-                where[layer] = heads.repeat_interleave(len(found), 0)
+                rows[layer] = own.repeat(len(conditions), 1, 1, 1)
+                where[layer] = heads.repeat_interleave(len(own), 0)
         return rows, where
 
     def _outputs(self, conditions: Sequence[Condition], stored: _Stored) -> Iterator[tuple[Site, Change]]:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit.analysis.checks import as_kinds, check_whole
+from kedit.analysis.checks import as_kinds
 from kedit.analysis.edited_models import CHUNK, Patches, Source
 from kedit.analysis.probes import ProbeTokens, probe_tokens_by_case
 from kedit.analysis.results.drift import DriftProbe, DriftResult
 from kedit.capture import row_divergence
 from kedit.capture.divergence import over_attending
-from kedit.capture.install import attention_modules
+from kedit.capture.modules import attention_modules
 from kedit.errors import EditError
 from kedit.evaluation.attention import AttentionToSubject, attention_to_subject
 from kedit.evaluation.cases import EditCase, Kind
@@ -26,6 +26,7 @@ from kedit.models.hooks import inference_state
 from kedit.prompts.likelihood import score_rows
 from kedit.regularizers import Choice
 from kedit.utils.progress import Progress
+from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +68,7 @@ def drift(
     arch = ModelArch(model)
     patches = Patches(model, tokenizer, cases, editor, regularizer, config)
     asked = probe_tokens_by_case(arch, tokenizer, patches.cases, chosen)
-    found = _Found([])
+    measured = _Found([])
     with inference_state(model), Progress(len(asked), "comparing attention", unit="case") as progress:
         for part in patches.chunks(chunk):
             before = dict(zip([case.id for case, _ in part], _ask(arch, [asked[c.id] for c, _ in part]), strict=True))
@@ -75,11 +76,11 @@ def drift(
                 with patches.edited(patch):
                     after = _ask(arch, [asked[case.id]])[0]
                 for probe, then, now in zip(asked[case.id], before[case.id], after, strict=True):
-                    found.add(tokenizer, probe, then, now)
+                    measured.add(tokenizer, probe, then, now)
                 progress.advance()
-    if not found.probes:
+    if not measured.probes:
         raise EditError(f"No edit succeeded. The first: {next(iter(patches.failures.values()), 'there was none')}")
-    return found.result(patches, tuple(attention_modules(model)))
+    return measured.result(patches, tuple(attention_modules(model)))
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _ask(arch: ModelArch, cases: Sequence[Sequence[ProbeTokens]]) -> list[list[_
 
 @dataclass
 class _Found:
-    """What has been measured so far."""
+    """Probes measured so far."""
 
     probes: list[DriftProbe]
 

@@ -6,11 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from kedit.evaluation.statistics import RESAMPLES, SEED, Estimate, case_weights
-
-Floats = npt.NDArray[np.float64]
+from kedit.evaluation.statistics import RESAMPLES, SEED, Estimate, Floats, case_weights
 
 
 def mean_map(values: Floats, resamples: int = RESAMPLES) -> Floats:
@@ -26,12 +23,12 @@ def mean_map(values: Floats, resamples: int = RESAMPLES) -> Floats:
         mean = filled.sum(0) / counts
         weights = case_weights(len(values), resamples)
         drawn = (weights @ filled) / (weights @ there)
-    found = np.full((3, flat.shape[1]), np.nan)
-    found[0] = mean
+    result = np.full((3, flat.shape[1]), np.nan)
+    result[0] = mean
     some = counts >= 2
     if some.any():
-        found[1:, some] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0)
-    return found.reshape(3, *values.shape[1:])
+        result[1:, some] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0)
+    return result.reshape(3, *values.shape[1:])
 
 
 def pearson(x: Floats, y: Floats) -> float:
@@ -81,8 +78,4 @@ def correlation(
     for _ in range(resamples):
         chosen = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
         drawn.append(measure(x[chosen], y[chosen]))
-    kept = np.asarray(drawn)[~np.isnan(drawn)]
-    if not len(kept):
-        return Estimate(value, None, None, len(x), len(members))
-    low, high = np.percentile(kept, [2.5, 97.5])
-    return Estimate(value, float(low), float(high), len(x), len(members))
+    return Estimate.of(value, np.asarray(drawn), len(x), len(members))

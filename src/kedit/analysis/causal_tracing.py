@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit.analysis.checks import check_positive, check_whole
 from kedit.analysis.facts import Fact, as_facts, known
-from kedit.analysis.interventions import ACTIVATIONS, Change, changing, copy_rows, default_window, window_of
+from kedit.analysis.interventions import ACTIVATIONS, Change, changing, copy_rows, window_of, window_width
 from kedit.analysis.results.tracing import FactTrace, TraceResult
 from kedit.edit import Edit
 from kedit.errors import ConfigError, EditError
@@ -25,6 +24,7 @@ from kedit.models import ModelArch, Site
 from kedit.models.hooks import inference_state, on_output
 from kedit.prompts.likelihood import TOKENS_PER_FORWARD, last_logits, prompts_per_pass
 from kedit.utils.progress import Progress
+from kedit.utils.validation import check_number, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ KINDS = ("hidden", "mlp", "attention")
 
 @dataclass(frozen=True)
 class Restoration:
-    """What is given back: one kind of activation, at one token, in the window around one block."""
+    """One restoration: one kind of activation, at one token, in the window around one block."""
 
     kind: str
     token: int
@@ -81,8 +81,8 @@ def trace(
         ConfigError: an option is out of range.
     """
     arch = ModelArch(model)
-    width = default_window(arch.num_layers) if window is None else window
-    _check(arch, kinds, width, noise, samples, tokens, seed)
+    width = window_width(window, arch.num_layers)
+    _check(kinds, noise, samples, tokens, seed)
     with inference_state(model):
         asked = as_facts(arch, tokenizer, facts)
         keep = known(arch, asked) if known_only else [True] * len(asked)
@@ -133,14 +133,14 @@ def _trace_fact(arch: ModelArch, fact: Fact, kinds: Sequence[str], width: int, n
     todo: list[Restoration | None] = [None, *restorations(fact, kinds, arch.num_layers)]
     rows = [(sample, spec) for spec in range(len(todo)) for sample in range(len(noise))]
     size = _rows_per_pass(arch, fact, tokens)
-    found = np.empty(len(rows))
+    scores = np.empty(len(rows))
     clean = float("nan")
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         probabilities = _run(arch, fact, width, noise[[sample for sample, _ in part]], [todo[spec] for _, spec in part])
         clean = float(probabilities[0])
-        found[start : start + size] = probabilities[1:]
-    means = found.reshape(len(todo), len(noise)).mean(1)
+        scores[start : start + size] = probabilities[1:]
+    means = scores.reshape(len(todo), len(noise)).mean(1)
     effects = {}
     for i, kind in enumerate(kinds):
         effect = np.zeros((fact.num_prompt, arch.num_layers))
@@ -196,8 +196,8 @@ def _changes(arch: ModelArch, width: int, todo: Sequence[Restoration | None]) ->
         for site in _sites(item, width, arch.num_layers):
             places.setdefault(site, []).append((row, item.token if item else 0))
     changes = {}
-    for site, found in places.items():
-        rows, columns = (torch.tensor(part) for part in zip(*found, strict=True))
+    for site, at in places.items():
+        rows, columns = (torch.tensor(part) for part in zip(*at, strict=True))
         changes[site] = copy_rows(rows, columns, torch.zeros_like(rows))
     return changes
 
@@ -213,15 +213,11 @@ def _rows_per_pass(arch: ModelArch, fact: Fact, tokens: int) -> int:
     return max(1, prompts_per_pass(arch, len(fact.fed), len(fact.row.labels), tokens) - 1)
 
 
-def _check(
-    arch: ModelArch, kinds: Sequence[str], window: int, noise: float, samples: int, tokens: int, seed: int
-) -> None:
+def _check(kinds: Sequence[str], noise: float, samples: int, tokens: int, seed: int) -> None:
     named = not isinstance(kinds, str) and isinstance(kinds, Sequence) and all(isinstance(kind, str) for kind in kinds)
     if not named or not kinds or set(kinds) - set(ACTIVATIONS) or len(set(kinds)) < len(kinds):
         raise ConfigError(f"kinds are some of {', '.join(ACTIVATIONS)}, each once, not {kinds!r}.")
-    if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= arch.num_layers:
-        raise ConfigError(f"window is a number of blocks from 1 to {arch.num_layers}, not {window!r}.")
-    check_positive("noise", noise)
+    check_number("noise", noise, above=0)
     check_whole("samples", samples, 1)
     check_whole("tokens", tokens, 1)
     check_whole("seed", seed, 0)

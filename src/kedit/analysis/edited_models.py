@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from kedit.editors import get_editor as make_editor
 from kedit.editors.base import Editor
-from kedit.errors import ConfigError, EditError, KEditError
+from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase, check_cases
+from kedit.evaluation.modes import edited, propose_each
 from kedit.patch import EditPatch
 from kedit.regularizers import Choice, resolve
 
@@ -27,7 +28,7 @@ class Patches:
 
     Attributes:
         cases: all cases.
-        label: the editor with its regularizers, in words.
+        label: the names of the editor and its regularizers.
         failures: why a case could not be edited, by id.
     """
 
@@ -70,56 +71,28 @@ class Patches:
         """Cases with their patches, some at a time; those that fail are left out and noted."""
         for start in range(0, len(self.cases), size):
             part = self.cases[start : start + size]
-            made = self._together([case for case in part if not case.more])
-            found = [(case, made.get(case.id) or self._of(case)) for case in part]
-            yield [(case, patch) for case, patch in found if patch is not None]
+            made = self._patches(part)
+            self.failures |= {id: patch for id, patch in made.items() if isinstance(patch, str)}
+            pairs = [(case, made[case.id]) for case in part]
+            yield [(case, patch) for case, patch in pairs if isinstance(patch, EditPatch)]
 
     def all(self) -> dict[str, EditPatch]:
         """Every patch by case id: to be used again."""
         return {case.id: patch for chunk in self.chunks() for case, patch in chunk}
 
-    @contextmanager
-    def edited(self, patch: EditPatch) -> Iterator[None]:
+    def edited(self, patch: EditPatch) -> AbstractContextManager[None]:
         """The model carries ``patch`` inside; it is as before afterwards."""
-        patch.apply(self.model, force=not self.given)  # what was just made for this model needs no check
-        try:
-            yield
-        finally:
-            patch.revert(self.model)
+        return edited(self.model, patch, force=not self.given)  # one just made for this model needs no check
 
-    def _of(self, case: EditCase) -> EditPatch | None:
-        if isinstance(self.source, EditPatch):
-            return self.source
-        if isinstance(self.source, Mapping):
-            return self.source[case.id]
-        try:
-            return self._alone(case)
-        except ConfigError:
-            raise  # it would fail for every case
-        except KEditError as error:
-            self.failures[case.id] = str(error)
-            return None
-
-    def _together(self, cases: Sequence[EditCase]) -> dict[str, EditPatch]:
-        """What the editor makes for cases that write one fact each; nothing where one of them fails."""
-        if not isinstance(self.source, Editor) or not cases:
-            return {}
-        try:
-            found = self.source.propose([case.edit for case in cases], self.regularizers)
-        except ConfigError:
-            raise
-        except KEditError:
-            return {}
-        return {case.id: patch for case, patch in zip(cases, found, strict=True)}
-
-    def _alone(self, case: EditCase) -> EditPatch:
-        assert isinstance(self.source, Editor)
-        if not case.more:
-            return self.source.propose(case.edit, self.regularizers)[0]
-        with self.source.unchecked():
-            result = self.source.apply(case.edits, self.regularizers)
-        result.revert()
-        return result.patch
+    def _patches(self, cases: Sequence[EditCase]) -> Mapping[str, EditPatch | str]:
+        """By case, its patch or why there is none."""
+        if isinstance(self.source, Editor):
+            return propose_each(self.source, self.regularizers, cases)
+        return (
+            dict.fromkeys((case.id for case in cases), self.source)
+            if isinstance(self.source, EditPatch)
+            else self.source
+        )
 
     def _label(self) -> str:
         if isinstance(self.source, Editor):

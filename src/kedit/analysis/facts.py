@@ -41,7 +41,7 @@ class Fact:
 
     @property
     def fed(self) -> tuple[int, ...]:
-        """What the model reads: all but the answer's last token."""
+        """The tokens that the model reads: all but the answer's last token."""
         return self.row.ids[:-1]
 
     @property
@@ -64,12 +64,12 @@ def as_facts(
     unknown = [i for i, edit in enumerate(edits) if edit.target_true is None]
     for i, token in zip(unknown, next_tokens(arch, [rows[i].ids for i in unknown]), strict=True):
         rows[i] = replace(rows[i], ids=(*rows[i].ids, token))
-    found = []
+    chosen = []
     for edit, row in zip(edits, rows, strict=True):
         tokens = tuple(str(tokenizer.decode([token])) for token in row.ids[: row.target])
         answer = edit.target_true or str(tokenizer.decode(list(row.labels))).strip()
-        found.append(Fact(edit.text, edit.subject, answer, row, tokens))
-    return found
+        chosen.append(Fact(edit.text, edit.subject, answer, row, tokens))
+    return chosen
 
 
 def known(arch: ModelArch, facts: Sequence[Fact]) -> list[bool]:
@@ -80,23 +80,23 @@ def known(arch: ModelArch, facts: Sequence[Fact]) -> list[bool]:
 @torch.no_grad()
 def next_tokens(arch: ModelArch, prompts: Sequence[Sequence[int]]) -> list[int]:
     """The model's first choice after each prompt."""
-    found: list[int] = []
+    tokens: list[int] = []
     for start in range(0, len(prompts), ROWS_PER_PASS):
         part = prompts[start : start + ROWS_PER_PASS]
         ids, mask = pad(part)
         keep = torch.zeros(ids.shape, dtype=torch.bool)
         keep[torch.arange(len(part)), torch.tensor([len(prompt) - 1 for prompt in part])] = True
-        found += last_logits(arch, ids, mask, keep).argmax(-1).tolist()
-    return found
+        tokens += last_logits(arch, ids, mask, keep).argmax(-1).tolist()
+    return tokens
 
 
 def _edits(facts: Edit | EditCase | Iterable[Edit | EditCase]) -> list[Edit]:
     if not isinstance(facts, Edit | EditCase | Iterable):
         raise EditError(f"Expected kedit.Edit or kedit.EditCase objects, found {type(facts).__name__}.")
-    found = [facts] if isinstance(facts, Edit | EditCase) else list(facts)
-    if not found:
+    items = [facts] if isinstance(facts, Edit | EditCase) else list(facts)
+    if not items:
         raise EditError("There is nothing to trace: the list of facts is empty.")
-    for item in found:
+    for item in items:
         if not isinstance(item, Edit | EditCase):
             raise EditError(f"Expected kedit.Edit or kedit.EditCase objects, found {type(item).__name__}.")
-    return [item.edit if isinstance(item, EditCase) else item for item in found]
+    return [item.edit if isinstance(item, EditCase) else item for item in items]

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from kedit.models import ModelArch, Site
-from kedit.models.arch import Kind
+from kedit.models.arch import SiteKind
 from kedit.models.hooks import by_prompt, on_output
+from kedit.utils.validation import check_whole
 
 # The names in results and figures -> the kind of site.
-ACTIVATIONS: dict[str, Kind] = {"hidden": "block", "mlp": "mlp", "attention": "attention"}
+ACTIVATIONS: dict[str, SiteKind] = {"hidden": "block", "mlp": "mlp", "attention": "attention"}
 LABELS = {
     "hidden": "hidden state",
     "mlp": "MLP output",
@@ -79,25 +80,29 @@ def changing(arch: ModelArch, changes: Mapping[Site, Change]) -> Iterator[None]:
 @contextmanager
 def reading(arch: ModelArch, sites: list[Site], columns: Tensor) -> Iterator[dict[Site, Tensor]]:
     """Collects the outputs of sites at the tokens ``columns`` [B, R]; column -1 gives what is never used."""
-    found: dict[Site, Tensor] = {}
+    outputs: dict[Site, Tensor] = {}
 
     def read(site: Site) -> Callable[[Tensor], None]:
         def take(output: Tensor) -> None:
             at = columns.clamp(min=0).to(output.device)
             split = by_prompt(output, len(at))
-            found[site] = split[torch.arange(len(at), device=output.device)[:, None], at].cpu()
+            outputs[site] = split[torch.arange(len(at), device=output.device)[:, None], at].cpu()
 
         return take
 
     with ExitStack() as stack:
         for site in sites:
             stack.enter_context(on_output(arch.site(site), read(site)))
-        yield found
+        yield outputs
 
 
-def default_window(num_layers: int) -> int:
-    """ROME's window, 10 of GPT-2 XL's 48 blocks, in proportion: 1 of 6, 6 of 28."""
-    return max(1, round(num_layers * _WINDOW_SHARE))
+def window_width(window: int | None, num_layers: int) -> int:
+    """The width of windows; by default ROME's, 10 of GPT-2 XL's 48 blocks, in proportion: 1 of 6, 6 of 28.
+
+    Raises:
+        ConfigError: it is no whole number from 1 to ``num_layers``.
+    """
+    return max(1, round(num_layers * _WINDOW_SHARE)) if window is None else check_whole("window", window, 1, num_layers)
 
 
 def window_of(layer: int, width: int, num_layers: int) -> range:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit.analysis.bootstrap import Floats
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase, Kind, Probe
 from kedit.evaluation.probing import WATCHED
+from kedit.evaluation.statistics import Floats
 from kedit.models import ModelArch
 from kedit.prompts.likelihood import last_logits, pair_text
-from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode
+from kedit.prompts.tokenize import TokenizedPrompt, context_limit, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def probe_tokens_by_case(
     cases: Sequence[EditCase],
     kinds: Sequence[Kind | str] = WATCHED,
 ) -> dict[str, list[ProbeTokens]]:
-    """What :func:`drift` asks, by case.
+    """Tokens of the probes that :func:`drift` asks, by case.
 
     Raises:
         EditError: no case has a probe of these kinds that mentions the edited subject.
@@ -69,16 +69,12 @@ def probe_tokens(
         if probe.kind in tuple(Kind(kind) for kind in kinds) and probe.right is not None and start >= 0:
             span = (start, start + len(case.edit.subject))
             chosen.append(probe)
-            texts += [_text(probe, answer, span) for answer in (probe.right, probe.wrong or probe.right)]
+            texts += [pair_text(probe.prompt, answer, span) for answer in (probe.right, probe.wrong or probe.right)]
     rows = encode(tokenizer, texts, limit=context_limit(arch.model))
     return [
         ProbeTokens(case.id, probe, rows[2 * i], None if probe.wrong is None else rows[2 * i + 1])
         for i, probe in enumerate(chosen)
     ]
-
-
-def _text(probe: Probe, answer: str, span: tuple[int, int]) -> Text:
-    return pair_text(probe.prompt, answer, span)
 
 
 @dataclass(frozen=True)
@@ -110,8 +106,8 @@ class Questions:
         places: list[set[int]] = [set() for _ in self.inputs]
         for number, start, labels in self.answers:
             places[number].update(range(start, start + len(labels)))
-        width = max(len(found) for found in places)
-        return torch.tensor([sorted(found) + [-1] * (width - len(found)) for found in places])
+        width = max(len(tokens) for tokens in places)
+        return torch.tensor([sorted(tokens) + [-1] * (width - len(tokens)) for tokens in places])
 
     @torch.no_grad()
     def score(self, arch: ModelArch, ids: Tensor, mask: Tensor, count: int) -> Floats:

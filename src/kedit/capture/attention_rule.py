@@ -10,8 +10,11 @@ from torch import Tensor
 
 from kedit.errors import CaptureError
 
+Grads = tuple[Tensor | None, Tensor | None]
+"""Gradients of queries and keys that are added to in place; ``None`` where one is not wanted."""
+
 Memo = dict[Any, Any]
-"""What the layers of one forward pass share, such as masks gathered at the captured rows."""
+"""Values that the layers of one forward pass share, such as masks gathered at the captured rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,15 @@ def visible(rule: Rule, positions: Tensor, num_queries: int, num_keys: int) -> T
     return seen
 
 
+def check_positions(positions: Tensor) -> Tensor:
+    """Positions as int64; raises :class:`CaptureError` unless they are integers [B, R]."""
+    if positions.dim() != 2 or positions.is_floating_point() or positions.dtype == torch.bool:
+        raise CaptureError(
+            f"positions must be integers [B, R]; found {positions.dtype} of shape {tuple(positions.shape)}."
+        )
+    return positions.to(torch.int64)
+
+
 def check(q: Tensor, k: Tensor, positions: Tensor) -> None:
     """Refuse shapes and dtypes that cannot belong together.
 
@@ -106,8 +118,7 @@ def check(q: Tensor, k: Tensor, positions: Tensor) -> None:
         raise CaptureError(f"q and k need four axes [B, A, T, D]; found {tuple(q.shape)} and {tuple(k.shape)}.")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise CaptureError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not belong to one attention layer.")
-    if positions.dim() != 2 or positions.is_floating_point() or positions.dtype == torch.bool:
-        raise CaptureError(f"positions must be integers [B, R]; found {positions.dtype} {tuple(positions.shape)}.")
+    check_positions(positions)
     if positions.shape[0] != q.shape[0]:
         raise CaptureError(
             f"positions has {positions.shape[0]} rows but the forward pass has a batch of {q.shape[0]}. "

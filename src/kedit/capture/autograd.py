@@ -15,7 +15,7 @@ from kedit.capture.dispatch import RowsBackend
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class _Rows(torch.autograd.Function):
+class _RowsAlone(torch.autograd.Function):
     """Rows alone; for attention whose own graph autograd has to keep (eager attention)."""
 
     @staticmethod
@@ -33,7 +33,7 @@ class _Rows(torch.autograd.Function):
         q, k, positions, rows = ctx.saved_tensors
         dq = torch.zeros_like(q) if ctx.needs_input_grad[0] else None
         dk = torch.zeros_like(k) if ctx.needs_input_grad[1] else None
-        ctx.backend.backward(grad, rows, q, k, positions, ctx.rule, dq, dk)
+        ctx.backend.backward(grad, rows, q, k, positions, ctx.rule, (dq, dk))
         return dq, dk, None, None, None, None
 
 
@@ -42,16 +42,9 @@ class _AttentionAndRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attend: Attend,
-        positions: Tensor,
-        rule: Rule,
-        backend: RowsBackend,
-        memo: Memo | None,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attend: Attend,
+        positions: Tensor, rule: Rule, backend: RowsBackend, memo: Memo | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wanted = ctx.needs_input_grad[:3]
         inner = [x.detach().requires_grad_(need) for x, need in zip((q, k, v), wanted, strict=True)]
         with torch.enable_grad():
@@ -73,15 +66,15 @@ class _AttentionAndRows(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None, None]
         if grad_out is not None:
             wanted = [i for i in range(3) if ctx.needs_input_grad[i]]
-            found = torch.autograd.grad(ctx.out, [inner[i] for i in wanted], grad_out, retain_graph=keep)
-            for i, grad in zip(wanted, found, strict=True):
+            computed = torch.autograd.grad(ctx.out, [inner[i] for i in wanted], grad_out, retain_graph=keep)
+            for i, grad in zip(wanted, computed, strict=True):
                 grads[i] = grad
         if grad_rows is not None:
             for i in range(2):
                 if ctx.needs_input_grad[i]:
                     grads[i] = _writable(grads[i], inner[i])
             q, k = inner[0].detach(), inner[1].detach()
-            ctx.backend.backward(grad_rows, rows, q, k, positions, ctx.rule, grads[0], grads[1])
+            ctx.backend.backward(grad_rows, rows, q, k, positions, ctx.rule, (grads[0], grads[1]))
         if not keep:
             ctx.inner = ctx.out = None
         return (*grads, None, None, None, None, None)
@@ -112,7 +105,7 @@ def rows_node(
     check(q, k, positions)
     if not _needs_graph(q, k):
         return backend.forward(q.detach(), k.detach(), positions, rule, memo)
-    rows: Tensor = _Rows.apply(q, k, positions, rule, backend, memo)  # type: ignore[no-untyped-call]
+    rows: Tensor = _RowsAlone.apply(q, k, positions, rule, backend, memo)  # type: ignore[no-untyped-call]
     return rows
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit.capture import torch_rows
-from kedit.capture.attention_rule import Memo, Rule
+from kedit.capture.attention_rule import Grads, Memo, Rule
 from kedit.errors import CaptureError
 
 LOGGER = logging.getLogger("kedit.capture")
@@ -26,17 +26,9 @@ class RowsBackend(Protocol):
         ...
 
     def backward(
-        self,
-        grad: Tensor,
-        rows: Tensor,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor,
-        rule: Rule,
-        dq: Tensor | None,
-        dk: Tensor | None,
+        self, grad: Tensor, rows: Tensor, q: Tensor, k: Tensor, positions: Tensor, rule: Rule, grads: Grads
     ) -> None:
-        """Add the rows' gradient to dq and dk in place."""
+        """Add the rows' gradient to ``grads`` in place."""
         ...
 
 

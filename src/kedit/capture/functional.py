@@ -52,16 +52,9 @@ def attention_rows(
         CaptureError: shapes do not fit, or the backend cannot run.
     """
     rule = Rule(
-        scaling=scaling,
-        allow=allow,
-        add=add,
-        causal=causal,
-        offset=offset,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        lse=lse,
-    )
+        scaling=scaling, allow=allow, add=add, causal=causal, offset=offset, window=window, softcap=softcap,
+        sinks=sinks, lse=lse,
+    )  # fmt: skip
     return rows_node(q, k, positions, rule, load(choose(backend, q.device, q.dtype)))
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit.capture import open_contexts
+from kedit.capture.attention_capture import CAPTURES
 from kedit.capture.attention_rule import Rule
+from kedit.capture.substitution import SUBSTITUTIONS
 from kedit.errors import CaptureError
 from kedit.models.compat import attention_scaling, attention_softcap
 
@@ -119,7 +120,7 @@ def attention(
         The attention's output [B, Tq, A, Dv], and no weights.
     """
     out, weights = _attention(module, query, key, value, attention_mask, kwargs)
-    substitution = open_contexts.substitution_of(module)
+    substitution = SUBSTITUTIONS.of(module)
     if substitution is not None:
         out = substitution.output(module, out, value, heads_first=False)
     return out, weights
@@ -129,7 +130,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     own = own_attention(module)
-    capture = open_contexts.capture_of(module)
+    capture = CAPTURES.running(module)
     if capture is None:
         return own(module, query, key, value, attention_mask, **kwargs)
     rule = rule_of(module, query, key, attention_mask, kwargs)

@@ -16,14 +16,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _rows_of_block(block, pos_ptr, batch, R, G: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr):
-    """Head (within the group), captured row, query position and validity of each of the BM rows."""
+def _rows_of_block(block, kv, pos_ptr, batch, R, G: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr):
+    """Of each of the BM rows: head in the group and in all, captured row, position (-1: dead), query, and whether it is one."""
     m = block * BM + tl.arange(0, BM)
     g = m // RP
     r = m % RP
     inside = (g < G) & (r < R)
     pos = tl.load(pos_ptr + batch * R + r, mask=inside, other=-1)
-    return g, r, pos, inside
+    live = inside & (pos >= 0)
+    return g, kv * G + g, r, pos, tl.where(live, pos, 0).to(tl.int64), inside, live
 
 
 @triton.jit
@@ -78,10 +79,7 @@ def rows_fwd_kernel(
     """P[b, h, r, :] = softmax(s) in two sweeps over the keys (one where the log-normaliser is given)."""
     batch = (tl.program_id(0) // KH).to(tl.int64)
     kv = (tl.program_id(0) % KH).to(tl.int64)
-    g, r, pos, inside = _rows_of_block(tl.program_id(1), pos_ptr, batch, R, G, RP, BM)
-    live = inside & (pos >= 0)
-    head = kv * G + g
-    query = tl.where(live, pos, 0).to(tl.int64)
+    g, head, r, pos, query, inside, live = _rows_of_block(tl.program_id(1), kv, pos_ptr, batch, R, G, RP, BM)
     at = query + first
     d = tl.arange(0, BD)
     q_ptrs = q_ptr + batch * sqb + head[:, None] * sqh + query[:, None] * sqt + d[None, :] * sqd
@@ -137,10 +135,7 @@ def rows_bwd_dq_kernel(
     """Ds = p (dp - Σ p dp) · softcap′ · scaling, kept for dk; dq[pos] += ds k, rows with one position together."""
     batch = (tl.program_id(0) // KH).to(tl.int64)
     kv = (tl.program_id(0) % KH).to(tl.int64)
-    g, r, pos, inside = _rows_of_block(tl.program_id(1), pos_ptr, batch, R, G, RP, BM)
-    live = inside & (pos >= 0)
-    head = kv * G + g
-    query = tl.where(live, pos, 0).to(tl.int64)
+    g, head, r, pos, query, inside, live = _rows_of_block(tl.program_id(1), kv, pos_ptr, batch, R, G, RP, BM)
     d = tl.arange(0, BD)
     d_in = (d < D)[None, :]
     p_rows = p_ptr + batch * spb + head * sph + r * spr
@@ -209,10 +204,7 @@ def rows_bwd_dk_kernel(
     d_in = (d < D)[None, :]
     dk = tl.zeros([BN, BD], tl.float32)
     for block in range(0, blocks):
-        g, r, pos, inside = _rows_of_block(block, pos_ptr, batch, R, G, RP, BM)
-        live = inside & (pos >= 0)
-        head = kv * G + g
-        query = tl.where(live, pos, 0).to(tl.int64)
+        g, head, r, pos, query, inside, live = _rows_of_block(block, kv, pos_ptr, batch, R, G, RP, BM)
         q_ptrs = q_ptr + batch * sqb + head[:, None] * sqh + query[:, None] * sqt + d[None, :] * sqd
         q = tl.load(q_ptrs, mask=live[:, None] & d_in, other=0.0).to(tl.float32)
         s_rows = ds_ptr + ((batch * KH * G + head) * R + r) * TK

@@ -11,13 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kedit.capture import open_contexts
+from kedit.capture.attention_capture import CAPTURES, AttentionCapture
 from kedit.capture.attention_rule import Rule, accumulator, gather_queries
 from kedit.capture.autograd import Attend
 from kedit.capture.reference import normalise
+from kedit.capture.substitution import SUBSTITUTIONS, Substitution
 from kedit.errors import CaptureError
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -56,16 +58,16 @@ def _reading_attn(module: nn.Module, original: Callable[..., Any]) -> Callable[.
     def attn(
         query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        found = attend(query, key, value, attention_mask, *args, **kwargs)
-        substitution = open_contexts.substitution_of(module)
-        if substitution is None:
-            return found
-        return (substitution.output(module, found[0], value, heads_first=True), *found[1:])
+        out, *rest = attend(query, key, value, attention_mask, *args, **kwargs)
+        substitution = SUBSTITUTIONS.of(module)
+        if substitution is not None:
+            out = substitution.output(module, out, value, heads_first=True)
+        return (out, *rest)
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
-        capture = open_contexts.capture_of(module)
+        capture = CAPTURES.running(module)
         if capture is None:
             return original(query, key, value, attention_mask, *args, **kwargs)
         rule = _attn_rule(module, query, key, attention_mask)
@@ -112,7 +114,7 @@ def _overheard(module: nn.Module, original: Callable[..., Any]) -> Callable[...,
     """``forward`` under a mode that overhears the softmax or SDPA call."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        capture, substitution = open_contexts.capture_of(module), open_contexts.substitution_of(module)
+        capture, substitution = CAPTURES.running(module), SUBSTITUTIONS.of(module)
         if capture is None and substitution is None:
             return original(*args, **kwargs)
         with _Overhear(module, capture, substitution):
@@ -123,19 +125,19 @@ def _overheard(module: nn.Module, original: Callable[..., Any]) -> Callable[...,
 
 def _num_heads(module: nn.Module) -> int:
     """How many heads a module whose scores hold prompts and heads in one axis has."""
-    found = getattr(module, "num_heads", None)
-    if not isinstance(found, int):
+    count = getattr(module, "num_heads", None)
+    if not isinstance(count, int):
         raise CaptureError(
             f"{type(module).__name__} has prompts and heads in one axis and no num_heads, so its heads cannot be told apart. "
             "Edit without a regularizer that reads attention."
         )
-    return found
+    return count
 
 
 class _Overhear(TorchFunctionMode):
     """Records the rows of the first softmax or SDPA call, and puts others in their place where that is wanted."""
 
-    def __init__(self, module: nn.Module, capture: Any, substitution: Any) -> None:
+    def __init__(self, module: nn.Module, capture: AttentionCapture | None, substitution: Substitution | None) -> None:
         super().__init__()
         self.module = module
         self.capture = capture
@@ -159,23 +161,18 @@ class _Overhear(TorchFunctionMode):
             self.done = True
             scores = args[0] if args else kwargs["input"]
             if self.capture is not None:
-                self._from_scores(self.cast[1] if self.cast and self.cast[0] is scores else scores)
+                self._from_scores(self.capture, self.cast[1] if self.cast and self.cast[0] is scores else scores)
             if self.substitution is not None:
-                out = self._replaced(out)
+                heads = self._by_head(out)
+                out = self.substitution.weights(self.module, heads).view_as(out)
         return out
 
-    def _replaced(self, weights: Tensor) -> Tensor:
-        """The softmax's output with the substituted rows."""
-        split = weights
-        if weights.dim() == 3:  # prompts and heads in one axis
-            split = weights.view(-1, _num_heads(self.module), *weights.shape[1:])
-        changed: Tensor = self.substitution.weights(self.module, split).view_as(weights)
-        return changed
+    def _by_head(self, scores: Tensor) -> Tensor:
+        """[B, A, Tq, Tk] also where the module has prompts and heads in one axis; a view."""
+        return scores if scores.dim() > 3 else rearrange(scores, "(b a) q k -> b a q k", a=_num_heads(self.module))
 
-    def _from_scores(self, scores: Tensor) -> None:
-        batch = self.capture.positions.shape[0]
-        if scores.dim() == 3:  # prompts and heads in one axis
-            scores = scores.view(-1, _num_heads(self.module), *scores.shape[1:])
+    def _from_scores(self, capture: AttentionCapture, scores: Tensor) -> None:
+        batch, scores = capture.positions.shape[0], self._by_head(scores)
         if scores.shape[0] != batch:
             raise CaptureError(
                 f"positions has {batch} rows but the forward pass has a batch of {scores.shape[0]}. "
@@ -189,7 +186,7 @@ class _Overhear(TorchFunctionMode):
             seen = (positions >= 0)[:, None, :, None] & (picked > floor)
             return normalise(torch.where(seen, picked, -torch.inf))
 
-        self.capture.keep(self.module, rows, scores.shape[2], scores.device)
+        capture.keep(self.module, rows, scores.shape[2], scores.device)
 
     def _sdpa(
         self,

@@ -1,104 +1,80 @@
-"""Which models are switched and which captures are open: the process-wide books of the capture.
+"""The captures and substitutions that are open, by attention module.
 
 Attention functions are called by transformers with nothing but the attention module, possibly from an autograd thread
-that recomputes a checkpointed block. So the books are kept by module, not in context variables.
+that recomputes a checkpointed block. So contexts are kept by module, not in context variables.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from kedit.errors import CaptureError
 
-if TYPE_CHECKING:
-    from kedit.capture.context import AttentionCapture
-    from kedit.capture.substitute import Substitution
-
 LOCK = threading.RLock()
-_OPEN: dict[int, list[AttentionCapture]] = {}
-_SUBSTITUTED: dict[int, list[Substitution]] = {}
 
 
-def open_capture(capture: AttentionCapture) -> None:
-    """Enter a capture for its attention modules.
+class OpenContext(Protocol):
+    """A capture or a substitution: the attention modules that it is for, by block, and the thread that opened it."""
 
-    Raises:
-        CaptureError: this thread already captures the model.
-    """
-    with LOCK:
-        for module in capture.modules.values():
-            if any(other.thread == capture.thread for other in _OPEN.get(id(module), ())):
-                raise CaptureError(
-                    "This model's attention is already being captured by an enclosing context. "
-                    "Close it first, or change its positions."
-                )
-        for module in capture.modules.values():
-            _OPEN.setdefault(id(module), []).append(capture)
+    modules: dict[int, nn.Module]
+    thread: int
 
 
-def close_capture(capture: AttentionCapture) -> None:
-    """Strike a capture from the books; harmless where it was never entered."""
-    with LOCK:
-        for module in capture.modules.values():
-            still = [other for other in _OPEN.get(id(module), ()) if other is not capture]
-            if still:
-                _OPEN[id(module)] = still
-            else:
-                _OPEN.pop(id(module), None)
+Context = TypeVar("Context", bound=OpenContext)
 
 
-def capture_of(module: nn.Module) -> AttentionCapture | None:
-    """The capture that the running forward pass of ``module`` belongs to, if any."""
-    captures = _OPEN.get(id(module))
-    if not captures:
-        return None
-    here = threading.get_ident()
-    for capture in captures:
-        if capture.thread == here:
-            return capture
-    if not recomputing():
-        return None
-    if len(captures) > 1:
-        raise CaptureError(
-            "Two threads capture one model while a checkpointed block is recomputed on a third; "
-            "it cannot be told whose it is. Give each thread its own model."
-        )
-    return captures[0]
+class OpenContexts(Generic[Context]):
+    """The open contexts of one type; one per thread and attention module."""
 
+    def __init__(self, refusal: str) -> None:
+        self._open: dict[int, list[Context]] = {}
+        self._refusal = refusal
 
-def open_substitution(substitution: Substitution) -> None:
-    """Enter a substitution for its attention modules.
+    def enter(self, context: Context) -> None:
+        """Register a context for its attention modules.
 
-    Raises:
-        CaptureError: this thread already substitutes rows of one of them.
-    """
-    with LOCK:
-        for module in substitution.modules.values():
-            if any(other.thread == substitution.thread for other in _SUBSTITUTED.get(id(module), ())):
-                raise CaptureError("Rows of this model's attention are already being substituted. Close that first.")
-        for module in substitution.modules.values():
-            _SUBSTITUTED.setdefault(id(module), []).append(substitution)
+        Raises:
+            CaptureError: this thread has one open for one of them.
+        """
+        with LOCK:
+            if any(self.of(module) is not None for module in context.modules.values()):
+                raise CaptureError(self._refusal)
+            for module in context.modules.values():
+                self._open.setdefault(id(module), []).append(context)
 
+    def leave(self, context: Context) -> None:
+        """Remove a context; harmless where it was never entered."""
+        with LOCK:
+            for module in context.modules.values():
+                rest = [other for other in self._open.pop(id(module), ()) if other is not context]
+                if rest:
+                    self._open[id(module)] = rest
 
-def close_substitution(substitution: Substitution) -> None:
-    """Strike a substitution from the books."""
-    with LOCK:
-        for module in substitution.modules.values():
-            still = [other for other in _SUBSTITUTED.get(id(module), ()) if other is not substitution]
-            if still:
-                _SUBSTITUTED[id(module)] = still
-            else:
-                _SUBSTITUTED.pop(id(module), None)
+    def of(self, module: nn.Module) -> Context | None:
+        """The context that this thread has open for ``module``, if any."""
+        here = threading.get_ident()
+        return next((context for context in self._open.get(id(module), ()) if context.thread == here), None)
 
+    def running(self, module: nn.Module) -> Context | None:
+        """The context that the running forward pass of ``module`` belongs to; a recomputed pass runs on another thread.
 
-def substitution_of(module: nn.Module) -> Substitution | None:
-    """The substitution that this thread has open for ``module``, if any."""
-    here = threading.get_ident()
-    return next((found for found in _SUBSTITUTED.get(id(module), ()) if found.thread == here), None)
+        Raises:
+            CaptureError: a block is recomputed, and several threads have a context open.
+        """
+        own = self.of(module)
+        contexts = self._open.get(id(module), ())
+        if own is not None or not contexts or not recomputing():
+            return own
+        if len(contexts) > 1:
+            raise CaptureError(
+                "Two threads capture one model while a checkpointed block is recomputed on a third, which may belong to "
+                "either. Give each thread its own model."
+            )
+        return contexts[0]
 
 
 def recomputing() -> bool:

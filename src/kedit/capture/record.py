@@ -9,13 +9,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kedit.capture.context import AttentionCapture, opened
-from kedit.capture.install import decoder_of, use_capture_attention
+from kedit.capture.attention_capture import AttentionCapture
+from kedit.capture.context import opened
+from kedit.capture.install import use_capture_attention
+from kedit.capture.modules import decoder_of
 from kedit.errors import CaptureError
 from kedit.models.offload import device_of
 
 
-class Record(AttentionCapture):
+class AttentionRecord(AttentionCapture):
     """Rows of several forward passes.
 
     Attributes:
@@ -88,7 +90,7 @@ def record_attention(
     layers: Collection[int] | None = None,
     backend: str = "auto",
     device: torch.device | None = None,
-) -> Iterator[Record]:
+) -> Iterator[AttentionRecord]:
     """Record the attention rows of the last queries of every forward pass, also those of ``model.generate``.
 
     Args:
@@ -105,7 +107,7 @@ def record_attention(
         CaptureError: the model's attention cannot be captured, or a pass does not fit the buffers.
     """
     with use_capture_attention(model):
-        record = Record(
+        record = AttentionRecord(
             model, batch=batch, queries=queries, keys=keys, steps=steps, layers=layers, backend=backend, device=device
         )
         with opened(model, record):

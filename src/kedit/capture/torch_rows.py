@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kedit.capture.attention_rule import Memo, Rule, accumulator, gather_queries, visible
+from kedit.capture.attention_rule import Grads, Memo, Rule, accumulator, gather_queries, visible
 from kedit.capture.reference import normalise
 
 
 def _bias(rule: Rule, positions: Tensor, q: Tensor, k: Tensor, memo: Memo | None) -> Tensor:
-    """What is added to the scores, -inf at hidden keys: [B, A|1, R, Tk]; made once for all layers that share masks."""
+    """The bias of the scores, -inf at hidden keys: [B, A|1, R, Tk]; made once for all layers that share masks."""
     num_queries, num_keys, dtype = q.shape[2], k.shape[2], accumulator(q.dtype)
     shape = (num_queries, num_keys, dtype, q.device)
     key = ("bias", id(rule.allow), id(rule.add), id(positions), rule.causal, rule.offset, rule.window, shape)
@@ -61,17 +61,8 @@ def forward(q: Tensor, k: Tensor, positions: Tensor, rule: Rule, memo: Memo | No
     return normalise(scores, rule.sinks, rule.lse)
 
 
-def backward(
-    grad: Tensor,
-    rows: Tensor,
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    rule: Rule,
-    dq: Tensor | None,
-    dk: Tensor | None,
-) -> None:
-    """Add the gradient of the rows to ``dq`` and ``dk`` in place.
+def backward(grad: Tensor, rows: Tensor, q: Tensor, k: Tensor, positions: Tensor, rule: Rule, grads: Grads) -> None:
+    """Add the gradient of the rows to that of the queries, ``dq``, and of the keys, ``dk``, in place.
 
     ds = p (dp - Σ p dp), through the softcap; dq += scaling · ds k, dk += scaling · dsᵀ q. A key that has no weight takes
     no part, whatever ``grad`` holds there.
@@ -83,9 +74,9 @@ def backward(
         k: keys, [B, A / G, Tk, D].
         positions: [B, R].
         rule: as in the forward pass.
-        dq: [B, A, Tq, D] in the dtype of q, or ``None`` if not wanted.
-        dk: [B, A / G, Tk, D] in the dtype of k, or ``None`` if not wanted.
+        grads: dq [B, A, Tq, D] in the dtype of q and dk [B, A / G, Tk, D] in the dtype of k; ``None`` if not wanted.
     """
+    dq, dk = grads
     grad = torch.where(rows == 0, 0, grad.to(rows.dtype))
     ds = rows * (grad - (rows * grad).sum(-1, keepdim=True))
     ds = ds.view(q.shape[0], k.shape[1], -1, k.shape[2])
@@ -93,19 +84,19 @@ def backward(
         ds = ds / torch.cosh(_products(q, k, positions, rule.scaling).div_(rule.softcap)).square_()
     ds = ds * rule.scaling
     queries = _queries(q, k, positions)
-    found = torch.empty_like(queries) if dq is not None else None
+    products = torch.empty_like(queries) if dq is not None else None
     for batch in _batches(q):
-        if found is not None:
-            torch.matmul(ds[batch], k[batch].to(ds.dtype), out=found[batch])
+        if products is not None:
+            torch.matmul(ds[batch], k[batch].to(ds.dtype), out=products[batch])
         if dk is not None:
             dk[batch] += ds[batch].transpose(2, 3) @ queries[batch]
-    if dq is not None and found is not None:
-        _scatter(dq, found.view(q.shape[0], q.shape[1], -1, q.shape[3]), positions)
+    if dq is not None and products is not None:
+        _scatter(dq, products.view(q.shape[0], q.shape[1], -1, q.shape[3]), positions)
 
 
-def _scatter(dq: Tensor, found: Tensor, positions: Tensor) -> None:
+def _scatter(dq: Tensor, gradients: Tensor, positions: Tensor) -> None:
     """Add [B, A, R, D] to the rows ``positions`` of dq; rows named twice receive both."""
     batch = torch.arange(dq.shape[0], device=dq.device)[:, None]
     dead = (positions < 0)[:, :, None, None]
-    values = found.transpose(1, 2).masked_fill(dead, 0).to(dq.dtype)
+    values = gradients.transpose(1, 2).masked_fill(dead, 0).to(dq.dtype)
     dq.transpose(1, 2).index_put_((batch, positions.clamp(min=0)), values, accumulate=True)

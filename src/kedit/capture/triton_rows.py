@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kedit.capture import kernel
-from kedit.capture.attention_rule import Memo, Rule
+from kedit.capture.attention_rule import Grads, Memo, Rule
 
 MAX_ROWS = 64  # captured rows of one launch; more are done in turn
 
@@ -100,17 +100,9 @@ def forward(q: Tensor, k: Tensor, positions: Tensor, rule: Rule, memo: Memo | No
     return rows
 
 
-def backward(
-    grad: Tensor,
-    rows: Tensor,
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    rule: Rule,
-    dq: Tensor | None,
-    dk: Tensor | None,
-) -> None:
+def backward(grad: Tensor, rows: Tensor, q: Tensor, k: Tensor, positions: Tensor, rule: Rule, grads: Grads) -> None:
     """See :func:`kedit.capture.torch_rows.backward`."""
+    dq, dk = grads
     batch, heads, _, width = q.shape
     kv_heads, num_keys = k.shape[1], k.shape[2]
     groups = heads // kv_heads

@@ -63,9 +63,10 @@ def load_cases(args: argparse.Namespace, count: int) -> list[EditCase]:
         return loaded.cases
     if args.model is not None:
         raise ConfigError("The embedded world's cases are about the embedded model. Give --data with --model.")
-    from kedit.embedded.edit_cases import embedded_world, world_cases
+    from kedit.embedded import load_world
+    from kedit.embedded.cases import world_cases
 
-    return world_cases(embedded_world(), args.split, args.cases or count, args.seed)
+    return world_cases(load_world(), args.split, args.cases or count, args.seed)
 
 
 def add_editor(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kedit.edit import Edit
     from kedit.editors.base import Editor
     from kedit.editors.value_editor import ValueEditor
-    from kedit.embedded.cases import WorldCase
+    from kedit.evaluation.cases import EditCase
     from kedit.regularizers.sadr import SADR
 
 HELP = "edit one fact and show the effects"
@@ -181,31 +181,35 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _case(number: int | None) -> WorldCase:
-    from kedit import embedded
+def _case(number: int | None) -> EditCase:
+    from kedit.embedded import load_world
+    from kedit.embedded.cases import world_cases
 
     number = 10 if number is None else number
     if not 0 <= number < 100:
         raise KEditError(f"--case is a number from 0 to 99, not {number}.")
-    return list(embedded.load_world().edits("dev", 100))[number]
+    return world_cases(load_world(), "dev", 100)[number]
 
 
-def _embedded_scene(case: WorldCase, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scene:
+def _embedded_scene(case: EditCase, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scene:
     """The fact, a paraphrase, a neighbour with and without the edited sentence before it, another relation."""
-    from kedit.edit import Edit
+    from kedit.evaluation.cases import Kind, distracted
 
-    edit = Edit(case.prompt, case.subject, case.target_new, case.target_true)
-    neighbour, other = case.neighbours[0], case.relations[0]
-    stated = f"{edit.text} {edit.target_new}."
+    edit = case.edit
+    first = {probe.kind: probe for probe in reversed(case.probes)}
+    other = first[Kind.RELATION]
     asked = [
-        ("the fact", edit.text, case.target_new),
-        ("paraphrase", case.paraphrases[0].text, case.target_new),
-        ("neighbour", neighbour.text, neighbour.right),
-        ("distracted", f"{stated} {neighbour.text}", neighbour.right),
-        ("other fact", other.text, other.right),
-        ("distracted other", f"{stated} {other.text}", other.right),
+        ("the fact", first[Kind.REWRITE]),
+        ("paraphrase", first[Kind.PARAPHRASE]),
+        ("neighbour", first[Kind.NEIGHBOUR]),
+        ("distracted", first[Kind.DISTRACTED]),
+        ("other fact", other),
+        ("distracted other", distracted(edit, other)),
     ]
-    questions = [Question(label, text, tuple(tokenizer(text)["input_ids"]), wanted) for label, text, wanted in asked]
+    questions = [
+        Question(label, probe.prompt, tuple(tokenizer(probe.prompt)["input_ids"]), probe.right or "")
+        for label, probe in asked
+    ]
 
     def answer(question: Question) -> tuple[str, bool]:
         said, probability = _sentence(model, tokenizer, question.ids)

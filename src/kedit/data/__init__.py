@@ -15,6 +15,7 @@ from kedit.data.records import read_records as read_records
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
 from kedit.utils.registry import Registry
+from kedit.utils.validation import is_whole
 
 FORMATS: Registry[Parser] = Registry(
     "format",
@@ -66,7 +67,7 @@ def load_cases(
         EditError: nothing can be read, the format is not recognised, no record is a case, or one is not and
             ``strict`` is set; ``limit`` is below 1.
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+    if limit is not None and not (is_whole(limit) and limit >= 1):
         raise EditError(f"limit must be a whole number of at least 1, or None for all records; not {limit!r}.")
     path = Path(source)
     records: Sequence[Any] = read_records(path) if path.exists() else _dataset(str(source), split, limit)
@@ -76,7 +77,7 @@ def load_cases(
     if not loaded.cases:
         reason = f" The first: {loaded.malformed[0].reason}." if loaded.malformed else ""
         raise EditError(
-            f"{source} holds no case in the form {name!r}.{reason} Give another --format, or mend the file."
+            f"{source} holds no case in the form {name!r}.{reason} Give another --format, or repair the file."
         )
     return loaded
 
@@ -88,9 +89,9 @@ def recognise(records: Sequence[Any], source: str = "The file") -> str:
             for fields, name in _MARKS:
                 if fields <= record.keys():
                     return name
-    found = next((sorted(record) for record in records if isinstance(record, Mapping)), [])
+    names = next((sorted(record) for record in records if isinstance(record, Mapping)), [])
     raise EditError(
-        f"{source} is in no known form (fields of its first record: {', '.join(found) or 'none'}). "
+        f"{source} is in no known form (fields of its first record: {', '.join(names) or 'none'}). "
         f"Name one of {', '.join(FORMATS)}."
     )
 

@@ -1,4 +1,4 @@
-"""What all loaders share: reading a file, and turning records into cases without stopping at a bad one."""
+"""Reads files of records, and turns records into cases without stopping at a bad one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Malformed:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a file gave.
+    """Cases of a file.
 
     Attributes:
         cases: the cases, in the file's order.
@@ -79,15 +79,15 @@ def read_records(path: Path) -> list[Any]:
     if path.suffix == ".jsonl":
         return list(_lines(text))
     try:
-        found = json.loads(text)
+        records = json.loads(text)
     except json.JSONDecodeError as error:
         raise EditError(f"{path} is not JSON: {error}. JSON lines need the suffix .jsonl.") from error
-    if isinstance(found, dict):  # some files wrap their list: {"data": [...]}
-        lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if len(lists) == 1 else [found]
-    if not isinstance(found, list):
-        raise EditError(f"{path} holds a {type(found).__name__}; a list of records was expected.")
-    return found
+    if isinstance(records, dict):  # some files wrap their list: {"data": [...]}
+        lists = [value for value in records.values() if isinstance(value, list)]
+        records = lists[0] if len(lists) == 1 else [records]
+    if not isinstance(records, list):
+        raise EditError(f"{path} holds a {type(records).__name__}; a list of records was expected.")
+    return records
 
 
 def _lines(text: str) -> Iterator[Any]:
@@ -106,10 +106,10 @@ def _mapping(record: Any) -> Record:
 
 def text(value: Any) -> str:
     """A text field: as it stands, or the ``str`` of CounterFact's {"str": ..., "id": ...}."""
-    found = value["str"] if isinstance(value, Mapping) else value
-    if not isinstance(found, str) or not found.strip():
+    content = value["str"] if isinstance(value, Mapping) else value
+    if not isinstance(content, str) or not content.strip():
         raise EditError(f"expected text, found {value!r}")
-    return found.strip()
+    return content.strip()
 
 
 def texts(value: Any) -> list[str]:
@@ -119,7 +119,7 @@ def texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value.strip()] if value.strip() else []
     if isinstance(value, Sequence):
-        return [found for item in value for found in texts(item)]
+        return [part for item in value for part in texts(item)]
     return [text(value)]
 
 

@@ -60,9 +60,9 @@ def ripple(record: Record, name: str) -> EditCase:
 
 def _parts(sentence: str) -> tuple[str, str, str, str]:
     for form in _FORMS:
-        found = form.fullmatch(sentence)
-        if found:
-            head, subject, tail, target = found.group("head", "subject", "tail", "target")
+        match = form.fullmatch(sentence)
+        if match:
+            head, subject, tail, target = match.group("head", "subject", "tail", "target")
             return head, subject, tail, target
     raise EditError(f"the fact {sentence!r} has none of the benchmark's wordings")
 

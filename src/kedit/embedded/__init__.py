@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kedit.embedded.world import World
 
 ASSETS = Path(__file__).parent / "assets"
-NAME = "kedit-testbed"
+NAME = "kedit-embedded"
 
 
 def load(*, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -25,7 +25,7 @@ def load(*, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, Pr
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=dtype or torch.float32)
-    model.config.kedit_testbed = True  # by this mark it gets the defaults of kedit.embedded.defaults
+    model.config.kedit_testbed = True  # marks the defaults of kedit.embedded.defaults; a part of saved fingerprints
     model.config._name_or_path = NAME
     return model.eval(), AutoTokenizer.from_pretrained(ASSETS)
 

@@ -1,138 +1,86 @@
-"""Edit requests about the invented world, with everything that should and should not change."""
+"""Evaluation cases about the invented world, with everything that should and should not change."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 
+from kedit.edit import Edit
 from kedit.embedded.world import Fact, Half, Person, World
 from kedit.errors import ConfigError
+from kedit.evaluation.cases import EditCase, Kind, Probe, distracted
 
 NUM_NEIGHBOURS = 4
+NUM_REFERENCES = 5
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A question with two answers; it is passed when the right one is the more probable.
-
-    Attributes:
-        prompt: with one ``{}`` for the subject.
-        subject: a name or an alias.
-        right: the answer to be preferred.
-        wrong: the other.
-    """
-
-    prompt: str
-    subject: str
-    right: str
-    wrong: str
-
-    @property
-    def text(self) -> str:
-        """The prompt with the subject in it."""
-        return self.prompt.format(self.subject)
-
-
-@dataclass(frozen=True)
-class WorldCase:
-    """An edit request and its probes.
-
-    Attributes:
-        prompt: with one ``{}`` for the subject.
-        subject: whose fact is edited.
-        target_true: the object before the edit.
-        target_new: another object of the same relation.
-        relation: the edited fact's relation.
-        half: the half of the people it is about.
-        paraphrases: the fact in the relation's other words (PS).
-        neighbours: the same prompt about people with the same object, or with an object of their own (NS).
-        distracted: the same, with the edited sentence before it (DNS).
-        relations: other relations of the subject; right is the truth, wrong the edit's target (RS).
-        aliases: the fact by the subject's nickname; empty if there is none.
-        hops: what follows from the edit: the country of the new birthplace; empty for other relations.
-    """
-
-    prompt: str
-    subject: str
-    target_true: str
-    target_new: str
-    relation: str
-    half: Half
-    paraphrases: tuple[Probe, ...]
-    neighbours: tuple[Probe, ...]
-    distracted: tuple[Probe, ...]
-    relations: tuple[Probe, ...]
-    aliases: tuple[Probe, ...]
-    hops: tuple[Probe, ...]
-
-    @property
-    def rewrite(self) -> Probe:
-        """The edited prompt itself (ES)."""
-        return Probe(self.prompt, self.subject, self.target_new, self.target_true)
-
-
-def cases(world: World, half: Half, n: int, seed: int = 0) -> Iterator[WorldCase]:
-    """``n`` cases about people of one half, every fact at most once.
+def world_cases(world: World, split: Half, n: int, seed: int = 0) -> list[EditCase]:
+    """``n`` cases from one half of an embedded world, every fact at most once; no case probes a fact that any of them edits.
 
     Only facts of ``"edit"`` people and relations are edited, everybody once before anybody twice. Neighbours are
-    ``"probe"`` people, other relations are ``"probe"`` relations: no case probes a fact that any case edits.
+    ``"probe"`` people, other relations are ``"probe"`` relations.
+
+    Probes: rewrite, paraphrase, alias (nicknames), reasoning (two hops), neighbour, distracted neighbour, relation and
+    generation. The world has no common sense to ask for. The references of the generations are the world's own sentences
+    about people who have the new object.
 
     Raises:
         ConfigError: there are fewer facts that may be edited.
     """
-    rng = random.Random(f"edits {world.seed} {half} {seed}")
-    subjects = [person for person in world.people if person.half == half and person.role == "edit"]
+    rng = random.Random(f"edits {world.seed} {split} {seed}")
+    subjects = [person for person in world.people if person.half == split and person.role == "edit"]
     names = [relation.name for relation in world.relations if relation.role == "edit"]
     if n > len(subjects) * len(names):
         raise ConfigError(
-            f"{n} edits were asked for, but the {half} half has {len(subjects) * len(names)} facts that may be edited. "
+            f"{n} edits were asked for, but the {split} half has {len(subjects) * len(names)} facts that may be edited. "
             "Ask for fewer."
         )
     rng.shuffle(subjects)
     orders = [rng.sample(names, len(names)) for _ in subjects]
+    cases = []
     for i in range(n):
-        number, turn = i % len(subjects), i // len(subjects)
-        yield _case(world, subjects[number], orders[number][turn], rng)
+        turn, number = divmod(i, len(subjects))
+        cases.append(_case(world, subjects[number], orders[number][turn], f"{split}-{i}", rng))
+    return cases
 
 
-def _case(world: World, person: Person, name: str, rng: random.Random) -> WorldCase:
-    relation = world.relation(name)
-    true = world.object(person.name, name)
+def _case(world: World, person: Person, name: str, id: str, rng: random.Random) -> EditCase:
+    """The case that gives a person another object of the relation ``name``."""
+    relation, true = world.relation(name), world.object(person.name, name)
     follows = [other for other in world.relations if other.via == name]
     candidates = [chosen for chosen in relation.objects if chosen != true]
     if follows:  # so that the two-hop answer changes too
         candidates = [chosen for chosen in candidates if world.countries[chosen] != world.countries[true]]
     new = rng.choice(candidates)
-    templates = rng.sample(relation.templates, len(relation.templates))
-    prompt = templates[0]
-    neighbours = tuple(
-        Probe(prompt, fact.subject, fact.object, new) for fact in _neighbours(world, person, name, true, new, rng)
-    )
-    edited = f"{prompt.format(person.name)} {new}. "
-    others = [other for other in world.relations if other.role == "probe" and other.via is None]
-    return WorldCase(
-        prompt=prompt,
-        subject=person.name,
-        target_true=true,
-        target_new=new,
-        relation=name,
-        half=person.half,
-        paraphrases=tuple(Probe(template, person.name, new, true) for template in templates[1:]),
-        neighbours=neighbours,
-        distracted=tuple(Probe(edited + probe.prompt, probe.subject, probe.right, probe.wrong) for probe in neighbours),
-        relations=tuple(
-            Probe(template, person.name, world.object(person.name, other.name), new)
-            for other in others
-            for template in rng.sample(other.templates, 2)
-        ),
-        aliases=() if person.alias is None else tuple(Probe(each, person.alias, new, true) for each in templates[:2]),
-        hops=tuple(
-            Probe(template, person.name, world.countries[new], world.countries[true])
-            for other in follows
-            for template in other.templates
-        ),
-    )
+    prompt, *paraphrases = rng.sample(relation.templates, len(relation.templates))
+    edit = Edit(prompt, person.name, new, true)
+
+    def ask(
+        kind: Kind, templates: Iterable[str], subject: str, right: str, wrong: str, fact: tuple[str, str] | None = None
+    ) -> list[Probe]:
+        return [
+            Probe(kind=kind, prompt=text.format(subject), right=right, wrong=wrong, fact=fact) for text in templates
+        ]
+
+    probes = ask(Kind.REWRITE, [prompt], person.name, new, true, (person.name, name))
+    probes += ask(Kind.PARAPHRASE, paraphrases, person.name, new, true, (person.name, name))
+    if person.alias is not None:
+        probes += ask(Kind.ALIAS, [prompt, *paraphrases[:1]], person.alias, new, true, (person.alias, name))
+    for other in follows:
+        right, wrong = world.countries[new], world.countries[true]
+        probes += ask(Kind.REASONING, other.templates, person.name, right, wrong)
+    neighbours = []
+    for near in _neighbours(world, person, name, true, new, rng):
+        neighbours += ask(Kind.NEIGHBOUR, [prompt], near.subject, near.object, new, (near.subject, name))
+    probes += [*neighbours, *(distracted(edit, probe) for probe in neighbours)]
+    for other in world.relations:
+        if other.role == "probe" and other.via is None:
+            right = world.object(person.name, other.name)
+            probes += ask(Kind.RELATION, rng.sample(other.templates, 2), person.name, right, new)
+    probes.append(Probe(kind=Kind.GENERATION, prompt=edit.text))
+    facts = [fact for fact in world.facts(relation=name, aliases=False) if fact.object == new]
+    references = tuple(world.sentence(fact).text for fact in facts[:NUM_REFERENCES])
+    return EditCase.of(id, edit, probes, references=references)
 
 
 def _neighbours(world: World, person: Person, relation: str, true: str, new: str, rng: random.Random) -> list[Fact]:

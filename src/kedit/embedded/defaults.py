@@ -15,7 +15,7 @@ NUM_EMBEDDED_TEXTS = 40
 
 # All chosen on the development half of its world: a step
 # size at which the edits are as firm as in large models, where plain ROME loses what SADR is there to keep (at half of it
-# ROME loses a third as much DNS), and the smallest γ that wins nearly all of it back.
+# ROME loses a third as much DNS), and the smallest γ that recovers nearly all of it.
 _VALUE = {"steps": 40, "lr": 1.0, "weight_decay": 0.1, "clamp": 4.0}
 _NULL_SPACE = {"l2": 0.1, "threshold": 0.1, "threshold_rule": "mean", "l2_relative": False}
 _SADR: dict[str, Mapping[str, Any]] = {"sadr": {"self": {"gamma": 1.0}}}
@@ -42,6 +42,6 @@ def corpus() -> Corpus:
 
 @functools.cache
 def defaults() -> ModelDefaults:
-    """What kedit uses for the embedded model where nothing else is given."""
+    """Defaults for the embedded model where nothing else is given."""
     texts = corpus()
     return ModelDefaults(texts.name, texts.key, texts.texts, NUM_EMBEDDED_TEXTS, RIDGE, PRESETS)

@@ -7,10 +7,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from kedit.embedded.cases import WorldCase
+from typing import Any, Literal
 
 Half = Literal["dev", "test"]
 Role = Literal["edit", "probe"]
@@ -103,13 +100,6 @@ class World:
         object.__setattr__(self, "_people", people)
         object.__setattr__(self, "_relations", {relation.name: relation for relation in self.relations})
 
-    @classmethod
-    def invent(cls, seed: int = 0) -> World:
-        """Make a world; the same for the same seed."""
-        from kedit.embedded.invent import invent
-
-        return invent(seed)
-
     def person(self, name: str) -> Person:
         """The person of a name or alias."""
         return self._people[name]
@@ -176,12 +166,6 @@ class World:
         """``n`` texts like those the model was trained on."""
         for _, passage in zip(range(n), self.passages(seed), strict=False):
             yield " ".join(sentence.text for sentence in passage)
-
-    def edits(self, split: Half, n: int, seed: int = 0) -> Iterator[WorldCase]:
-        """``n`` edit requests about people of one half, each with its probes; see :func:`kedit.embedded.cases.cases`."""
-        from kedit.embedded.cases import cases
-
-        return cases(self, split, n, seed)
 
     def _nicknames(self) -> list[Sentence]:
         sentences = []

@@ -14,7 +14,7 @@ from kedit.evaluation.journal import Journal
 from kedit.evaluation.metrics import METRICS
 from kedit.evaluation.probing import EvalOptions
 from kedit.evaluation.report import EvalReport
-from kedit.evaluation.runner import CHUNK, Mode, Run
+from kedit.evaluation.runner import CHUNK, EvalMode, Run
 from kedit.regularizers import Choice
 from kedit.utils.distributed import current_group
 
@@ -28,7 +28,7 @@ def evaluate(
     cases: Iterable[EditCase],
     editor: str | Editor | None = "rome",
     regularizer: Choice = None,
-    mode: Mode = "single",
+    mode: EvalMode = "single",
     *,
     out: str | Path | None = None,
     config: Mapping[str, Any] | None = None,

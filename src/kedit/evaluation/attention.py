@@ -37,7 +37,7 @@ def attention_to_subject(
 
     fed = [row.ids[: row.target] for row in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(fed[i]))
-    found: dict[int, AttentionToSubject] = {}
+    measured: dict[int, AttentionToSubject] = {}
     while order:
         size = max(1, tokens // len(fed[order[0]]))
         batch, order = order[:size], order[size:]
@@ -49,5 +49,5 @@ def attention_to_subject(
             arch.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **fewer)
             stacked = torch.stack([capture.rows[layer][:, :, 0].cpu() for layer in sorted(capture.rows)], 1)
         for place, i in enumerate(batch):
-            found[i] = AttentionToSubject(stacked[place, :, :, : len(fed[i])].clone(), rows[i].subject_last)
-    return [found[i] for i in range(len(rows))]
+            measured[i] = AttentionToSubject(stacked[place, :, :, : len(fed[i])].clone(), rows[i].subject_last)
+    return [measured[i] for i in range(len(rows))]

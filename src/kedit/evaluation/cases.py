@@ -1,4 +1,4 @@
-"""What is evaluated: an edit and the probes that show what it did."""
+"""Evaluation cases: an edit and the probes that show what it did."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kedit.prompts.tokenize import separator
 
 
 class Kind(str, Enum):
-    """What a probe asks about."""
+    """Kinds of probes."""
 
     __str__ = str.__str__  # also in f-strings, as of enum.StrEnum, which Python 3.10 lacks
 
@@ -72,9 +72,9 @@ class Probe:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, as JSON values."""
-        found = {"kind": str(self.kind), "prompt": self.prompt, "right": self.right, "wrong": self.wrong}
+        fields = {"kind": str(self.kind), "prompt": self.prompt, "right": self.right, "wrong": self.wrong}
         extra = {"accept": list(self.accept), "fact": list(self.fact or ())}
-        return {key: value for key, value in {**found, **extra}.items() if value}
+        return {key: value for key, value in {**fields, **extra}.items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +104,11 @@ class EditCase:
         """
         given = tuple(probes)
         kinds = {probe.kind for probe in given}
-        found = [] if Kind.REWRITE in kinds else [rewrite_probe(edit)]
-        found += given
+        all_probes = [] if Kind.REWRITE in kinds else [rewrite_probe(edit)]
+        all_probes += given
         if Kind.DISTRACTED not in kinds:
-            found += [distracted(edit, probe) for probe in given if probe.kind is Kind.NEIGHBOUR]
-        return cls(id=str(id), edit=edit, probes=tuple(found), **fields)
+            all_probes += [distracted(edit, probe) for probe in given if probe.kind is Kind.NEIGHBOUR]
+        return cls(id=str(id), edit=edit, probes=tuple(all_probes), **fields)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -185,11 +185,11 @@ def check_cases(cases: Iterable[EditCase]) -> list[EditCase]:
             f"Expected a list of kedit.EditCase objects, found {type(cases).__name__}. Cases of a file are "
             "load_cases(file).cases."
         )
-    found = list(cases)
-    if not found:
+    checked = list(cases)
+    if not checked:
         raise EditError("There is nothing to evaluate: the list of cases is empty.")
     seen: set[str] = set()
-    for case in found:
+    for case in checked:
         if not isinstance(case, EditCase):
             raise EditError(
                 f"Expected kedit.EditCase objects, found {type(case).__name__}. Make them with EditCase.of(...)."
@@ -197,7 +197,7 @@ def check_cases(cases: Iterable[EditCase]) -> list[EditCase]:
         if case.id in seen:
             raise EditError(f"Two cases are called {case.id!r}. Give each one an id of its own.")
         seen.add(case.id)
-    return found
+    return checked
 
 
 def _asks_edited(probe: Probe, texts: set[str], facts: set[tuple[str, str]]) -> bool:

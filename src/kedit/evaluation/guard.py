@@ -25,6 +25,7 @@ from kedit.models import ModelArch
 from kedit.models.defaults import model_defaults
 from kedit.patch.ledger import Ledger
 from kedit.utils.linalg import is_finite
+from kedit.utils.validation import is_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ DEFAULT_TEXTS = (
     "Water boils at a lower temperature in the mountains, because the pressure of the air is lower there. This is why "
     "rice and potatoes take longer to cook.",
 )
-"""What a model reads for KL and perplexity where no text is given."""
+"""Texts for KL and perplexity where none are given."""
 
 _GAINS = {"efficacy": Kind.REWRITE, "paraphrase": Kind.PARAPHRASE}
 _DROPS = {"neighbour_drop": Kind.NEIGHBOUR, "distracted_drop": Kind.DISTRACTED, "relation_drop": Kind.RELATION}
@@ -148,9 +149,8 @@ class Guard:
         object.__setattr__(self, "cases", _all_of(self.cases, EditCase, "cases", "kedit.EditCase objects"))
         for name in self.limits():
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             most = math.inf if name in ("kl", "perplexity", "norm_growth") else 1.0
-            if value is not None and (not number or not 0 <= value <= most):
+            if value is not None and not (is_number(value) and 0 <= value <= most):
                 expected = "a share from 0 to 1" if most == 1.0 else "a finite number of at least 0"
                 raise ConfigError(f"Guard.{name} is {expected} or None, not {value!r}.")
         if self.texts == () and (self.kl is not None or self.perplexity is not None):
@@ -182,16 +182,16 @@ class Guard:
 
 def _all_of(given: Any, kind: type, name: str, what: str) -> tuple[Any, ...]:
     """The items as a tuple; raises :class:`ConfigError` unless all are of a kind."""
-    found = tuple(given) if isinstance(given, Iterable) else (given,)
-    for item in found:
+    items = tuple(given) if isinstance(given, Iterable) else (given,)
+    for item in items:
         if not isinstance(item, kind):
             raise ConfigError(f"Guard.{name} are {what}, and one of them is {item!r:.60}.")
-    return found
+    return items
 
 
 @dataclass
 class GuardCheck:
-    """What a guard measured before an edit, ready to compare."""
+    """Measurements before an edit, to compare the edited model with."""
 
     guard: Guard
     examiner: ProbeScorer
@@ -265,8 +265,8 @@ def _share(scores: Sequence[CaseScore], kind: Kind) -> float | None:
 
 
 def _succeeds(probe: ProbeScore) -> float:
-    found = success(probe, probe)
-    return (all_tokens(probe, probe) or 0.0) if found is None else found
+    passed = success(probe, probe)
+    return (all_tokens(probe, probe) or 0.0) if passed is None else passed
 
 
 def _norm(weight: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What a run has finished, on disk, so that an interrupted one goes on where it stopped."""
+"""Finished cases and steps of a run, on disk, so that an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class Journal:
         """Claim the folder for a run; what it has finished, by case."""
         self._claim(identity)
         files = [self.folder / RECORDS, *sorted(self.folder.glob("records-*.jsonl"))]
-        found = [record for path in files if path.exists() for record in _read(path, _case)]
-        return {record.id: record for record in found}
+        records = [record for path in files if path.exists() for record in _read(path, _case)]
+        return {record.id: record for record in records}
 
     def _claim(self, identity: dict[str, Any]) -> None:
         path = self.folder / RUN

@@ -50,12 +50,12 @@ class TfIdf:
     def vector(self, text: str) -> dict[str, float]:
         """The text's weights by term."""
         counts = Counter(_terms(text))
-        found = {
+        weights = {
             term: count * (math.log((1 + self.total) / (1 + self.document_frequency[term])) + 1)
             for term, count in counts.items()
         }
-        norm = math.sqrt(sum(value * value for value in found.values()))
-        return {term: value / norm for term, value in found.items()} if norm else {}
+        norm = math.sqrt(sum(value * value for value in weights.values()))
+        return {term: value / norm for term, value in weights.items()} if norm else {}
 
     def similarity(self, one: str, other: str) -> float:
         """Cosine of two texts."""

@@ -61,19 +61,19 @@ class Metric:
     def values(self, now: CaseScore, before: CaseScore) -> list[float]:
         """Its values on one case, in the table's scale."""
         if self.case is not None:
-            found = [self.case(now, before)]
+            values = [self.case(now, before)]
         else:
             assert self.probe is not None
             pairs = zip(now.probes, before.probes, strict=True)
-            found = [self.probe(one, other) for one, other in pairs if one.kind in self.kinds]
-        return [value * self.scale for value in found if value is not None]
+            values = [self.probe(one, other) for one, other in pairs if one.kind in self.kinds]
+        return [value * self.scale for value in values if value is not None]
 
     def tallies(self, records: Sequence[CaseRecord], state: Literal["before", "after"]) -> list[Tally]:
         """Its values over all cases in one state; one tally per part."""
         if self.parts:
             return [tally for part in self.parts for tally in METRICS[part].tallies(records, state)]
-        found = [self.values(getattr(record, state), record.before) for record in records]
-        return [Tally.of(found, by_case=self.pooling == "case")]
+        values = [self.values(getattr(record, state), record.before) for record in records]
+        return [Tally.of(values, by_case=self.pooling == "case")]
 
     def measure(self, records: Sequence[CaseRecord], weights: Floats) -> dict[str, Estimate | None]:
         """The figure before, after, and the paired difference."""

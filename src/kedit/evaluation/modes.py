@@ -1,10 +1,11 @@
-"""Ways of editing in a run: each case's edit alone in the model, or all facts together."""
+"""The edits of a run: each case's alone in the model, or all facts together."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from kedit.edit import Edit
 from kedit.editors.base import Editor
@@ -14,58 +15,54 @@ from kedit.evaluation.journal import Journal, Step
 from kedit.patch import EditPatch
 from kedit.patch.ledger import Ledger
 from kedit.regularizers import Regularizer
-from kedit.utils.distributed import alone, current_group
+from kedit.utils.distributed import current_group
 from kedit.utils.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FATAL_ERRORS = (ConfigError, DependencyError, ProcessError)  # would fail for every case, or says nothing about this one
 
 
-class SingleEdits:
-    """The edits of a run that makes each one on the unedited model."""
+@contextmanager
+def edited(model: PreTrainedModel, patch: EditPatch, *, force: bool = True) -> Iterator[None]:
+    """The model carries ``patch`` inside; it is as before afterwards. With ``force``, its base is not compared."""
+    patch.apply(model, force=force)
+    try:
+        yield
+    finally:
+        patch.revert(model)
 
-    def __init__(self, editor: Editor, regularizers: Sequence[Regularizer]) -> None:
-        self.editor, self.regularizers = editor, list(regularizers)
 
-    def propose(self, cases: Sequence[EditCase]) -> dict[str, EditPatch | str]:
-        """A patch, or why there is none, for every case that writes one fact."""
-        plain = [case for case in cases if not case.more]
-        if not plain:
-            return {}
-        with alone():
-            try:
-                found = self.editor.propose([case.edit for case in plain], self.regularizers)
-                return {case.id: patch for case, patch in zip(plain, found, strict=True)}
-            except FATAL_ERRORS:
-                raise
-            except KEditError:  # find the one that fails
-                return {case.id: self._one(case) for case in plain}
-
-    @contextmanager
-    def in_place(self, case: EditCase, patch: EditPatch | None) -> Iterator[str | None]:
-        """The edited model inside; yields why the edit failed, if it did."""
-        with ExitStack() as stack:
-            failure = None
-            try:
-                if patch is not None:
-                    patch.apply(self.editor.model, force=True)
-                    stack.callback(patch.revert, self.editor.model)
-                else:
-                    with alone(), self.editor.unchecked():
-                        result = self.editor.apply(case.edits, self.regularizers)
-                    stack.callback(result.revert)
-            except FATAL_ERRORS:
-                raise
-            except KEditError as error:
-                failure = str(error)
-            yield failure
-
-    def _one(self, case: EditCase) -> EditPatch | str:
+def propose_each(
+    editor: Editor, regularizers: Sequence[Regularizer], cases: Sequence[EditCase]
+) -> dict[str, EditPatch | str]:
+    """By case: the patch that writes its facts on the unedited model, or why there is none."""
+    single = [case for case in cases if not case.more]
+    patches: dict[str, EditPatch | str] = {}
+    try:
+        made = editor.propose([case.edit for case in single], list(regularizers)) if single else []
+        patches.update(zip((case.id for case in single), made, strict=True))
+    except FATAL_ERRORS:
+        raise
+    except KEditError:
+        pass  # which one fails shows below
+    for case in cases:
+        if case.id in patches:
+            continue
         try:
-            return self.editor.propose(case.edit, self.regularizers)[0]
+            if not case.more:
+                patches[case.id] = editor.propose(case.edit, list(regularizers))[0]
+                continue
+            with editor.unchecked():
+                result = editor.apply(case.edits, list(regularizers))
+            result.revert()
+            patches[case.id] = result.patch
         except FATAL_ERRORS:
             raise
         except KEditError as error:
-            return str(error)
+            patches[case.id] = str(error)
+    return patches
 
 
 class JointEdit:

@@ -18,6 +18,7 @@ from kedit.models import ModelArch
 from kedit.prompts.decode import continue_rows, says
 from kedit.prompts.likelihood import Answer, pair_text, score_rows
 from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode
+from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ SPARE = 4  # tokens that a greedy answer may take beyond the longest accepted on
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What is measured beside the likelihoods.
+    """Measurements beside the likelihoods.
 
     Attributes:
         exact: decode greedily and compare with the right answer.
@@ -64,13 +65,6 @@ class EvalOptions:
                 raise ConfigError(f"texts are plain text, each a string; found a {type(text).__name__}: {text!r}.")
 
 
-def check_whole(name: str, value: object, least: int | None = None) -> None:
-    """Raise ``ConfigError`` unless ``value`` is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-        bound = "" if least is None else f" of at least {least}"
-        raise ConfigError(f"{name} must be a whole number{bound}, not {value!r}.")
-
-
 @dataclass(frozen=True)
 class Plan:
     """A case in tokens: per probe the rows of its right and wrong answer (or of the bare prompt), and the watched row."""
@@ -83,7 +77,7 @@ class Plan:
 
 @dataclass
 class Baseline:
-    """What the unedited model showed, as far as later scores are compared with it."""
+    """Measurements of the unedited model that later scores are compared with."""
 
     log_probs: Tensor | None = None
     gazes: dict[str, dict[int, AttentionToSubject]] = field(default_factory=dict)  # by case, by number of the probe
@@ -176,26 +170,26 @@ class ProbeScorer:
         """Greedy continuations and whether they are the right answer, for the kinds where that is asked."""
         if not self.extent.exact:
             return {}
-        found: list[tuple[tuple[str, int], TokenizedPrompt, list[str]]] = []
+        asked: list[tuple[tuple[str, int], TokenizedPrompt, list[str]]] = []
         for plan in plans:
             for number, probe in enumerate(plan.case.probes):
                 if probe.kind in EXACT and probe.right is not None:
                     accepted = [probe.right, *probe.accept]
-                    found.append(((plan.case.id, number), plan.right[number], accepted))
-        if not found:
+                    asked.append(((plan.case.id, number), plan.right[number], accepted))
+        if not asked:
             return {}
-        lengths = [len(row.labels) + _longer(self.tokenizer, accepted) + SPARE for _, row, accepted in found]
-        prompts = [row.ids[: row.target] for _, row, _ in found]
+        lengths = [len(row.labels) + _longer(self.tokenizer, accepted) + SPARE for _, row, accepted in asked]
+        prompts = [row.ids[: row.target] for _, row, _ in asked]
         texts = continue_rows(self.arch, self.tokenizer, prompts, lengths)
         return {
             key: (text, says(text, accepted, ended=ended))
-            for (key, _, accepted), (text, ended) in zip(found, texts, strict=True)
+            for (key, _, accepted), (text, ended) in zip(asked, texts, strict=True)
         }
 
     def _written(self, plans: Sequence[Plan]) -> dict[tuple[str, int], str]:
         if not self.extent.generate:
             return {}
-        found = [
+        prompts = [
             ((plan.case.id, number), plan.right[number].ids)
             for plan in plans
             for number, probe in enumerate(plan.case.probes)
@@ -203,9 +197,14 @@ class ProbeScorer:
         ]
         extent = self.extent
         texts = continue_rows(
-            self.arch, self.tokenizer, [ids for _, ids in found], extent.generate, top_k=extent.top_k, seed=extent.seed
+            self.arch,
+            self.tokenizer,
+            [ids for _, ids in prompts],
+            extent.generate,
+            top_k=extent.top_k,
+            seed=extent.seed,
         )
-        return {key: text for (key, _), (text, _) in zip(found, texts, strict=True)}
+        return {key: text for (key, _), (text, _) in zip(prompts, texts, strict=True)}
 
     def _reference(self, case: EditCase, written: Sequence[str]) -> float | None:
         """All that was generated against all references, joined as in the published code."""

@@ -1,4 +1,4 @@
-"""What metrics depend on: code, model, editor and machine, as hashes and names."""
+"""Origins of metrics: code, model, editor and machine, as hashes and names."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """The machine and the versions of what computes."""
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
     if torch.cuda.is_available():
-        found["accelerator"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        machine["accelerator"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            machine[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return machine
 
 
 def _processor() -> str:

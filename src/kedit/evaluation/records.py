@@ -1,4 +1,4 @@
-"""What was measured of one probe, one case: plain numbers that are stored and read back."""
+"""Scores of probes and cases: plain numbers that are stored and read back."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class CaseScore:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        found: dict[str, Any] = {"probes": [probe.to_dict() for probe in self.probes], "texts": dict(self.texts)}
-        return found if self.reference is None else {**found, "reference": self.reference}
+        record: dict[str, Any] = {"probes": [probe.to_dict() for probe in self.probes], "texts": dict(self.texts)}
+        return record if self.reference is None else {**record, "reference": self.reference}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> CaseScore:

@@ -1,4 +1,4 @@
-"""What an evaluation found: records, figures with intervals, and the forms they are written in."""
+"""The result of an evaluation: records, figures with intervals, and the forms they are written in."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ class EvalReport:
 
     def __getitem__(self, name: str) -> Estimate:
         """A metric after the edits; raises ``EditError`` where no case has a value for it."""
-        found = METRICS[name].measure(self.records, self._weights)["after"]
-        if found is None:
+        estimate = METRICS[name].measure(self.records, self._weights)["after"]
+        if estimate is None:
             raise EditError(
                 f"No case of this run has a value for {name!r}: it reads {sorted(METRICS[name].kinds)} probes."
             )
-        return found
+        return estimate
 
     @cached_property
     def figures(self) -> dict[str, Figures]:
         """By metric: the estimate before, after, and their paired difference."""
         measured = {metric.name: metric.measure(self.records, self._weights) for metric in self.metrics}
-        return {name: found for name, found in measured.items() if found["after"] is not None}
+        return {name: states for name, states in measured.items() if states["after"] is not None}
 
     @property
     def metrics(self) -> list[Metric]:
@@ -81,19 +81,19 @@ class EvalReport:
                 f"The runs have different cases ({len(mine.keys() ^ theirs.keys())} are in one of them only)."
             )
         paired = [theirs[record.id] for record in self.records]
-        found = {}
+        differences = {}
         for metric in chosen(names if names is not None else self.names):
             now, then = metric.tallies(self.records, "after"), metric.tallies(paired, "after")
-            found[metric.name] = difference(now, then, self._weights)
-        return {name: value for name, value in found.items() if value is not None or names is not None}
+            differences[metric.name] = difference(now, then, self._weights)
+        return {name: value for name, value in differences.items() if value is not None or names is not None}
 
     def summary(self) -> dict[str, Any]:
         """The whole report but for the records, as JSON values."""
         figures = {}
-        for name, found in self.figures.items():
+        for name, states_of in self.figures.items():
             metric = METRICS[name]
             about = {key: getattr(metric, key) for key in ("label", "direction", "protocol", "source", "summary")}
-            states = {state: None if value is None else value.to_dict() for state, value in found.items()}
+            states = {state: None if value is None else value.to_dict() for state, value in states_of.items()}
             figures[name] = {**about, **states}
         return {"run": self.meta, "metrics": figures, "failures": self.failures, "seconds": self.seconds}
 
@@ -104,13 +104,13 @@ class EvalReport:
             "| metric | before | after | difference | n (cases) | protocol |",
             "| --- | ---: | ---: | ---: | ---: | --- |",
         ]
-        for name, found in self.figures.items():
-            metric, after = METRICS[name], found["after"]
+        for name, states in self.figures.items():
+            metric, after = METRICS[name], states["after"]
             assert after is not None
             arrow = "↑" if metric.direction == "higher" else "↓"
             cells = [
                 f"{metric.label} {arrow}",
-                *(show(found[state], metric) for state in ("before", "after", "difference")),
+                *(show(states[state], metric) for state in ("before", "after", "difference")),
             ]
             lines.append(f"| {' | '.join(cells)} | {after.n} ({after.cases}) | {metric.protocol} |")
         lines += [
@@ -124,8 +124,8 @@ class EvalReport:
         return "\n".join(lines) + "\n"
 
     def to_html(self) -> str:
-        """One page with tables and plots, without anything from elsewhere."""
-        return str(import_target("kedit.report.evaluation:page")(self))
+        """One page with tables and a figure (with ``kedit[plot]``), without anything from elsewhere."""
+        return str(import_target("kedit.report.evaluation:evaluation_page")(self))
 
     def save(self, folder: str | Path) -> Path:
         """Write ``records.jsonl``, ``summary.json``, ``summary.md`` and ``report.html``; returns the folder.

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kedit.editors.base import Editor
-from kedit.errors import ConfigError
+from kedit.errors import ConfigError, KEditError
 from kedit.evaluation.cases import EditCase, drop_edited
 from kedit.evaluation.journal import Journal
 from kedit.evaluation.metrics import Running
-from kedit.evaluation.modes import JointEdit, SingleEdits
-from kedit.evaluation.probing import EvalOptions, ProbeScorer, check_whole
+from kedit.evaluation.modes import FATAL_ERRORS, JointEdit, edited, propose_each
+from kedit.evaluation.probing import EvalOptions, ProbeScorer
 from kedit.evaluation.provenance import describe_editor, describe_model, digest, environment, versions
 from kedit.evaluation.records import CaseRecord, CaseScore
 from kedit.keys.estimate import tokenizer_fingerprint
@@ -22,13 +22,14 @@ from kedit.models import unwrap
 from kedit.models.fingerprint import model_fingerprint, tensor_fingerprint
 from kedit.patch import EditPatch
 from kedit.regularizers import Choice, resolve
-from kedit.utils.distributed import current_group
+from kedit.utils.distributed import alone, current_group
 from kedit.utils.progress import Progress
+from kedit.utils.validation import check_choice, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Mode = Literal["single", "batch", "sequential"]
+EvalMode = Literal["single", "batch", "sequential"]
 CHUNK = 32  # cases whose values are optimised together in single mode
 
 
@@ -47,8 +48,7 @@ class Run:
         chunk: int,
         batch_size: int,
     ) -> None:
-        if mode not in ("single", "batch", "sequential"):
-            raise ConfigError(f"mode is 'single', 'batch' or 'sequential', not {mode!r}.")
+        check_choice("mode", mode, get_args(EvalMode))
         check_whole("chunk", chunk, 1)
         check_whole("batch_size", batch_size, 1)
         self.model, self.editor, self.mode, self.extent = model, editor, mode, extent
@@ -66,7 +66,7 @@ class Run:
         self.seconds: dict[str, float] = {}
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run; the editor's contexts and second moments are made where missing."""
+        """Settings by which a run is the same as another; the editor's contexts and second moments are made where missing."""
         texts = digest(list(self.extent.texts))
         with self._timed("prepare"):
             editor = describe_editor(self.editor)
@@ -84,7 +84,7 @@ class Run:
         }
 
     def meta(self) -> dict[str, Any]:
-        """What a report says about the run, beside its figures."""
+        """The description of the run in its report."""
         return {
             "editor": None if self.editor is None else self.editor.name,
             **self.settings,
@@ -129,43 +129,47 @@ class Run:
 
     def _single(self, examiner: ProbeScorer, done: Mapping[str, CaseRecord]) -> Generator[CaseRecord, None, None]:
         """Chunks are the same in every run, so that a resumed one rounds alike; only what is missing is asked again."""
-        edits = None if self.editor is None else SingleEdits(self.editor, self.regularizers)
         for cases in self._chunks():
             if all(case.id in done for case in cases):
                 continue
             begin = time.perf_counter()
             before = dict(zip([case.id for case in cases], examiner.before(cases), strict=True))
             middle = time.perf_counter()
-            patches = {} if edits is None else edits.propose(cases)
+            patches: Mapping[str, EditPatch | str] = {}
+            if self.editor is not None:
+                with alone():  # the chunks are shared out already
+                    patches = propose_each(self.editor, self.regularizers, cases)
             shared = {
                 "before": (middle - begin) / len(cases),
                 "edit": (time.perf_counter() - middle) / len(cases),
             }
             for case in cases:
                 if case.id not in done:
-                    yield self._after(edits, examiner, case, before[case.id], patches.get(case.id), shared)
+                    yield self._after(examiner, case, before[case.id], patches.get(case.id), shared)
 
     def _after(
         self,
-        edits: SingleEdits | None,
         examiner: ProbeScorer,
         case: EditCase,
         before: CaseScore,
         patch: EditPatch | str | None,
         shared: Mapping[str, float],
     ) -> CaseRecord:
-        seconds = dict(shared)
-        if edits is None or isinstance(patch, str):
-            failure = patch if isinstance(patch, str) else None
-            return CaseRecord(
-                id=case.id, prompt=_title(case), before=before, after=before, seconds=seconds, failure=failure
-            )
-        start = time.perf_counter()
-        with edits.in_place(case, patch) as failure:
-            seconds["edit"] += time.perf_counter() - start
+        seconds, after = dict(shared), before
+        failure = patch if isinstance(patch, str) else None
+        if isinstance(patch, EditPatch):
             start = time.perf_counter()
-            after = before if failure else examiner.score([case])[0]
-        seconds["after"] = time.perf_counter() - start
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(edited(self.model, patch))
+                except FATAL_ERRORS:
+                    raise
+                except KEditError as error:
+                    failure = str(error)
+                seconds["edit"] += time.perf_counter() - start
+                start = time.perf_counter()
+                after = before if failure else examiner.score([case])[0]
+            seconds["after"] = time.perf_counter() - start
         return CaseRecord(id=case.id, prompt=_title(case), before=before, after=after, seconds=seconds, failure=failure)
 
     def _joint(

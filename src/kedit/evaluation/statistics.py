@@ -33,10 +33,20 @@ class Estimate:
     n: int
     cases: int
 
-    @property
-    def half_width(self) -> float | None:
-        """Half the interval's width."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+    @classmethod
+    def of(cls, value: float, drawn: Floats, n: int, cases: int) -> Estimate:
+        """A figure with the interval of its values in the resamples; NaN among these stands for none."""
+        if cases < 2 or np.isnan(drawn).all():
+            return cls(value, None, None, n, cases)
+        low, high = np.nanpercentile(drawn, [2.5, 97.5])
+        return cls(value, float(low), float(high), n, cases)
+
+    def text(self, digits: int = 2, scale: float = 1.0, unit: str = "") -> str:
+        """``98.50 [97.00, 100.00]``, times ``scale``."""
+        value = f"{scale * self.value:.{digits}f}{unit}"
+        if self.low is None or self.high is None:
+            return value
+        return f"{value} [{scale * self.low:.{digits}f}, {scale * self.high:.{digits}f}]"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -53,8 +63,8 @@ class Tally:
     @classmethod
     def of(cls, values: Sequence[Sequence[float]], *, by_case: bool = False) -> Tally:
         """Values per case; ``by_case`` takes each case's mean as its one value."""
-        sums = np.array([sum(found) for found in values], dtype=np.float64)
-        counts = np.array([len(found) for found in values], dtype=np.float64)
+        sums = np.array([sum(per_case) for per_case in values], dtype=np.float64)
+        counts = np.array([len(per_case) for per_case in values], dtype=np.float64)
         if by_case:
             sums = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
             counts = (counts > 0).astype(np.float64)
@@ -83,13 +93,6 @@ def case_weights(cases: int, resamples: int = RESAMPLES, seed: int = SEED) -> Fl
     return drawn.astype(np.float64)
 
 
-def harmonic_mean(values: Sequence[float]) -> float:
-    """Count over Σ 1/v; 0 as soon as a value is not above 0."""
-    if not values:
-        raise ValueError("The harmonic mean of nothing is not defined.")
-    return float(harmonic_means(np.array([values], dtype=np.float64).T)[0])
-
-
 def harmonic_means(values: Floats) -> Floats:
     """Harmonic means over the first axis, [K, B] to [B]."""
     positive = (values > 0).all(0)
@@ -115,16 +118,12 @@ def _estimate(sides: Sequence[Sequence[Tally]], weights: Floats) -> Estimate | N
     value = float(_combine(sides, everyone)[0])
     first = sides[0]
     n, cases = min(part.n for part in first), min(part.cases for part in first)
-    if cases < 2:
-        return Estimate(value, None, None, n, cases)
-    drawn = _combine(sides, weights)
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return Estimate(value, float(low), float(high), n, cases)
+    return Estimate.of(value, _combine(sides, weights), n, cases)
 
 
 def _combine(sides: Sequence[Sequence[Tally]], weights: Floats) -> Floats:
-    found = []
+    combined = []
     for parts in sides:
         means = np.stack([part.means(weights) for part in parts])
-        found.append(means[0] if len(parts) == 1 else harmonic_means(means))
-    return found[0] if len(found) == 1 else found[0] - found[1]
+        combined.append(means[0] if len(parts) == 1 else harmonic_means(means))
+    return combined[0] if len(combined) == 1 else combined[0] - combined[1]

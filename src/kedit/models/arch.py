@@ -19,11 +19,12 @@ from kedit.models.offload import device_of, unwrap
 from kedit.models.parameters import bare, part, weight_of
 from kedit.models.weight import Weight
 from kedit.utils.progress import logger
+from kedit.utils.validation import is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Kind = Literal["mlp", "block", "attention"]
+SiteKind = Literal["mlp", "block", "attention"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Site:
     """
 
     layer: int
-    kind: Kind = "mlp"
+    kind: SiteKind = "mlp"
 
 
 class ModelArch:
@@ -97,8 +98,8 @@ class ModelArch:
     @property
     def head(self) -> nn.Module:
         """The language-model head."""
-        found = head_of(self.model, self.spec.head)
-        return self._part(self.spec.head) if found is None else found
+        head = head_of(self.model, self.spec.head)
+        return self._part(self.spec.head) if head is None else head
 
     @property
     def final_norm(self) -> nn.Module:
@@ -174,12 +175,12 @@ class ModelArch:
 
     def _at_the_end(self) -> list[torch.device]:
         """Devices of the last block, of the final norm (some types have none) and of the head."""
-        found = [self.device(self.num_layers - 1)]
+        devices = [self.device(self.num_layers - 1)]
         for name in ("final_norm", "head"):
             with suppress(ArchitectureError):
                 module = bare(getattr(self, name))
-                found += [device_of(module)] if getattr(module, "weight", None) is not None else []
-        return found
+                devices += [device_of(module)] if getattr(module, "weight", None) is not None else []
+        return devices
 
     def logits(self, keep: Tensor, **inputs: Any) -> Tensor:
         """Run the model and give the logits [N, V] at the places marked in ``keep`` [P, T] (bool), prompt by prompt.
@@ -196,10 +197,10 @@ class ModelArch:
             elif self.keeps_logits:
                 columns = keep.any(0).nonzero().squeeze(1)
                 inputs["logits_to_keep"], keep = columns.to(self._at_the_end()[-1]), keep[:, columns]
-            found: Tensor = self.model(**inputs).logits
-        if found.ndim > 2:
-            found = found[keep.to(found.device)]
-        return found.to(self.input_device)
+            logits: Tensor = self.model(**inputs).logits
+        if logits.ndim > 2:
+            logits = logits[keep.to(logits.device)]
+        return logits.to(self.input_device)
 
     @property
     def _compiled(self) -> bool:
@@ -212,13 +213,13 @@ class ModelArch:
         Raises:
             UnsupportedError: the block is a mixture of experts, which has several (:meth:`weights`).
         """
-        found = self.weights(layer)
-        if len(found) > 1:
+        weights = self.weights(layer)
+        if len(weights) > 1:
             raise UnsupportedError(
-                f"Block {layer} of this {self.model_type} is a mixture of {len(found)} experts, so it has no single "
+                f"Block {layer} of this {self.model_type} is a mixture of {len(weights)} experts, so it has no single "
                 "down-projection. Use weights(layer)."
             )
-        return found[0]
+        return weights[0]
 
     def weights(self, layer: int) -> tuple[Weight, ...]:
         """The editable weights of a block: its down-projection's, or one per expert."""
@@ -250,7 +251,7 @@ class ModelArch:
 
     def check_layer(self, layer: int) -> int:
         """Return ``layer``, or raise :class:`ConfigError` where the model has no such block."""
-        if isinstance(layer, bool) or not isinstance(layer, int):
+        if not is_whole(layer):
             raise ConfigError(f"A layer must be a whole number, not {layer!r}.")
         if not 0 <= layer < self.num_layers:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What differs between the supported versions of transformers, in one place.
+"""Differences between the supported versions of transformers, in one place.
 
 Differences are read from the model at hand, not from the version: a model that brings its own code
 (``trust_remote_code``) may keep what transformers has changed.
@@ -49,8 +49,8 @@ def head_of(model: nn.Module, path: str) -> nn.Module | None:
     """The language-model head at ``path``, or under the name that this version gives it; ``None`` where there is none."""
     with suppress(AttributeError):
         return model.get_submodule(path)
-    found = getattr(model, "get_output_embeddings", lambda: None)()
-    return found if isinstance(found, nn.Module) else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head if isinstance(head, nn.Module) else None
 
 
 def has_gate(experts: nn.Module) -> bool:

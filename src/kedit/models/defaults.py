@@ -1,4 +1,4 @@
-"""What a model brings along in place of kedit's general defaults: corpus, presets, ridge, texts of the guard."""
+"""Defaults of single models, in place of kedit's general ones: corpus, presets, ridge, texts of the guard."""
 
 from __future__ import annotations
 

@@ -107,10 +107,10 @@ def _verified(spec: ArchSpec, calls: Sequence[Call], kind: str) -> ArchSpec:
             if linear is None:
                 raise refused(kind, f"its blocks differ: block {number} has no linear layer {path!r}, as block 0 has")
             ends.append(call.block.get_submodule(path))
-        if found := others(call, ends, spec.attention):
+        if extra := others(call, ends, spec.attention):
             raise refused(
                 kind,
-                f"block {number} adds more than its attention and the down-projection {spec.down!r}: what {', '.join(found)} "
+                f"block {number} adds more than its attention and the down-projection {spec.down!r}: what {', '.join(extra)} "
                 "gives reaches its output too, as in mixtures with a shared expert (which need an entry)",
             )
         gains.append(_gain(call, ends[0], number, kind))

@@ -81,7 +81,7 @@ class Experts:
 
     @property
     def names(self) -> list[str]:
-        """What the experts' matrices are called."""
+        """Names of the experts' matrices."""
         return [f"{self.path}.{self.leaf}[{index}]" for index in range(self.count)]
 
     def weight(self, index: int) -> Weight:
@@ -121,9 +121,9 @@ class Experts:
         Returns:
             [n, N · I], expert by expert; zero where an expert was not chosen.
         """
-        found = torch.zeros((len(hidden), self.count, self.width), dtype=dtype, device=hidden.device)
+        weighted = torch.zeros((len(hidden), self.count, self.width), dtype=dtype, device=hidden.device)
         for expert in chosen.unique().tolist():
             row, place = torch.where(chosen == expert)
             keys = self.expert_keys(hidden[row], expert).to(dtype)
-            found[row, expert] = weights[row, place, None].to(dtype) * keys
-        return found.flatten(1)
+            weighted[row, expert] = weights[row, place, None].to(dtype) * keys
+        return weighted.flatten(1)

@@ -1,4 +1,4 @@
-"""What a weight is: a hash of its bytes."""
+"""Fingerprints of weights and models: hashes of their bytes."""
 
 from __future__ import annotations
 

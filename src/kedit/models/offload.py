@@ -1,4 +1,4 @@
-"""Where a model and its weights are: inside wrappers, and away from the device."""
+"""Models inside wrappers, and weights that accelerate keeps away from the device."""
 
 from __future__ import annotations
 
@@ -44,21 +44,30 @@ class Offloaded:
 
     def hold(self) -> None:
         """Keep the weight in memory from now on, so that what is written to it lasts: the file is left as it is."""
-        held = getattr(self.store, "state_dict", None)
-        if isinstance(held, dict) and self.key not in held:
-            held[self.key] = self.read().clone()
+        from accelerate.utils import OffloadedWeightsLoader
+
+        if isinstance(self.store, OffloadedWeightsLoader) and self.key not in self.store.state_dict:
+            self.store.state_dict[self.key] = self.read().clone()
 
 
 def offloaded(module: nn.Module, leaf: str) -> Offloaded | None:
-    """How a module's parameter is kept elsewhere; ``None`` where it is not, or not by accelerate."""
-    for hook in _hooks(module):
-        store = getattr(hook, "weights_map", None)
-        if not getattr(hook, "offload", False) or store is None:
-            continue
-        key = leaf
-        while hasattr(store, "dataset"):  # accelerate's views of a part of the weights
-            key, store = f"{store.prefix}{key}", store.dataset
-        return Offloaded(store, key, torch.device(hook.execution_device))
+    """How a module's parameter is kept elsewhere; ``None`` where it is not, or not by accelerate.
+
+    Accelerate's ``align_module_device`` reads a module as a whole and drops what is written to it; so single weights are
+    found here by the hook that loads them.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return None
+    from accelerate.hooks import AlignDevicesHook, SequentialHook
+    from accelerate.utils import PrefixedDataset
+
+    for each in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+        if isinstance(each, AlignDevicesHook) and each.offload and each.weights_map is not None:
+            key, store = leaf, each.weights_map
+            while isinstance(store, PrefixedDataset):  # a view of a part of the weights
+                key, store = f"{store.prefix}{key}", store.dataset
+            return Offloaded(store, key, torch.device(each.execution_device))
     return None
 
 
@@ -109,11 +118,5 @@ def device_of(module: nn.Module, leaf: str = "weight") -> torch.device:
     device: torch.device = tensor.device
     if device.type != "meta":
         return device
-    found = offloaded(module, leaf)
-    return device if found is None else found.device
-
-
-def _hooks(module: nn.Module) -> Iterator[Any]:
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        yield from getattr(hook, "hooks", (hook,))
+    away = offloaded(module, leaf)
+    return device if away is None else away.device

@@ -44,7 +44,7 @@ def weight_of(model: Any, name: str) -> Weight:
 def part(model: Any, path: str, root: nn.Module | None = None) -> nn.Module:
     """The module called ``path`` of a model, or of a part of it."""
     try:
-        found: nn.Module = (model if root is None else root).get_submodule(path)
+        module: nn.Module = (model if root is None else root).get_submodule(path)
     except AttributeError as error:
         config = getattr(model, "config", None)
         kind = getattr(config, "model_type", type(model).__name__)
@@ -52,7 +52,7 @@ def part(model: Any, path: str, root: nn.Module | None = None) -> nn.Module:
             f"{type(model).__name__} has no module {path!r}, where a {kind} keeps it. "
             "Pass the causal language model itself, not a part or a wrapper of it."
         ) from error
-    return found
+    return module
 
 
 def bare(module: nn.Module) -> nn.Module:

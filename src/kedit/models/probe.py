@@ -93,10 +93,10 @@ def chain(model: Any, kind: str) -> tuple[Calls, nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
-    found = [calls for blocks in lists if (calls := _chained(blocks, seen)) is not None]
-    if not found:
+    chains = [calls for blocks in lists if (calls := _chained(blocks, seen)) is not None]
+    if not chains:
         raise refused(kind, "it has no list of blocks of which each takes what the one before gave")
-    calls = max(found, key=len)  # the first of the longest: outer lists come first
+    calls = max(chains, key=len)  # the first of the longest: outer lists come first
     last = max(i for i, (module, _) in enumerate(order) if module is calls[-1].block)
     after = [module for module, given in order[last:] if given is calls[-1].output]
     return calls, after[0] if after else model.get_output_embeddings()
@@ -163,7 +163,7 @@ class Block:
         return Parts(self.names[ends[0]], path, path.rpartition(".")[0] or path)
 
     def _inputs(self, changed: nn.Module | None) -> tuple[dict[nn.Module, Tensor], list[nn.Module]]:
-        """What every linear layer is given when one layer's output is changed, [T, I] each, and the order of calls."""
+        """Inputs of all linear layers when one layer's output is changed, [T, I] each, and the order of calls."""
         given: dict[nn.Module, Tensor] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -182,15 +182,15 @@ class Block:
     def _reached(self, module: nn.Module) -> dict[nn.Module, Tensor]:
         """The linear layers whose input changes with a layer's output, and at which tokens, [T]."""
         given, _ = self._inputs(module)
-        found = {}
+        reached = {}
         for other, before in self.before.items():
             if other is module or other not in given or given[other].shape != before.shape:
                 continue
             scale = before.abs().max().clamp(min=1e-30)
             moved = (given[other] - before).abs().amax(-1) > _FELT * scale
             if bool(moved.any()):
-                found[other] = moved.cpu()
-        return found
+                reached[other] = moved.cpu()
+        return reached
 
 
 def probe(width: int, like: Tensor, seed: int) -> Tensor:
@@ -216,7 +216,7 @@ def put(stack: ExitStack, module: nn.Module, change: Tensor) -> None:
 
 
 def others(call: Call, ends: Sequence[nn.Module], attention: str) -> list[str]:
-    """What reaches the block's output besides its linear layers ``ends``, by name; what its attention does is left out.
+    """Names of modules that reach the block's output besides its linear layers ``ends``; what its attention does is left out.
 
     The ends' outputs are held as they are, and what every other matrix of the block gives is changed. So an expert or a
     second MLP beside the down-projection is seen, however it is written.

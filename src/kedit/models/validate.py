@@ -1,4 +1,4 @@
-"""What an edit takes for granted of a model, checked before anything is written."""
+"""Checks of a model before anything is written."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def check_model(model: Any) -> None:
 
 def _down(arch: ModelArch, layer: int) -> nn.Module:
     experts = arch.experts(layer)
-    found: nn.Module = arch.down(layer) if experts is None else experts.module
-    return found
+    down: nn.Module = arch.down(layer) if experts is None else experts.module
+    return down
 
 
 @torch.no_grad()

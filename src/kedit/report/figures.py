@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from kedit.analysis.bootstrap import Floats
 from kedit.analysis.interventions import LABELS
 from kedit.analysis.results.drift import MEASURES, DriftProbe, DriftResult
 from kedit.analysis.results.patching import CONTAMINATE, EDITED, RESTORE, PatchingResult
 from kedit.analysis.results.tracing import ROLE_LABELS, ROLES, FactTrace, TraceResult
 from kedit.errors import DependencyError, EditError
-from kedit.evaluation.statistics import Estimate
+from kedit.evaluation.statistics import Estimate, Floats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,17 +108,48 @@ def _new(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _panels(count: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure with panels side by side that share their vertical axis."""
+    figure = _new(width, height)
+    return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
+
+
+def _effects(effects: Mapping[str, Floats], top: float, height: float) -> tuple[Figure, Any, Any]:
+    """A panel of effects [rows, L], up to ``top``, per kind of activation; also the last image, for a colour bar."""
+    figure, axes = _panels(len(effects), 2.6 + 3.4 * len(effects), height)
+    for axis, (kind, effect) in zip(axes, effects.items(), strict=True):
+        image = _heat(axis, 100 * effect, 0.0, 100 * top)
+        _blocks(axis, range(effect.shape[1]))
+        axis.set_title(LABELS[kind])
+    return figure, axes, image
+
+
+@styled
+def before_after(rows: Mapping[str, tuple[Estimate | None, Estimate | None]]) -> Figure:
+    """Metrics in per cent before and after the edits, a row each, with their intervals."""
+    figure = _new(9, 1.5 + 0.45 * len(rows))
+    axis = figure.subplots()
+    for state, (label, colour, marker) in enumerate((("before", "#4477aa", "o"), ("after", "#ee6677", "s"))):
+        shown = [(place, pair[state]) for place, pair in enumerate(rows.values())]
+        places = [place + 0.3 * state - 0.15 for place, estimate in shown if estimate is not None]
+        values, lows, highs = bounds([estimate for _, estimate in shown if estimate is not None])
+        error = [values - lows, highs - values]
+        axis.errorbar(values, places, xerr=error, fmt=marker, color=colour, label=label, clip_on=False)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("share (%)")
+    axis.grid(axis="x", color="#dddddd")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
 @styled
 def tracing_averages(result: TraceResult) -> Figure:
     """Average indirect effect by token role and block, a panel per kind of activation."""
-    figure = _new(2.6 + 3.4 * len(result.kinds), 4.6)
-    axes = figure.subplots(1, len(result.kinds), sharey=True, squeeze=False)[0]
     top = max(float(np.nanmax(result.average(kind)[0])) for kind in result.kinds)
     there = [role for role in range(len(ROLES)) if not np.isnan(result.average(result.kinds[0])[0, role]).all()]
-    for axis, kind in zip(axes, result.kinds, strict=True):
-        image = _heat(axis, 100 * result.average(kind)[0][there], 0.0, 100 * top)
-        _blocks(axis, range(result.num_layers))
-        axis.set_title(LABELS[kind])
+    figure, axes, image = _effects({kind: result.average(kind)[0][there] for kind in result.kinds}, top, 4.6)
     axes[0].set_yticks(range(len(there)), [ROLE_LABELS[role] for role in there])
     figure.colorbar(image, ax=list(axes), label="average indirect effect\n(points of probability)")
     return figure
@@ -137,9 +167,9 @@ def tracing_handover(result: TraceResult) -> Figure:
     ]
     for kind, role, colour, marker in lines:
         if kind in result.kinds:
-            found = 100 * result.average(kind)[:, ROLES.index(role)]
+            effects = 100 * result.average(kind)[:, ROLES.index(role)]
             label = f"{LABELS[kind]}, {ROLE_LABELS[ROLES.index(role)]}"
-            _line(axis, range(result.num_layers), found, label, colour, marker)
+            _line(axis, range(result.num_layers), effects, label, colour, marker)
     _blocks(axis, range(result.num_layers))
     axis.set_ylabel("average indirect effect\n(points of probability)")
     axis.grid(axis="y", color="#dddddd")
@@ -150,15 +180,9 @@ def tracing_handover(result: TraceResult) -> Figure:
 @styled
 def tracing_fact(fact: FactTrace) -> Figure:
     """Every effect of one fact: tokens down, blocks across, a panel per kind."""
-    kinds = list(fact.effects)
-    tokens, layers = next(iter(fact.effects.values())).shape
-    figure = _new(2.6 + 3.4 * len(kinds), 1.8 + 0.36 * tokens)
-    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    top = max(float(effect.max()) for effect in fact.effects.values())
-    for axis, kind in zip(axes, kinds, strict=True):
-        image = _heat(axis, 100 * fact.effects[kind], 0.0, 100 * max(top, 0.01))
-        _blocks(axis, range(layers))
-        axis.set_title(LABELS[kind])
+    tokens = len(fact.tokens)
+    top = max(0.01, *(float(effect.max()) for effect in fact.effects.values()))
+    figure, axes, image = _effects(fact.effects, top, 1.8 + 0.36 * tokens)
     first, last = fact.span
     names = [plain(token) + (" *" if first <= i <= last else "") for i, token in enumerate(fact.tokens)]
     axes[0].set_yticks(range(tokens), names)
@@ -172,11 +196,11 @@ def drift_maps(results: Sequence[DriftResult], name: str = "kl") -> Figure:
     """Head × block maps of several results on one scale: mean ``"kl"`` or ``"gain"`` of the weight on the subject."""
     maps = [result.map(name) for result in results]
     blocks, heads = maps[0].shape
-    figure = _new(1.8 + len(maps) * max(2.8, 0.55 * heads), 1.8 + max(2.2, 0.5 * min(blocks, 16)))
-    axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
-    top = max(float(np.abs(found).max()) for found in maps)
-    for axis, found, result in zip(axes, maps, results, strict=True):
-        image = _heat(axis, found, -top if name == "gain" else 0.0, top, CHANGE if name == "gain" else AMOUNT)
+    width, height = 1.8 + len(maps) * max(2.8, 0.55 * heads), 1.8 + max(2.2, 0.5 * min(blocks, 16))
+    figure, axes = _panels(len(maps), width, height)
+    top = max(float(np.abs(values).max()) for values in maps)
+    for axis, values, result in zip(axes, maps, results, strict=True):
+        image = _heat(axis, values, -top if name == "gain" else 0.0, top, CHANGE if name == "gain" else AMOUNT)
         axis.set_title(plain(result.label))
         axis.set_xlabel("head")
         axis.set_xticks(range(0, heads, 1 if heads <= 12 else 4))
@@ -196,8 +220,8 @@ def attention_maps(probe: DriftProbe, states: Mapping[str, Floats]) -> Figure:
     blocks = len(next(iter(states.values())))
     figure = _new(max(8, 2.2 + _TOKEN_WIDTH * len(probe.tokens)), 1.6 + len(states) * (0.6 + 0.26 * min(blocks, 24)))
     axes = figure.subplots(len(states), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (label, found) in zip(axes, states.items(), strict=True):
-        image = _heat(axis, found, 0.0, 1.0)
+    for axis, (label, weights) in zip(axes, states.items(), strict=True):
+        image = _heat(axis, weights, 0.0, 1.0)
         axis.set_title(plain(label))
         axis.set_ylabel("block")
         axis.set_yticks(range(0, blocks, 1 if blocks <= 6 else max(2, blocks // 5)))
@@ -222,7 +246,7 @@ def correlation_plot(result: DriftResult, measure: str = "drift") -> Figure:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()  # matplotlib would write numbers beside these too, one over the other
     both = result.correlations()[measure]
-    axis.set_title(f"Pearson {_interval(both['pearson'])}\nSpearman {_interval(both['spearman'])}", fontsize=14)
+    axis.set_title(f"Pearson {both['pearson'].text()}\nSpearman {both['spearman'].text()}", fontsize=14)
     axis.set_xlabel("\n".join(textwrap.wrap(MEASURES[measure], 56)))
     axis.set_ylabel("loss of the right answer's\nprobability (points)")
     axis.grid(color="#dddddd")
@@ -233,25 +257,24 @@ def correlation_plot(result: DriftResult, measure: str = "drift") -> Figure:
 def patching_bars(result: PatchingResult) -> Figure:
     """How much of the damage each exchange undoes or does: all blocks at once and chosen heads, with intervals."""
     chosen = [(i, one) for i, one in enumerate(result.conditions) if i > EDITED and one.centre is None]
-    found = [(one, result.share(i)) for i, one in chosen]
-    kept = [(one, share) for one, share in found if share is not None]
+    shares = [(one, result.share(i)) for i, one in chosen]
+    kept = [(one, share) for one, share in shares if share is not None]
     _need(kept)
     figure = _new(9.5, 1.9 + 0.5 * len(kept))
     axis = figure.subplots()
     for place, (one, share) in enumerate(kept):
-        error = None
-        if share.low is not None and share.high is not None:
-            error = [[100 * (share.value - share.low)], [100 * (share.high - share.value)]]
+        value, low, high = 100 * bounds([share])
         restores = one.direction == RESTORE
         axis.barh(
-            place, 100 * share.value, xerr=error, height=0.7, color=COLOURS[one.activation], alpha=1 if restores else 0.45,
-            hatch=None if restores else "//", error_kw={"lw": 1.6, "capsize": 4},
+            place, value, xerr=None if share.low is None else [value - low, high - value], height=0.7,
+            color=COLOURS[one.activation], alpha=1 if restores else 0.45, hatch=None if restores else "//",
+            error_kw={"lw": 1.6, "capsize": 4},
         )  # fmt: skip
     names = [f"{_verb(one.direction)}: {plain(one.name or LABELS[one.activation])}" for one, _ in kept]
     axis.set_yticks(range(len(kept)), ["\n".join(textwrap.wrap(name, 36, break_on_hyphens=False)) for name in names])
     axis.set_ylim(len(kept) - 0.4, -0.6)  # the first on top
     axis.axvline(0, color="black", lw=1)
-    axis.set_xlabel(f"share of the lost {result.scale} that is won back or lost (%)")
+    axis.set_xlabel(f"share of the lost {result.scale} that is recovered or lost (%)")
     axis.grid(axis="x", color="#dddddd")
     return figure
 
@@ -260,8 +283,7 @@ def patching_bars(result: PatchingResult) -> Figure:
 def patching_windows(result: PatchingResult) -> Figure:
     """How much of the damage each exchange undoes or does, window by window."""
     ways = [way for way in (RESTORE, CONTAMINATE) if any(one.direction == way for one in result.conditions)]
-    figure = _new(2.2 + 5 * len(ways), 4.8)
-    axes = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
+    figure, axes = _panels(len(ways), 2.2 + 5 * len(ways), 4.8)
     drawn = []
     for axis, way in zip(axes, ways, strict=True):
         for activation in LABELS:
@@ -271,17 +293,15 @@ def patching_windows(result: PatchingResult) -> Figure:
             ]  # fmt: skip
             shares = [share for share in map(result.share, numbers) if share is not None]
             if numbers and shares:
-                lows = [share.value if share.low is None else share.low for share in shares]
-                highs = [share.value if share.high is None else share.high for share in shares]
-                points = 100 * np.array([[share.value for share in shares], lows, highs])
                 label = LABELS[activation] if way == ways[0] else "_"
+                points = 100 * bounds(shares)
                 _line(axis, range(len(numbers)), points, label, COLOURS[activation], MARKERS[activation])
                 drawn.append(activation)
         _blocks(axis, range(result.num_layers))
         axis.set_title(f"{_verb(way)} in {'one block' if result.window == 1 else f'{result.window} blocks around'}")
         axis.grid(axis="y", color="#dddddd")
     _need(drawn)
-    axes[0].set_ylabel(f"share of the lost {result.scale}\nwon back or lost (%)")
+    axes[0].set_ylabel(f"share of the lost {result.scale}\nrecovered or lost (%)")
     figure.legend(loc="outside upper center", ncols=4)
     return figure
 
@@ -292,11 +312,17 @@ def _heat(axis: Any, values: Floats, low: float, high: float, colours: str = AMO
     return axis.imshow(values, vmin=low, vmax=high, cmap=colours, aspect="auto", interpolation="nearest")
 
 
-def _line(axis: Any, xs: Sequence[int], found: Floats, label: str, colour: str, marker: str) -> None:
+def _line(axis: Any, xs: Sequence[int], values: Floats, label: str, colour: str, marker: str) -> None:
     """A line through means [0] with its interval [1], [2] as a band."""
-    axis.plot(xs, found[0], marker=marker, color=colour, label=label)
-    if not np.isnan(found[1]).any():
-        axis.fill_between(xs, found[1], found[2], color=colour, alpha=0.18, lw=0)
+    axis.plot(xs, values[0], marker=marker, color=colour, label=label)
+    if not np.isnan(values[1]).any():
+        axis.fill_between(xs, values[1], values[2], color=colour, alpha=0.18, lw=0)
+
+
+def bounds(estimates: Sequence[Estimate]) -> Floats:
+    """Values and the ends of their intervals, [3, N]; the value itself where there is no interval."""
+    ends = [(one.value, *(one.value if end is None else end for end in (one.low, one.high))) for one in estimates]
+    return np.array(list(zip(*ends, strict=True)), dtype=np.float64).reshape(3, -1)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -318,10 +344,6 @@ def _blocks(axis: Any, layers: range) -> None:
 
 def _verb(direction: str) -> str:
     return "restored" if direction == RESTORE else "contaminated"
-
-
-def _interval(found: Estimate) -> str:
-    return f"{found.value:.2f}" if found.low is None else f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def _need(drawn: Sequence[Any]) -> None:

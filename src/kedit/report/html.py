@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,23 @@ figure { margin: 1.2em 0; } figure img { max-width: 100%; height: auto; } figcap
 table { border-collapse: collapse; margin: 1em 0; } .wide { overflow-x: auto; }
 th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+summary { cursor: pointer; } small { color: #555; }
 pre { background: #f6f6f6; padding: .8em; white-space: pre-wrap; } .bad { color: #b00020; font-weight: bold; }
 """
 
 
+def document(title: str, parts: Iterable[str]) -> str:
+    """A whole page, of HTML ``parts`` under its title."""
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    )
+    body = "".join([f"<h1>{escape(title)}</h1>", *parts])
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
 def notebook_html(result: Any) -> str:
-    """What a notebook shows of a result of :mod:`kedit.analysis`."""
+    """A result of :mod:`kedit.analysis` as a notebook shows it."""
     return in_notebook(result, next(html for kind, html in _HTML.items() if isinstance(result, kind)))
 
 
@@ -106,13 +117,13 @@ def heads_html(drifts: Sequence[DriftResult]) -> str:
     parts = [drift_html(drifts[0], drifts)]
     for other in drifts[1:]:
         try:
-            found = drifts[0].against(other)
+            means = drifts[0].against(other)
         except EditError as error:
             parts.append(f"<p>{escape(str(error))}</p>")
             continue
         parts.append(
-            f"<p>In the heads that over-attend under {escape(drifts[0].label)}, the mean drift is {found['here'].value:.3f} nats; "
-            f"under {escape(other.label)} it is {found['other'].value:.3f}.</p>"
+            f"<p>In the heads that over-attend under {escape(drifts[0].label)}, the mean drift is {means['here'].value:.3f} nats; "
+            f"under {escape(other.label)} it is {means['other'].value:.3f}.</p>"
         )
     return "".join(parts)
 
@@ -144,7 +155,7 @@ def drift_html(result: DriftResult, beside: Sequence[DriftResult] = ()) -> str:
 
 
 def patching_html(result: PatchingResult) -> str:
-    """What exchanging activations undoes and does."""
+    """Patching: shares of the damage by exchange, and the summary."""
     words = f"<pre>{escape(result.summary())}</pre>"
     try:
         bars, windows = figures.patching_bars(result), figures.patching_windows(result)

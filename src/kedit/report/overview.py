@@ -19,12 +19,22 @@ from kedit.analysis.probes import probe_tokens_by_case
 from kedit.analysis.results.drift import DriftResult
 from kedit.analysis.results.patching import PatchingResult
 from kedit.analysis.results.tracing import TraceResult
-from kedit.errors import ConfigError, EditError
+from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
 from kedit.evaluation.provenance import describe_model, environment
 from kedit.models import ModelArch
 from kedit.regularizers import Choice
-from kedit.report.html import STYLE, answers_html, heads_html, in_notebook, maps_html, patching_html, table, trace_html
+from kedit.report.html import (
+    answers_html,
+    document,
+    heads_html,
+    in_notebook,
+    maps_html,
+    patching_html,
+    table,
+    trace_html,
+)
+from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +45,7 @@ HEAD_SHARES = (6, 3)  # a sixth and a third of all heads are restored alone
 
 @dataclass(frozen=True, eq=False)
 class Reveal:
-    """What some edits do inside a model.
+    """Tracing, attention drift and patching of some edits.
 
     Attributes:
         title: of the page.
@@ -57,8 +67,8 @@ class Reveal:
 
     def summary(self) -> str:
         """All summaries, as text, and what is missing."""
-        found = [part.summary() for part in (self.trace, *self.drifts, self.patching) if part is not None]
-        return "\n\n".join([*found, *(f"{PARTS[name]}: not available. {why}" for name, why in self.missing.items())])
+        parts = [part.summary() for part in (self.trace, *self.drifts, self.patching) if part is not None]
+        return "\n\n".join([*parts, *(f"{PARTS[name]}: not available. {why}" for name, why in self.missing.items())])
 
     def save(self, path: str | Path) -> Path:
         """Write the page: one HTML file that needs nothing else."""
@@ -72,32 +82,27 @@ class Reveal:
         return in_notebook(self, page)
 
 
-def page(found: Reveal) -> str:
+def page(result: Reveal) -> str:
     """The whole page about one edit or a run."""
     parts = [
-        f"<h1>{escape(found.title)}</h1>",
-        f"<p>{escape(found.intro)}</p>",
+        f"<p>{escape(result.intro)}</p>",
         "<h2>What the model says</h2>",
-        answers_html(found.drifts),
+        answers_html(result.drifts),
         "<h2>Where the fact is kept</h2>",
-        _absent(found.missing["trace"]) if found.trace is None else trace_html(found.trace),
+        _absent(result.missing["trace"]) if result.trace is None else trace_html(result.trace),
         "<h2>Where the last token looks</h2>",
-        maps_html(found.drifts),
+        maps_html(result.drifts),
         "<h2>Which heads moved</h2>",
-        heads_html(found.drifts),
-        _absent(found.missing["regularized"], "The run with the regularizer is not")
-        if "regularized" in found.missing
+        heads_html(result.drifts),
+        _absent(result.missing["regularized"], "The run with the regularizer is not")
+        if "regularized" in result.missing
         else "",
         "<h2>What carries the damage</h2>",
-        _absent(found.missing["patching"]) if found.patching is None else patching_html(found.patching),
+        _absent(result.missing["patching"]) if result.patching is None else patching_html(result.patching),
         "<h2>Run</h2>",
-        table([], [[escape(key), escape(str(value))] for key, value in found.meta.items()]),
+        table([], [[escape(key), escape(str(value))] for key, value in result.meta.items()]),
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
-        f"<title>{escape(found.title)}</title><style>{STYLE}</style>"
-    )
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return document(result.title, parts)
 
 
 def _absent(reason: str, what: str = "Not") -> str:
@@ -138,8 +143,8 @@ def reveal(
         EditError: no case has a probe that mentions the edited subject, or no case could be edited.
         ConfigError: options do not fit together.
     """
-    if not all(type(number) is int and number >= 1 for number in (samples, traced)):
-        raise ConfigError(f"samples and traced must be at least 1, not {samples!r} and {traced!r}.")
+    check_whole("samples", samples, 1)
+    check_whole("traced", traced, 1)
     start = time.perf_counter()
     plain = Patches(model, tokenizer, cases, editor, None, config)
     chosen = plain.cases

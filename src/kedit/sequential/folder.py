@@ -27,13 +27,13 @@ def is_begun(folder: str | Path) -> bool:
 def entries(where: Path) -> list[Path]:
     """The files of all steps in order; raises where one is missing or there twice."""
     with reading(where):
-        found = sorted(path for path in where.iterdir() if _ENTRY.fullmatch(path.name)) if where.exists() else []
-    for number, path in enumerate(found):
+        paths = sorted(path for path in where.iterdir() if _ENTRY.fullmatch(path.name)) if where.exists() else []
+    for number, path in enumerate(paths):
         if int(path.name[:6]) != number:
             raise PatchError(
                 f"The journal {where} has no single file for step {number:06}; found {path.name}. It is damaged."
             )
-    return found
+    return paths
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a journal's run is, and that a run which goes on is the same."""
+"""The header of a journal, by which a run that goes on is checked to be the same."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _history(editor: Editor) -> KeyHistory | None:
 
 
 def _header(editor: Editor, regularizer: Choice, guard: Guard | None, batch_size: int) -> dict[str, Any]:
-    """What must be the same when a run goes on, as JSON."""
+    """Settings that must be the same when a run goes on, as JSON."""
     moments = editor.moments if isinstance(editor, ValueEditor) else {}
     history = _history(editor)
     keys = {} if history is None else {str(layer): history.keys(layer, 0) for layer in history.layers}

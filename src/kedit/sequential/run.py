@@ -21,6 +21,7 @@ from kedit.sequential.folder import HEADER, entries, held, is_begun, write_json
 from kedit.sequential.head import begin
 from kedit.utils.files import parse_json, reading
 from kedit.utils.progress import Progress, logger
+from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
     from kedit.editors.base import Editor
@@ -37,7 +38,7 @@ class Refusal:
 
 @dataclass
 class JournalResult:
-    """What a run left on the model.
+    """The result of a run: kept and refused edits.
 
     Attributes:
         patches: of the kept edits, in order.
@@ -111,8 +112,7 @@ def run_journal(
         PatchError: the journal is damaged, in use, or of another run; or there is no space.
         PatchMismatchError: the model is not the one that the journal began with.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
+    check_whole("batch_size", batch_size, 1)
     if guard is not None and not isinstance(guard, Guard):
         raise ConfigError(f"guard is a kedit.Guard or None, not {guard!r:.60}.")
     chosen = as_edits(edits)
@@ -141,7 +141,7 @@ def run_journal(
 
 
 def _at_the_end(editor: Editor, patches: Sequence[EditPatch]) -> list[EditCheck]:
-    """What the model says of every kept edit once all are written: a later step may have undone an earlier one."""
+    """Checks of every kept edit once all are written: a later step may have undone an earlier one."""
     edits: list[Edit] = []
     before: list[Prediction | None] = []
     for patch in patches:

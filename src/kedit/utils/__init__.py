@@ -1,1 +1,1 @@
-"""What every other package may use: names that plug in, progress, processes, memory, files, linear algebra."""
+"""Tools for every other package: names that plug in, progress, processes, memory, files, linear algebra."""

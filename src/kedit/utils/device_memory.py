@@ -106,7 +106,7 @@ class HeapTrim:
     @functools.cache
     def _function() -> Callable[[int], int] | None:
         try:
-            found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+            trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
         except (OSError, AttributeError, TypeError):
             return None
-        return found
+        return trim

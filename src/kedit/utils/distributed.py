@@ -2,8 +2,8 @@
 
 Nothing here happens by itself: a process belongs to a :class:`Group` from :func:`join` on, which the command line calls. Then
 the corpus of the second moments, the edits whose values are optimised together and the cases of an evaluation are
-shared out, and every process ends up with the whole result. What is exchanged goes through gloo on the CPU, so that a
-process that dies is noticed by the others at once, whatever device the model is on.
+shared out, and every process ends up with the whole result. The processes are accelerate's. They talk through gloo on the
+CPU, whatever device the model is on: so a process that dies is noticed by the others at once.
 """
 
 from __future__ import annotations
@@ -33,12 +33,10 @@ class Group:
     Attributes:
         rank: number of this process, from 0.
         size: how many there are.
-        link: what they talk through; ``None`` for a process on its own.
     """
 
     rank: int = 0
     size: int = 1
-    link: Any = None
 
     @property
     def leads(self) -> bool:
@@ -50,19 +48,16 @@ class Group:
         return list(items[self.rank :: self.size])
 
     def gather(self, mine: T) -> list[T]:
-        """What every process has, by rank; tensors in it must be on the CPU.
+        """Gather the values of all processes, by rank; tensors in it must be on the CPU.
 
         Raises:
             ProcessError: another process is gone.
         """
-        if self.size == 1:
-            return [mine]
-        found: list[Any] = [None] * self.size
-        self._talk(lambda dist: dist.all_gather_object(found, mine, group=self.link))
-        return found
+        everyone: list[T] = self._talk("gather_object", [mine])
+        return everyone
 
     def run_on_all(self, call: Callable[[], T]) -> list[T]:
-        """What ``call`` gives in every process, by rank; an error in one of them is raised in all.
+        """Run ``call`` in every process and gather the results, by rank; an error in one of them is raised in all.
 
         Raises:
             KEditError: the call failed somewhere; or as :meth:`gather`.
@@ -79,29 +74,29 @@ class Group:
         return [result for result, _ in found]  # type: ignore[misc]
 
     def broadcast(self, mine: T) -> T:
-        """What process 0 has; raises as :meth:`gather`."""
-        if self.size == 1:
-            return mine
-        box: list[Any] = [mine if self.leads else None]
-        self._talk(lambda dist: dist.broadcast_object_list(box, src=0, group=self.link))
-        found: T = box[0]
-        return found
+        """The value of process 0, in every process; raises as :meth:`gather`."""
+        box: list[T] = self._talk("broadcast_object_list", [mine])
+        return box[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor, on its device; raises as :meth:`gather`."""
         if self.size == 1:
             return tensor
-        total = tensor.detach().to("cpu", copy=True)
-        self._talk(lambda dist: dist.all_reduce(total, group=self.link))
+        total: Tensor = self._talk("reduce", tensor.detach().cpu(), "sum")
         return total.to(tensor.device)
 
     def wait(self) -> None:
         """Return when every process is here; raises as :meth:`gather`."""
         self.gather(None)
 
-    def _talk(self, call: Callable[[Any], object]) -> None:
+    def _talk(self, function: str, value: Any, *options: Any) -> Any:
+        """Call one of accelerate's functions between processes; alone, give ``value``."""
+        if self.size == 1:
+            return value
+        import accelerate.utils
+
         try:
-            call(torch.distributed)
+            return getattr(accelerate.utils, function)(value, *options)
         except RuntimeError as error:
             raise ProcessError(
                 f"Another of the {self.size} processes of this job is gone: {str(error).splitlines()[0]}. "
@@ -143,17 +138,16 @@ def join() -> Group:
     """
     global _group
     if _group.size == 1 and launched() > 1:
-        dist = torch.distributed
+        from accelerate import PartialState
+
         try:
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=PATIENCE)
-            link = dist.new_group(backend="gloo", timeout=PATIENCE)
+            state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise ProcessError(
                 f"The {launched()} processes of this job cannot reach one another: {error}. "
                 "Start them with `accelerate launch -m kedit ...`."
             ) from error
-        _group = Group(dist.get_rank(), dist.get_world_size(), link)
+        _group = Group(state.process_index, state.num_processes)
         Progress.shown = _group.leads
     return _group
 
@@ -162,9 +156,12 @@ def leave() -> None:
     """End what :func:`join` began."""
     global _group
     if _group.size > 1:
+        from accelerate import PartialState
+
         _group = _ALONE
         Progress.shown = True
-        torch.distributed.destroy_process_group()
+        PartialState().destroy_process_group()
+        PartialState._reset_state()
 
 
 def device() -> str | None:

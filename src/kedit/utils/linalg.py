@@ -51,5 +51,5 @@ def whiten(factor: Tensor, keys: Tensor) -> Tensor:
 def solved(factor: Tensor, right_side: Tensor) -> Tensor:
     """(L Lᵀ)⁻¹ B for a lower factor L [n, n] and B [n, m]; unlike ``torch.cholesky_solve``, without a copy of L."""
     half = torch.linalg.solve_triangular(factor, right_side, upper=False)
-    found: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-    return found
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solution

@@ -74,9 +74,9 @@ class Registry(Generic[T]):
         raise UnknownNameError(f"There is no {self.kind} called {name!r}. {hint}")
 
     def _entry_points(self) -> dict[str, list[EntryPoint]]:
-        found: dict[str, list[EntryPoint]] = {}
+        by_name: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=f"kedit.{self.kind}s"):
-            points = found.setdefault(point.name.lower(), [])
+            points = by_name.setdefault(point.name.lower(), [])
             if all(point.value != other.value for other in points):
                 points.append(point)
-        return found
+        return by_name

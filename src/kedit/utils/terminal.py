@@ -1,4 +1,4 @@
-"""Texts of others on a terminal: shown, and not obeyed."""
+"""Makes text from files and models safe to print on a terminal."""
 
 from __future__ import annotations
 

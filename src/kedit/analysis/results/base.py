@@ -1,12 +1,27 @@
-"""What all results of the analysis functions share."""
+"""The base class of the results of the analysis functions, and kinds of probes by name."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 from kedit.utils.registry import import_target
 
 
-class NotebookResult:
-    """A result that notebooks show as HTML; :mod:`kedit.report.html` makes it."""
+class AnalysisResult:
+    """A result with a summary, JSON values, and HTML for notebooks (:mod:`kedit.report.html` makes it)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`to_dict` as JSON."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
+        return target
 
     def _repr_html_(self) -> str:
         return str(import_target("kedit.report.html:notebook_html")(self))

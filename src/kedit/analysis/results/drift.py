@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kedit.analysis.bootstrap import Floats, correlation, pearson, spearman
+from kedit.analysis.bootstrap import correlation, pearson, spearman
 from kedit.analysis.checks import as_kind
-from kedit.analysis.results.base import NotebookResult
+from kedit.analysis.results.base import AnalysisResult
 from kedit.errors import EditError
 from kedit.evaluation.cases import Kind
-from kedit.evaluation.statistics import Estimate, Tally, case_weights, difference, estimate
+from kedit.evaluation.statistics import Estimate, Floats, Tally, case_weights, difference, estimate
 
 MEASURES = {
     "drift": "drift: KL(before ‖ after) of the last token's row, summed over blocks and heads, in nats",
@@ -107,7 +105,7 @@ class Head:
 
 
 @dataclass(frozen=True, eq=False)
-class DriftResult(NotebookResult):
+class DriftResult(AnalysisResult):
     """Attention before and after the edits of some cases.
 
     Attributes:
@@ -131,11 +129,11 @@ class DriftResult(NotebookResult):
             ConfigError: there is no such kind.
         """
         wanted = as_kind(kind)
-        found = tuple(probe for probe in self.probes if probe.kind == wanted)
-        if not found:
+        probes = tuple(probe for probe in self.probes if probe.kind == wanted)
+        if not probes:
             kinds = ", ".join(sorted({str(probe.kind) for probe in self.probes}))
             raise EditError(f"No probe of kind {kind} was asked; there are {kinds}.")
-        return found
+        return probes
 
     @property
     def main_kind(self) -> Kind:
@@ -164,7 +162,7 @@ class DriftResult(NotebookResult):
         loss = np.array([probe.loss for probe in probes])
         kl = self.stack("kl", kind)
         maps = {name: self.map(name, kind) for name in ("over", "excess", "gain", "kl", "weight_before")}
-        found = [
+        heads = [
             Head(
                 layer=layer,
                 head=head,
@@ -178,7 +176,7 @@ class DriftResult(NotebookResult):
             for place, layer in enumerate(self.layers)
             for head in range(kl.shape[2])
         ]
-        return sorted(found, key=lambda one: -one.excess)
+        return sorted(heads, key=lambda one: -one.excess)
 
     def correlations(self, kind: Kind | str | None = None) -> dict[str, dict[str, Estimate]]:
         """By measure: Pearson's and Spearman's correlation with the loss, with intervals by case."""
@@ -188,14 +186,14 @@ class DriftResult(NotebookResult):
         probes = self.of(chosen)
         loss = np.array([probe.loss for probe in probes])
         groups = [probe.case for probe in probes]
-        found = self._correlations.setdefault(str(chosen), {})
+        correlations = self._correlations.setdefault(str(chosen), {})
         for name in MEASURES:
             values = np.array([probe.measure(name) for probe in probes])
-            found[name] = {
+            correlations[name] = {
                 "pearson": correlation(pearson, values, loss, groups),
                 "spearman": correlation(spearman, values, loss, groups),
             }
-        return found
+        return correlations
 
     def against(self, other: DriftResult, kind: Kind | str | None = None) -> dict[str, Estimate]:
         """The drift of the heads that over-attend here, here and in ``other``, and the paired difference (other - here).
@@ -219,11 +217,11 @@ class DriftResult(NotebookResult):
                 there[mine.case].append(float(twin.kl[mine.over].mean()))
         tallies = [Tally.of([values[case] for case in cases]) for values in (here, there)]
         weights = case_weights(len(cases))
-        found = [estimate([tally], weights) for tally in tallies]
+        means = [estimate([tally], weights) for tally in tallies]
         change = difference([tallies[1]], [tallies[0]], weights)
-        if found[0] is None or found[1] is None or change is None:
+        if means[0] is None or means[1] is None or change is None:
             raise EditError(f"Under {self.label} no head attends to the edited subject more than any did before.")
-        return {"here": found[0], "other": found[1], "difference": change}
+        return {"here": means[0], "other": means[1], "difference": change}
 
     def summary(self) -> str:
         """The correlations and the heads that over-attend most, as text."""
@@ -238,7 +236,7 @@ class DriftResult(NotebookResult):
         if edits > 1:
             lines.append("Correlation with the loss of that probability [95%]:")
             for name, both in self.correlations(kind).items():
-                lines.append(f"  {name:10s} Pearson {_cell(both['pearson'])}  Spearman {_cell(both['spearman'])}")
+                lines.append(f"  {name:10s} Pearson {both['pearson'].text()}  Spearman {both['spearman'].text()}")
         lines.append("Heads that over-attend to the edited subject most:")
         lines.append("  block head  over-attends  weight before  gain    KL (nats)  Pearson with loss")
         for one in self.heads(kind)[:8]:
@@ -252,17 +250,8 @@ class DriftResult(NotebookResult):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every probe with its figures by block and head."""
-        names = (
-            "case",
-            "prompt",
-            "right",
-            "wrong",
-            "column",
-            "right_before",
-            "right_after",
-            "wrong_before",
-            "wrong_after",
-        )
+        names = ["case", "prompt", "right", "wrong", "column"]
+        names += ("right_before", "right_after", "wrong_before", "wrong_after")
         arrays = ("kl", "weight_before", "weight_after", "over")
         probes = [
             {
@@ -273,14 +262,3 @@ class DriftResult(NotebookResult):
             for probe in self.probes
         ]
         return {"label": self.label, "layers": list(self.layers), "probes": probes, "failures": dict(self.failures)}
-
-    def save(self, path: str | Path) -> Path:
-        """Write :meth:`to_dict` as JSON."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-        return target
-
-
-def _cell(found: Estimate) -> str:
-    return f"{found.value:.2f}" if found.low is None else f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"

@@ -1,21 +1,18 @@
-"""What patching found."""
+"""The result of activation patching."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kedit.analysis.bootstrap import Floats
 from kedit.analysis.interventions import LABELS
-from kedit.analysis.results.base import NotebookResult
+from kedit.analysis.results.base import AnalysisResult
 from kedit.errors import UnknownNameError
 from kedit.evaluation.cases import Kind
-from kedit.evaluation.statistics import Estimate, case_weights
+from kedit.evaluation.statistics import Estimate, Floats, case_weights
 
 RESTORE = "restore"
 CONTAMINATE = "contaminate"
@@ -25,7 +22,7 @@ ORIGINAL, EDITED = 0, 1  # the first two conditions of every result
 
 @dataclass(frozen=True)
 class Condition:
-    """What is exchanged, and in which model.
+    """An exchange of activations, and the model it is made in.
 
     Attributes:
         direction: ``"restore"`` (the edited model gets original values) or ``"contaminate"`` (the other way round).
@@ -71,7 +68,7 @@ class Condition:
 
 
 @dataclass(frozen=True, eq=False)
-class PatchingResult(NotebookResult):
+class PatchingResult(AnalysisResult):
     """Probabilities of right and wrong answers under every exchange of activations.
 
     Attributes:
@@ -120,13 +117,13 @@ class PatchingResult(NotebookResult):
         return self._estimate(float(self.passed[condition].mean()), drawn)
 
     def damage(self, of: str) -> float:
-        """What the edit costs per probe: points of the ``"score"``, or ``"probability"`` of the right answer (0 to 1)."""
+        """Loss per probe from the edit: points of the ``"score"``, or ``"probability"`` of the right answer (0 to 1)."""
         values = self._values(of)
         return float(values[ORIGINAL].mean() - values[EDITED].mean())
 
     @property
     def scale(self) -> str:
-        """What shares are of: the score, or the right answer's probability where no score was lost."""
+        """The scale of shares: the score, or the right answer's probability where no score was lost."""
         return "score" if self.damage("score") > 0 else "probability"
 
     def share(self, condition: int, *, of: str | None = None) -> Estimate | None:
@@ -156,17 +153,17 @@ class PatchingResult(NotebookResult):
         """Scores and shares of the exchanges in all blocks and of chosen heads, as text."""
         edits = len(set(self.cases))
         before, after = self._values("probability")[: EDITED + 1].mean(1)
+        scores = [self.score(state).text(1, unit="%") for state in (ORIGINAL, EDITED)]
         lines = [
             f"{self.label}: {len(self.cases)} probes ({self.kind}) of {edits} edit{'s' * (edits > 1)}. Right answer likelier: "
-            f"{_percent(self.score(ORIGINAL))} originally, {_percent(self.score(EDITED))} after the edit; its probability: "
-            f"{100 * before:.1f}% and {100 * after:.1f}%.",
+            f"{scores[0]} originally, {scores[1]} after the edit; its probability: {100 * before:.1f}% and {100 * after:.1f}%.",
             f"{'Exchanged at the last token':70s} {'score':20s} share of the lost {self.scale}",
         ]
         for i, one in enumerate(self.conditions[2:], start=2):
             if one.centre is None:
                 share = self.share(i)
-                cell = "none was done" if share is None else _percent(share, 100.0)
-                lines.append(f"  {one!s:68s} {_percent(self.score(i)):20s} {cell}")
+                cell = "none was done" if share is None else share.text(1, 100, "%")
+                lines.append(f"  {one!s:68s} {self.score(i).text(1, unit='%'):20s} {cell}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,12 +181,6 @@ class PatchingResult(NotebookResult):
             "probabilities": self.probabilities.tolist(),
         }
 
-    def save(self, path: str | Path) -> Path:
-        """Write :meth:`to_dict` as JSON."""
-        target = Path(path)
-        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-        return target
-
     def _values(self, of: str) -> Floats:
         return self.passed if of == "score" else self.probabilities[..., 0]
 
@@ -200,17 +191,4 @@ class PatchingResult(NotebookResult):
         return values @ member, member.sum(0), case_weights(len(names))
 
     def _estimate(self, value: float, drawn: Floats) -> Estimate:
-        cases = len(set(self.cases))
-        if cases < 2 or np.isnan(drawn).all():
-            return Estimate(value, None, None, len(self.cases), cases)
-        low, high = np.nanpercentile(drawn, [2.5, 97.5])
-        return Estimate(value, float(low), float(high), len(self.cases), cases)
-
-
-def _percent(found: Estimate, scale: float = 1.0) -> str:
-    value = f"{scale * found.value:.1f}%"
-    return (
-        value
-        if found.low is None or found.high is None
-        else f"{value} [{scale * found.low:.1f}, {scale * found.high:.1f}]"
-    )
+        return Estimate.of(value, drawn, len(self.cases), len(set(self.cases)))

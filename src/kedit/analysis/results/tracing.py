@@ -1,20 +1,19 @@
-"""What causal tracing found."""
+"""The result of causal tracing."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kedit.analysis.bootstrap import Floats, mean_map
+from kedit.analysis.bootstrap import mean_map
 from kedit.analysis.interventions import LABELS
-from kedit.analysis.results.base import NotebookResult
+from kedit.analysis.results.base import AnalysisResult
 from kedit.errors import ConfigError, EditError
+from kedit.evaluation.statistics import Floats
 
 ROLES = ("subject first", "subject middle", "subject last", "next", "between", "last")
 ROLE_LABELS = (
@@ -56,25 +55,25 @@ class FactTrace:
         """Each token's role as an index into :data:`ROLES`; -1 before the subject."""
         first, last = self.span
         end = len(self.tokens) - 1
-        found = []
+        roles = []
         for token in range(len(self.tokens)):
             if token < first:
-                found.append(-1)
+                roles.append(-1)
             elif token <= last:
-                found.append(2 if token == last else 0 if token == first else 1)
+                roles.append(2 if token == last else 0 if token == first else 1)
             else:
-                found.append(5 if token == end else 3 if token == last + 1 else 4)
-        return found
+                roles.append(5 if token == end else 3 if token == last + 1 else 4)
+        return roles
 
     def by_role(self, kind: str) -> Floats:
         """Mean effect of the tokens in each role, [6, L]; NaN where no token has it."""
         roles = np.asarray(self.roles())
         effect = self.effects[kind]
-        found = np.full((len(ROLES), effect.shape[1]), np.nan)
+        means = np.full((len(ROLES), effect.shape[1]), np.nan)
         for role in range(len(ROLES)):
             if (roles == role).any():
-                found[role] = effect[roles == role].mean(0)
-        return found
+                means[role] = effect[roles == role].mean(0)
+        return means
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True, eq=False)
-class TraceResult(NotebookResult):
+class TraceResult(AnalysisResult):
     """Traced facts and their averages.
 
     Attributes:
@@ -186,12 +185,12 @@ class TraceResult(NotebookResult):
             "Largest average indirect effects, in points of probability [95%]:",
         ]
         for kind in self.kinds:
-            found = self.average(kind)
+            average = self.average(kind)
             for role, label in ((2, ROLE_LABELS[2]), (5, ROLE_LABELS[5])):
-                if np.isnan(found[0, role]).all():
+                if np.isnan(average[0, role]).all():
                     continue
-                layer = int(np.nanargmax(found[0, role]))
-                lines.append(f"  {LABELS[kind]:16s} {label:18s} block {layer:2d}: {_cell(found[:, role, layer])}")
+                layer = int(np.nanargmax(average[0, role]))
+                lines.append(f"  {LABELS[kind]:16s} {label:18s} block {layer:2d}: {_cell(average[:, role, layer])}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,13 +213,6 @@ class TraceResult(NotebookResult):
             "skipped": list(self.skipped),
         }
 
-    def save(self, path: str | Path) -> Path:
-        """Write :meth:`to_dict` as JSON."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-        return target
-
 
 def _supported(effect: Floats) -> npt.NDArray[np.bool_]:
     """Where an effect (mean, low, high) [3, L] is above 0 with its interval; [L]."""
@@ -240,8 +232,8 @@ def _around(effect: Floats, peak: int, top: int) -> tuple[int, ...]:
     return tuple(range(low, high + 1))
 
 
-def _cell(found: Any) -> str:
-    value, low, high = (100 * float(part) for part in found)
+def _cell(interval: Any) -> str:
+    value, low, high = (100 * float(part) for part in interval)
     return f"{value:.1f}" if np.isnan(low) else f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 

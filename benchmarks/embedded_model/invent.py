@@ -1,4 +1,4 @@
-"""Inventing a world from a seed."""
+"""Invents the embedded model's world from a seed."""
 
 from __future__ import annotations
 
