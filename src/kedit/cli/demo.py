@@ -47,6 +47,7 @@ PROBES = {
 }
 GAMMA = 0.1  # where there is no preset; a tenth of it restrains little in a model of 135 million parameters
 KEYS_PER_DIMENSION = 20  # of the default text, which says the same things again and again
+OUT, FILES = "kedit-demo", ("attention.png", "edit.safetensors")
 TEXT_TOKENS, CHAT_TOKENS = 12, 24
 WIDTH = 100
 
@@ -95,7 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     common.add_model(parser)
     parser.add_argument("--device-map", metavar="MAP", help="how accelerate places a large model: auto")
-    parser.add_argument("--out", metavar="DIR", default="kedit-demo", help="where picture and patch go")
+    parser.add_argument("--out", metavar="DIR", help=f"where picture and patch go (default: {OUT})")
+    parser.add_argument("--force", action="store_true", help="overwrite picture and patch in a folder given by --out")
     parser.add_argument("--case", type=int, metavar="N", help="which fact of the embedded model to edit (0-99)")
     own = parser.add_argument_group("with --model")
     own.add_argument("--prompt", metavar="TEXT", help=f"a sentence up to the fact (default: {PROMPT!r})")
@@ -118,11 +120,8 @@ def run(args: argparse.Namespace) -> int:
     from kedit.models.fingerprint import model_fingerprint
 
     _check(args)
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KEditError(f"Cannot write to the folder {out}: {error}.") from error
+    out = Path(args.out or OUT)
+    common.check_folder(str(out), "--out", FILES, force=args.force or args.out is None)
     write = sys.stdout.write
     if args.model is None:
         case = _case(args.case)
@@ -150,13 +149,13 @@ def run(args: argparse.Namespace) -> int:
         attention[stage] = _attention(model, scene.watched)
         patch = result.patch
         result.revert()
+    saved = patch.save(out / FILES[1])
+    picture = _draw(out / FILES[0], tokenizer, scene.watched, attention)
     write(_table(scene.questions, answers))
     write("\n" + "".join(f"{line}\n" for note in scene.notes for line in textwrap.wrap(note, _width())) + "\n")
-    picture = _draw(out / "attention.png", tokenizer, scene.watched, attention)
     if picture is not None:
-        write(f"picture  {picture}: where the last token looks, before and after\n")
-    saved = patch.save(out / "edit.safetensors")
-    write(f"patch    {saved}: ROME + SADR, {saved.stat().st_size / 1024:.0f} KiB\n")
+        write(f"picture  {printable(str(picture))}: where the last token looks, before and after\n")
+    write(f"patch    {printable(str(saved))}: ROME + SADR, {saved.stat().st_size / 1024:.0f} KiB\n")
     if model_fingerprint(model) != untouched:
         raise KEditError("The model is not what it was before the edits. This is a bug: please report it.")
     write("revert   the model is bit-identical to what it was before\n")

@@ -12,7 +12,6 @@ command is given again.
 from __future__ import annotations
 
 import argparse
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
         texts=_texts(args.texts, model),
         seed=args.seed,
     )
-    sys.stdout.write(report.to_markdown())
+    common.say(report.to_markdown().removesuffix("\n"))
     if args.out:
-        sys.stdout.write(f"\nreport: {Path(args.out) / 'report.html'}\n")
+        common.say("", f"report: {Path(args.out) / 'report.html'}")
     return 0
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +101,7 @@ def _on_disk(parser: argparse.ArgumentParser) -> None:
 
 def _out_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", required=True, help="the new patch (.safetensors)")
+    common.add_force(parser)
 
 
 def _load(paths: Sequence[str]) -> list[EditPatch]:
@@ -125,7 +125,7 @@ def _show(args: argparse.Namespace) -> None:
         )
     else:
         text = patch.show()
-    sys.stdout.write(text + "\n")
+    common.say(text)
 
 
 def _attach(args: argparse.Namespace) -> None:
@@ -140,7 +140,7 @@ def _attach(args: argparse.Namespace) -> None:
     with patch.attach(model, force=args.force):
         changed = [_continuation(model, tokenizer, prompt, args.tokens) for prompt in args.prompt]
     for prompt, old, new in zip(args.prompt, without, changed, strict=True):
-        sys.stdout.write(f"{prompt}\n  without: {old!r}\n  with:    {new!r}\n")
+        common.say(printable(prompt), f"  without: {old!r}", f"  with:    {new!r}")
 
 
 def _continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
@@ -179,27 +179,29 @@ def _say(report: DiskReport) -> None:
         lines.append(f"  left behind, as they hold the weights in other forms: {', '.join(report.left_out)}")
     if report.passed_over:
         lines.append(f"  passed over, as links to folders or to nothing: {', '.join(report.passed_over)}")
-    sys.stdout.write("\n".join(map(printable, lines)) + "\n")
+    common.say(*map(printable, lines))
 
 
 def _merge(args: argparse.Namespace) -> None:
     from kedit.patch import EditPatch
 
-    common.check_writable(args.out)
+    common.check_file(args.out, force=True)
     if any(Path(path).exists() and Path(args.out).exists() and Path(path).samefile(args.out) for path in args.patches):
         raise ConfigError(f"{args.out} is one of the patches to merge, which are only read. Choose another --out.")
+    common.check_file(args.out, force=args.force)
     _save(EditPatch.merge(_load(args.patches), tolerance=args.tolerance), args.out)
 
 
 def _diff(args: argparse.Namespace) -> None:
     from kedit.patch import EditPatch
 
-    common.check_writable(args.out)
+    common.check_file(args.out, force=args.force)
     _save(EditPatch.diff(args.base, args.edited, tolerance=args.tolerance, max_rank=args.max_rank), args.out)
 
 
 def _save(patch: EditPatch, path: str) -> None:
-    sys.stdout.write(f"{patch.show()}\npatch: {patch.save(path)}\n")
+    saved = patch.save(path)
+    common.say(patch.show(), f"patch: {saved}")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -208,4 +210,4 @@ def _export(args: argparse.Namespace) -> None:
 
     (patch,) = _load([args.patch])
     folder = patch.to_peft(args.out, skeleton(args.model or ASSETS))
-    sys.stdout.write(f"adapter: {folder}\n")
+    common.say(f"adapter: {folder}")

@@ -11,6 +11,7 @@ from typing import Any
 from kedit.edit import json_lines
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
+from kedit.utils.terminal import printable
 
 Record = Mapping[str, Any]
 Parser = Callable[[Record, str], EditCase]
@@ -46,7 +47,7 @@ class Loaded:
         if self.malformed:
             lines[0] += f", {len(self.malformed)} malformed records left out"
             lines += [f"  record {bad.number}: {bad.reason}" for bad in self.malformed]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def parse(records: Iterable[Any], parser: Parser, format: str, *, strict: bool = False) -> Loaded:

@@ -25,6 +25,7 @@ from kedit.evaluation.provenance import describe_model, environment
 from kedit.models import ModelArch
 from kedit.regularizers import Choice
 from kedit.report.html import STYLE, answers_html, heads_html, in_notebook, maps_html, patching_html, table, trace_html
+from kedit.utils.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,11 +63,7 @@ class Reveal:
 
     def save(self, path: str | Path) -> Path:
         """Write the page: one HTML file that needs nothing else."""
-        target = Path(path)
-        text = page(self)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-        return target
+        return write_text(Path(path), page(self))
 
     def _repr_html_(self) -> str:
         return in_notebook(self, page)

@@ -17,6 +17,7 @@ from kedit.analysis.results.base import NotebookResult
 from kedit.errors import EditError
 from kedit.evaluation.cases import Kind
 from kedit.evaluation.statistics import Estimate, Tally, case_weights, difference, estimate
+from kedit.utils.files import write_text
 
 MEASURES = {
     "drift": "drift: KL(before ‖ after) of the last token's row, summed over blocks and heads, in nats",
@@ -276,10 +277,7 @@ class DriftResult(NotebookResult):
 
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-        return target
+        return write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False))
 
 
 def _cell(found: Estimate) -> str:

@@ -16,6 +16,7 @@ from kedit.analysis.results.base import NotebookResult
 from kedit.errors import UnknownNameError
 from kedit.evaluation.cases import Kind
 from kedit.evaluation.statistics import Estimate, case_weights
+from kedit.utils.files import write_text
 
 RESTORE = "restore"
 CONTAMINATE = "contaminate"
@@ -186,9 +187,7 @@ class PatchingResult(NotebookResult):
 
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON."""
-        target = Path(path)
-        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-        return target
+        return write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False))
 
     def _values(self, of: str) -> Floats:
         return self.passed if of == "score" else self.probabilities[..., 0]

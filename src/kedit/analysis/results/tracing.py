@@ -15,6 +15,7 @@ from kedit.analysis.bootstrap import Floats, mean_map
 from kedit.analysis.interventions import LABELS
 from kedit.analysis.results.base import NotebookResult
 from kedit.errors import ConfigError, EditError
+from kedit.utils.files import write_text
 
 ROLES = ("subject first", "subject middle", "subject last", "next", "between", "last")
 ROLE_LABELS = (
@@ -216,10 +217,7 @@ class TraceResult(NotebookResult):
 
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-        return target
+        return write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False))
 
 
 def _supported(effect: Floats) -> npt.NDArray[np.bool_]:
