@@ -244,7 +244,7 @@ def test_no_escape_sequence_reaches_the_terminal(tmp_path, capfdbinary, where):
     (tmp_path / "cases.jsonl").write_text(json.dumps({"edit": edit, "id": "\x1b[2J"}) + "\nx\x1b[2J\n")
     for words in (
         ["eval", *model, "--data", str(tmp_path / "cases.jsonl"), "--editor", "ft", "--set", "steps=2"],
-        ["trace", *model, "--prompt", "{} works as a", "--subject", "Ada", "--answer", odd, "--samples", "1"],
+        ["trace", *model[:2], "--prompt", "{} works as a", "--subject", "Ada", "--answer", odd, "--samples", "1"],
         ["drift", *model, "--data", str(tmp_path / "cases.jsonl"), "--editor", "ft", "--set", "steps=2"],
     ):
         main(words)

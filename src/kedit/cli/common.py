@@ -138,7 +138,7 @@ def check_outputs(args: argparse.Namespace, figures: Sequence[str], files: Seque
 def check_model_folder(path: str, option: str = "--save-model", *, force: bool = False) -> None:
     """Raise now, not after the work, where a model cannot be written into a folder: one that is new or empty, unless ``force``."""
     check_folder(path, option)
-    if os.path.isdir(path) and any(os.scandir(path)) and not force:
+    if os.path.isdir(path) and os.listdir(path) and not force:
         model = " a model" if os.path.isfile(os.path.join(path, "config.json")) else ""
         raise ConfigError(
             f"{option} {path} holds{model or ' files'} already. Choose a new folder, or add --force to replace the model in it "
