@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(argv)
         output.flush()
         if output.failure is not None:
-            sys.stderr.write(f"kedit: standard output cannot be written ({output.failure}). Files that were asked for are.\n")
+            sys.stderr.write(f"kedit: standard output cannot be written ({output.failure}). The files are written.\n")
             status = status or 1
     return status
 

@@ -25,7 +25,7 @@ from kedit.cli import common
 from kedit.errors import ConfigError, EditError, PatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from kedit.utils.distributed import current_group
 
     edits = _edits(args)
-    _check(args)
+    _check(args, edits)
     guard = _guard(args)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)
@@ -141,7 +141,7 @@ def _edits(args: argparse.Namespace) -> list[Edit]:
     return Edit.from_jsonl(args.edits) if args.edits else [Edit(*single)]
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, edits: Sequence[Edit]) -> None:
     """Raise now, not after the work, where options do not fit together or a file cannot be written."""
     from kedit.utils.distributed import launched
     from kedit.utils.folders import is_within
@@ -153,7 +153,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.memory and args.journal:
         raise ConfigError("--memory tells of edits that are made together. Drop --journal.")
     if args.out is not None:
-        common.check_file(args.out, force=args.force)
+        common.check_file(args.out, force=args.force or _is_of_this_journal(args, edits))
     if args.batch_size is not None and not args.journal:
         raise EditError("--batch-size belongs to a journal. Add --journal DIR.")
     if args.batch_size is not None and args.batch_size < 1:
@@ -162,14 +162,28 @@ def _check(args: argparse.Namespace) -> None:
         common.check_model_folder(args.save_model, force=args.force)
         if args.out and is_within(Path(args.out), Path(args.save_model)):
             raise ConfigError(
-                "--out lies in the --save-model folder, where programs would take the patch for weights of the model. Choose another "
-                "--out."
+                "--out lies in the --save-model folder, where loaders can mistake the patch for weights. Choose another --out."
             )
     common.choose_editor(args)
     if args.keys:
         common.check_file(args.keys, "--keys", force=True)
     if args.journal and launched() > 1:
         raise ConfigError("A journal is kept by one process. Start kedit without a launcher, or drop --journal.")
+
+
+def _is_of_this_journal(args: argparse.Namespace, edits: Sequence[Edit]) -> bool:
+    """Whether ``--out`` is a patch of the journal that goes on: a longer one loses nothing of it."""
+    from kedit.patch import EditPatch
+    from kedit.sequential import is_begun
+
+    if not (args.journal and is_begun(args.journal) and Path(args.out).is_file()):
+        return False
+    try:
+        known = EditPatch.load(args.out).provenance.get("edits", [])
+    except PatchError:
+        return False
+    given = [edit.to_dict() for edit in edits]
+    return all(edit in given for edit in known)
 
 
 def _load_keys(editor: Any, path: str, journal: str | None) -> None:
