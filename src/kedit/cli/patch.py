@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kedit.patch import EditPatch
     from kedit.patch.checkpoint.rewrite import DiskReport
 
+_MOST = 20  # patches that are named
 HELP = "show, try, apply, revert, merge, compare and export patches"
 
 
@@ -46,10 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apply = _action(actions, "apply", _apply, "write a checkpoint folder with patches applied")
     apply.add_argument("base", metavar="BASE_DIR", help="a folder with config.json and safetensors weights; only read")
     _on_disk(apply)
-    revert = _action(actions, "revert", _revert, "write an edited checkpoint folder with its patches taken away")
+    revert = _action(actions, "revert", _revert, "write an edited checkpoint folder without some of its patches")
     revert.add_argument("edited", metavar="EDITED_DIR", help="a folder that carries the patches; only read")
     revert.add_argument("--base", metavar="BASE_DIR", required=True, help="the folder they were applied to; only read")
     _on_disk(revert)
+    revert.add_argument(
+        "--drop-others",
+        action="store_true",
+        help="also lose other changes of the same weights, where the folder does not keep what made them; they are named",
+    )
     merge = _action(actions, "merge", _merge, "several patches as one")
     merge.add_argument("patches", metavar="PATCH", nargs="+", help="in the order of application")
     merge.add_argument(
@@ -169,7 +175,8 @@ def _apply(args: argparse.Namespace) -> None:
 def _revert(args: argparse.Namespace) -> None:
     from kedit.patch.checkpoint.apply import revert_checkpoint
 
-    _say(revert_checkpoint(args.edited, args.base, _load(args.patch), args.out, force=args.force, link=args.link))
+    patches, options = _load(args.patch), {"force": args.force, "drop_others": args.drop_others, "link": args.link}
+    _say(revert_checkpoint(args.edited, args.base, patches, args.out, **options))
 
 
 def _say(report: DiskReport) -> None:
@@ -179,6 +186,11 @@ def _say(report: DiskReport) -> None:
         lines.append(f"  left behind, as they hold the weights in other forms: {', '.join(report.left_out)}")
     if report.passed_over:
         lines.append(f"  passed over, as links to folders or to nothing: {', '.join(report.passed_over)}")
+    lines += [f"  lost: {what}" for what in report.dropped]
+    lines.append(f"  patches on it: {len(report.applied)}")
+    lines += [f"    {patch}" for patch in report.applied[:_MOST]]
+    if len(report.applied) > _MOST:
+        lines.append(f"    and {len(report.applied) - _MOST} more")
     common.say(*map(printable, lines))
 
 

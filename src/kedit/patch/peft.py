@@ -13,6 +13,7 @@ import torch
 
 from kedit.errors import PatchError, UnsupportedError
 from kedit.models import unwrap, weight_of
+from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, DenseDelta, LowRankDelta, check_finite
 from kedit.patch.merge import recompress
 from kedit.utils.files import open_to_others, sync_folder, write_safetensors
@@ -21,12 +22,10 @@ from kedit.utils.folders import check_new
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kedit.patch.patch import EditPatch
-
 EXACT = 1e-7  # relative error to which a dense update is factored
 
 
-def to_peft(patch: EditPatch, folder: str | Path, model: PreTrainedModel) -> Path:
+def to_peft(patch: PatchContent, folder: str | Path, model: PreTrainedModel) -> Path:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``: W x + B (A x) with B = L, A = Rᵀ, scaling 1.
 
     Layers are named exactly, each with its own rank: ``r`` is the largest of them, ``rank_pattern`` and
@@ -54,7 +53,7 @@ def to_peft(patch: EditPatch, folder: str | Path, model: PreTrainedModel) -> Pat
             raise UnsupportedError(
                 f"{name} is one expert of a fused tensor, which a LoRA adapter of linear layers does not reach. Ship the patch."
             )
-        patch.check_shape(name, delta, tuple(weight.matrix.shape))
+        patch.check_shape(name, tuple(weight.matrix.shape))
         layer = name.removesuffix(".weight")
         low = _low_rank(name, delta)
         ranks[layer] = low.rank
