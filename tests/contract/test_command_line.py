@@ -157,7 +157,7 @@ def test_the_same_command_gives_the_same_patch(place):
         (["--prompt", "river " * 128 + "{} is"], "context window holds 128"),
         (["--edits", "edits.jsonl"], "Give either --edits FILE, or"),
         (["--model", "/no/such/folder"], "Cannot load a causal language model"),
-        (["--moments-corpus", "no/such.txt"], "'no/such.txt' is no file"),
+        (["--moments-corpus", "no/such.txt"], "There is no file 'no/such.txt'"),
     ],
 )
 def test_errors_are_one_sentence_and_status_one(place, capsys, change, words):

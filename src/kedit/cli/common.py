@@ -189,6 +189,18 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
     return load(args.model, dtype=dtype, device_map=placed)
 
 
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int, ...] | None:
+    """A question in the model's chat template, up to where the model answers; ``None`` without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "user", "content": question}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is a program, which may fail as it likes
+        raise ConfigError(f"The model's chat template fails ({error}). Repair it in the model's folder.") from error
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:
     """``KEY=VALUE`` options as hyper-parameters: numbers, lists of them, True, False, None; else text."""
     found: dict[str, Any] = {}

@@ -235,7 +235,7 @@ def _own_scene(
     if probes["paraphrase"]:
         questions.append(plain("paraphrase", probes["paraphrase"], edit.target_new))
     if probes["question"]:
-        ids = _chat(tokenizer, probes["question"])
+        ids = common.chat_tokens(tokenizer, probes["question"])
         if ids is None:
             notes.append("The tokenizer has no chat template, so the question is left out.")
         else:
@@ -255,18 +255,6 @@ def _own_scene(
     )
     title = f"The edit: {edit.text!r} → {edit.target_new!r}. (Model: {printable(str(args.model))})\n\n"
     return Scene(title, edit, questions, answer, questions[-1], notes)
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int, ...] | None:
-    """A question in the model's chat template, up to where the model answers; ``None`` without a template."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    turns = [{"role": "user", "content": question}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # the template is a program, which may fail as it likes
-        raise ConfigError(f"The model's chat template fails ({error}). Repair it in the model's folder.") from error
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _first_word(text: str) -> str:

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     attach.add_argument("patches", metavar="PATCH", nargs="+", help="in the order of application")
     attach.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given again")
+    attach.add_argument(
+        "--chat", action="store_true", help="put each prompt into the model's chat template, as a user's turn"
+    )
     attach.add_argument("--tokens", type=int, default=12, metavar="N", help="how many tokens to write (default: 12)")
     attach.add_argument("--force", action="store_true", help="do not compare the weights with the patch's fingerprints")
     common.add_model(attach)
@@ -135,35 +138,50 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _attach(args: argparse.Namespace) -> None:
+    from kedit.models import ModelArch
+    from kedit.models.hooks import inference_state
     from kedit.patch import EditPatch
+    from kedit.prompts.decode import continue_rows
 
     if args.tokens < 1:
         raise ConfigError(f"--tokens must be at least 1, not {args.tokens}.")
     patches = _load(args.patches)
     patch = EditPatch.merge(patches) if len(patches) > 1 else patches[0]
     model, tokenizer = common.load_model(args)
-    without = [_continuation(model, tokenizer, prompt, args.tokens) for prompt in args.prompt]
-    with patch.attach(model, force=args.force):
-        changed = [_continuation(model, tokenizer, prompt, args.tokens) for prompt in args.prompt]
+    prompts = [_tokens(model, tokenizer, prompt, args.tokens, chat=args.chat) for prompt in args.prompt]
+    arch = ModelArch(model)
+    with inference_state(arch.model):
+        without = continue_rows(arch, tokenizer, prompts, args.tokens)
+        with patch.attach(model, force=args.force):
+            changed = continue_rows(arch, tokenizer, prompts, args.tokens)
     for prompt, old, new in zip(args.prompt, without, changed, strict=True):
-        common.say(printable(prompt), f"  without: {old!r}", f"  with:    {new!r}")
+        common.say(printable(prompt), f"  without: {_shown(*old)}", f"  with:    {_shown(*new)}")
+    if not args.chat and any(ended and not text for text, ended in (*without, *changed)):
+        template = getattr(tokenizer, "chat_template", None)
+        advice = "Add --chat to ask in the model's chat template" if template else "Give the beginning of a sentence"
+        common.say(f"The model ends its text right after a prompt. {advice}.")
 
 
-def _continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """What a model writes after a prompt, always the likeliest token."""
+def _shown(text: str, ended: bool) -> str:
+    return repr(text) if text or not ended else "nothing: the model ends its text at once"
+
+
+def _tokens(model: Any, tokenizer: Any, prompt: str, tokens: int, *, chat: bool) -> tuple[int, ...]:
+    """The tokens of a prompt, from which the model can write ``tokens`` more."""
     from kedit.prompts.tokenize import context_limit
 
-    inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(model.device)
-    length, limit = inputs["input_ids"].shape[1], context_limit(model)
-    if not length:
+    ids = common.chat_tokens(tokenizer, prompt) if chat else tuple(tokenizer(prompt, verbose=False)["input_ids"])
+    if ids is None:
+        raise ConfigError("The tokenizer has no chat template. Drop --chat.")
+    length, limit = len(ids), context_limit(model)
+    if not length or not prompt:
         raise ConfigError(f"--prompt {prompt!r} has no tokens, so there is nothing to continue. Give a text.")
     if limit is not None and length + tokens > limit:
         raise ContextLengthError(
             f"The prompt has {length} tokens and {tokens} are to be written; the model's context window holds {limit}. Shorten "
             "the prompt, or give --tokens."
         )
-    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
+    return ids
 
 
 def _apply(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from kedit.editors.solve_layers import Timer, describe, overwrite
 from kedit.errors import ConfigError, IneffectiveEditWarning, KEditWarning
 from kedit.keys import routing
 from kedit.models import ModelArch
+from kedit.models.lock import editing, one_at_a_time
 from kedit.models.offload import check_held
 from kedit.models.validate import check_editable, check_model
 from kedit.patch import EditPatch, fingerprints
@@ -42,15 +43,16 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S", bound="Editor")
 
 
-def with_gradient(call: Callable[P, R]) -> Callable[P, R]:
-    """Let a method work also where its caller has gradients switched off."""
+def with_gradient(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Let a method work also where its caller has gradients switched off, one thread at a time."""
 
     @functools.wraps(call)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.enable_grad():
-            return call(*args, **kwargs)
+    def wrapped(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with editing(self.model), torch.inference_mode(False), torch.enable_grad():
+            return call(self, *args, **kwargs)
 
     return wrapped
 
@@ -225,6 +227,7 @@ class Editor(ABC):
             raise
         return result
 
+    @one_at_a_time
     def reapply(self, patch: EditPatch, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> None:
         """Put a patch that this editor made of ``edits`` back onto the model, as :meth:`apply` left it.
 
@@ -249,6 +252,7 @@ class Editor(ABC):
         finally:
             self._checks = held
 
+    @one_at_a_time
     def check(self, edits: Edit | Iterable[Edit]) -> list[EditCheck]:
         """What the model, as it is now, says of edits; ``before`` of each is unknown.
 
@@ -259,10 +263,12 @@ class Editor(ABC):
         found = predict(self.arch, self.tokenizer, chosen, tokens=self.engine.budget)
         return [EditCheck(edit, None, after) for edit, after in zip(chosen, found, strict=True)]
 
+    @one_at_a_time
     def revert_all(self) -> None:
         """Give every weight that the model's patches touched its original back, bit for bit, whichever editor made them."""
         Ledger.of(self.model).revert_all()
 
+    @one_at_a_time
     def prepare(self) -> None:
         """Get now, of the model as it is, what the editor otherwise gets when it is first needed, contexts among it."""
         _ = self.contexts

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedit.errors import ArchitectureError, PatchMismatchError
-from kedit.models import ModelArch
+from kedit.models import ModelArch, unwrap
 from kedit.models.fingerprint import has_fingerprint, module_fingerprint, tensor_fingerprint
+from kedit.models.lock import editing
 from kedit.models.offload import check_held
 from kedit.patch.attach import Attachment, attach, check_not_attached
 from kedit.patch.content import PatchContent
@@ -46,13 +47,14 @@ class EditPatch(PatchContent):
             PatchMismatchError: the model carries this patch already, in its weights or attached, or its weights are
                 other ones.
         """
-        ledger = Ledger.of(model)
-        if ledger.carries(self):
-            raise PatchMismatchError("The model carries this patch already. Revert it before applying it again.")
-        check_not_attached(self, model)
-        if not force:
-            self.check_base(model)
-        ledger.apply(self, self.deltas)
+        with editing(unwrap(model)):
+            ledger = Ledger.of(model)
+            if ledger.carries(self):
+                raise PatchMismatchError("The model carries this patch already. Revert it before applying it again.")
+            check_not_attached(self, model)
+            if not force:
+                self.check_base(model)
+            ledger.apply(self, self.deltas)
 
     def revert(self, model: PreTrainedModel) -> None:
         """Take the updates away again; without other patches the weights are their originals bit for bit.
@@ -60,15 +62,16 @@ class EditPatch(PatchContent):
         Raises:
             PatchMismatchError: this patch object was not applied to this model in this process.
         """
-        ledger = Ledger.of(model)
-        if not self.deltas:
-            return
-        if not ledger.carries(self):
-            raise PatchMismatchError(
-                "This patch is not applied to this model (or was reverted). Only what was applied in this process can "
-                "be reverted; reload the base model otherwise."
-            )
-        ledger.revert(self)
+        with editing(unwrap(model)):
+            ledger = Ledger.of(model)
+            if not self.deltas:
+                return
+            if not ledger.carries(self):
+                raise PatchMismatchError(
+                    "This patch is not applied to this model (or was reverted). Only what was applied in this process can "
+                    "be reverted; reload the base model otherwise."
+                )
+            ledger.revert(self)
 
     def attach(self, model: PreTrainedModel, *, force: bool = False) -> Attachment:
         """Add the updates as side branches, y += L (Rᵀ x), and leave every weight alone.

@@ -65,7 +65,7 @@ def to_peft(patch: PatchContent, folder: str | Path, model: PreTrainedModel) -> 
         raise PatchError(
             "The patch changes nn.Linear and Conv1D layers at once; one adapter holds one of them. Split it."
         )
-    config = _config(ranks, fan_in_fan_out=conv == {True}, model=patch.provenance.get("model", {}))
+    config = _config(ranks, fan_in_fan_out=conv == {True}, base=_base(patch, model))
     _write(target, tensors, config)
     return target
 
@@ -85,13 +85,22 @@ def _low_rank(name: str, delta: Delta) -> LowRankDelta:
     return low
 
 
-def _config(ranks: dict[str, int], *, fan_in_fan_out: bool, model: dict[str, Any]) -> dict[str, Any]:
+def _base(patch: PatchContent, model: PreTrainedModel) -> str | None:
+    """Where the base model is loaded from: a name on the hub, or the path of a folder."""
+    named = str(patch.provenance.get("model", {}).get("name") or "")
+    source = str(getattr(model.config, "_name_or_path", "") or "")
+    if "/" in named:
+        return named
+    return os.path.abspath(source) if os.path.exists(source) else source or named or None
+
+
+def _config(ranks: dict[str, int], *, fan_in_fan_out: bool, base: str | None) -> dict[str, Any]:
     largest = max(ranks.values())
     pattern = {layer: rank for layer, rank in ranks.items() if rank != largest}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.get("name") or None,
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "r": largest,
         "lora_alpha": largest,
