@@ -260,3 +260,34 @@ def test_reports_of_the_library_hold_no_escape_sequence():
         result = kedit.FT(model, tok, steps=2, stop_loss=0.0).apply(edit)
     assert "\x1b" not in result.report()
     assert "\\x1b[31mpilot" in result.report()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--out", "a/"], "names a folder"),
+        (["--out", "same", "--keys", "./same", "--editor", "alphaedit"], "--out and --keys name one file"),
+        (["--out", "j/000009.safetensors", "--journal", "j"], "--out lies in the --journal folder"),
+        (["--save-model", "j/m", "--journal", "j"], "--save-model lies in the --journal folder"),
+    ],
+)
+def test_outputs_that_would_damage_one_another(tmp_path, monkeypatch, capsys, more, words):
+    monkeypatch.chdir(tmp_path)
+    assert main([*EDIT, *more]) == 1
+    assert words in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_evaluation_overwrites_no_page_of_others(tmp_path, capsys):
+    (tmp_path / "report.html").write_text("mine")
+    assert main(["eval", "--cases", "1", "--unedited", "--no-exact", "--out", str(tmp_path)]) == 1
+    assert "report.html exists already" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "words", [["edit", "--out", "o", "--edits"], ["eval", "--data"], ["stats", "--layers", "0", "--corpus"]]
+)
+def test_a_device_is_not_read_for_ever(words, capsys):
+    assert main([*words, "/dev/zero"]) == 1
+    assert "is a device" in capsys.readouterr().err

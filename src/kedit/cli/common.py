@@ -94,7 +94,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 def check_file(path: str, option: str = "--out", *, force: bool = False) -> None:
     """Raise now, not after the work, where a file cannot be written: a regular file, new unless ``force``."""
-    from kedit.utils.files import kind_of_file
+    from kedit.utils.texts import kind_of_file
 
     try:
         kind = kind_of_file(path)
@@ -103,6 +103,8 @@ def check_file(path: str, option: str = "--out", *, force: bool = False) -> None
             folder = folder.parent
     except (OSError, ValueError) as error:  # a name that is too long, a null character
         raise ConfigError(f"Cannot write {path!r}: {error}. Choose another {option}.") from error
+    if kind is None and path.endswith(("/", os.sep)):
+        raise ConfigError(f"{option} {path} names a folder, and a file is to be written. Name a file.")
     if kind not in (None, "file"):
         raise ConfigError(f"Cannot write {path}: it is a {kind}, not a regular file. Choose another {option}.")
     if not folder.is_dir() or not os.access(folder, os.W_OK):

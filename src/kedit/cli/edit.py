@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,6 +168,13 @@ def _check(args: argparse.Namespace, edits: Sequence[Edit]) -> None:
     common.choose_editor(args)
     if args.keys:
         common.check_file(args.keys, "--keys", force=True)
+    if args.out and args.keys and os.path.realpath(args.out) == os.path.realpath(args.keys):
+        raise ConfigError("--out and --keys name one file, so one would overwrite the other. Name two.")
+    for option, path in (("--out", args.out), ("--keys", args.keys), ("--save-model", args.save_model)):
+        if args.journal and path and is_within(Path(path), Path(args.journal)):
+            raise ConfigError(
+                f"{option} lies in the --journal folder, which holds the journal alone. Choose another {option}."
+            )
     if args.journal and launched() > 1:
         raise ConfigError("A journal is kept by one process. Start kedit without a launcher, or drop --journal.")
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_TEXTS = 200  # of which the first 512 tokens are read
+RESULTS = ("report.html", "summary.md", "summary.json")
 HELP = "measure what edits do to a model"
 
 
@@ -40,14 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", action="store_true", help="attention to the edited subject")
     parser.add_argument("--no-exact", action="store_true", help="skip greedy decoding")
     parser.add_argument("--out", metavar="DIR", help="folder for records, summary and the HTML page")
+    common.add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, evaluate, print the summary."""
     from kedit.evaluation import evaluate
+    from kedit.evaluation.journal import RUN
 
     if args.unedited and (args.regularizer or args.gamma is not None):
         raise ConfigError("--unedited leaves nothing to regularize. Drop it, or --regularizer.")
+    if args.out:
+        goes_on = (Path(args.out) / RUN).is_file()
+        common.check_folder(args.out, "--out", RESULTS, force=goes_on or args.force)
     cases = common.load_cases(args, 200)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)

@@ -100,6 +100,8 @@ def recognise(records: Sequence[Any], source: str = "The file") -> str:
         )
     else:
         said = f"its first record has the fields {', '.join(found) or '(none)'}"
+    if records and isinstance(records[0], str) and records[0].startswith("not JSON"):
+        said = f"its first line is {records[0][:80]}"
     edits = ""
     if found is not None and {"prompt", "subject", "target_new"} <= set(found):
         edits = ' These are edits: as cases, write each as {"edit": {...}}; kedit edit --edits takes them as they are.'

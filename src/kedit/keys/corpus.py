@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from kedit.errors import ConfigError
 from kedit.models.defaults import model_defaults
 from kedit.utils.network import UNREACHABLE, hub_is_reachable
-from kedit.utils.texts import binary_form, names_a_file
+from kedit.utils.texts import binary_form, kind_of_file, names_a_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,6 +83,9 @@ def _default(model: PreTrainedModel) -> Corpus:
 
 
 def _file(path: Path) -> Corpus:
+    kind = kind_of_file(path)
+    if kind != "file":  # it is read more than once, so a pipe would not do
+        raise ConfigError(f"The corpus {path} is a {kind}, not a regular file. Give a text or JSONL file.")
     try:
         with path.open("rb") as file:
             found = hashlib.sha256()

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kedit.errors import PatchError
+from kedit.utils.texts import kind_of_file
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SIZES = {
@@ -202,21 +202,6 @@ def to_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes, without a copy where it lies contiguous in memory already."""
     flat = tensor.detach().contiguous().cpu().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def kind_of_file(path: str | Path) -> str | None:
-    """What is at a path, links followed: "file", "folder", "device", "pipe", "socket"; ``None`` where nothing is.
-
-    Raises:
-        OSError: the operating system cannot say, as for links in a circle.
-        ValueError: a null character in the path.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")
 
 
 def write_whole(target: Path, write: Callable[[IO[bytes]], None]) -> Path:

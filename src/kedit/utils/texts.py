@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from kedit.errors import KEditError
@@ -33,6 +34,21 @@ _DATA_FILES = (
 )
 
 
+def kind_of_file(path: str | Path) -> str | None:
+    """What is at a path, links followed: "file", "folder", "device", "pipe", "socket"; ``None`` where nothing is.
+
+    Raises:
+        OSError: the operating system cannot say, as for links in a circle.
+        ValueError: a null character in the path.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
 def read_text(path: str | Path, accepted: str, error: type[KEditError]) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
@@ -45,8 +61,9 @@ def read_text(path: str | Path, accepted: str, error: type[KEditError]) -> str:
         KEditError: of the given class: there is no such file, or it is no text; with what it is.
     """
     try:
-        if os.path.isdir(path):
-            raise error(f"{path} is a folder. Give {accepted}.")
+        kind = kind_of_file(path)
+        if kind in ("folder", "device", "socket") and not os.path.samefile(path, os.devnull):
+            raise error(f"{path} is a {kind}. Give {accepted}.")
         data = Path(path).read_bytes()
     except FileNotFoundError:
         raise error(f"There is no file {str(path)!r}. Check the path, and give {accepted}.") from None
