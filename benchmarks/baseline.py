@@ -1,8 +1,8 @@
-"""The plain way, as the published code goes about it: an honest baseline for the engine's speed.
+"""Full forward passes, as in the published code: the baseline for kedit's speed.
 
-One edit at a time; at every step all prompts run whole through the whole model, and the head over all positions (once,
-where the published code does it twice); keys are read by whole forward passes, without stopping at the block; the solve
-inverts in float64 per call. It shares no code with the engine beyond the tokenisation and the model accessors.
+One edit at a time. At every step all prompts run through the whole model, and the head runs over all positions (once, where the
+published code does it twice). Keys are read by full forward passes, and each call inverts its matrix in float64. The
+baseline shares only the tokenisation and the model accessors with kedit.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def make(shape: Shape, attention: str) -> torch.nn.Module:
 
 
 class Step:
-    """One way to do the step; called again and again."""
+    """One method for the step, called repeatedly."""
 
     def __init__(self, shape: Shape, way: str) -> None:
         self.way = way
@@ -137,7 +137,7 @@ def timed(step: Step, device: str) -> float:
 
 
 def peak(call: Callable[[], object], device: str) -> float:
-    """MiB that torch's allocator held at most above what it held before."""
+    """Peak memory of torch's allocator above its state before, in MiB."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -229,11 +229,12 @@ def table(results: list[dict], about: dict[str, object]) -> str:
         f"{about['cpu']}, {about['cores']} cores{gpu}; torch {about['torch']}, transformers {about['transformers']}, "
         f"Python {about['python']}.",
         "",
-        f"Forward + backward, rows of the last token in all blocks above block {EDIT_LAYER}. Medians of {turns} interleaved "
-        "turns; CPU: process time of one thread. Peak: what torch's allocator held at most above its state before the step.",
+        f"Forward + backward, rows of the last token in all blocks above block {EDIT_LAYER}. Medians of {turns} interleaved runs; "
+        "CPU: process time of one thread. Peak: the most memory that torch's allocator held during the step, above its state "
+        "before.",
         "Written by `python benchmarks/bench_capture.py`.",
         "",
-        "| shape | way | time | fastest | of plain | peak | above plain |",
+        "| shape | method | time | fastest | relative to no rows | peak | above no rows |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     names = {
@@ -249,7 +250,11 @@ def table(results: list[dict], about: dict[str, object]) -> str:
                 f"| {shape} | {names[way]} | {got['seconds']:.3f} s | {got['fastest']:.3f} s | {got['of_plain']:.3f} | "
                 f"{got['peak_mib']:.0f} MiB | {got['above_plain_mib']:+.1f} MiB |"
             )
-    lines += ["", "| shape | rows vs eager | logits vs plain | KL gradient vs eager |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        "",
+        "| shape | error of rows (eager) | of logits (no rows) | of KL gradient (eager) |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     for result in results:
         e = result["errors"]
         lines.append(

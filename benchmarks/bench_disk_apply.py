@@ -1,4 +1,4 @@
-"""What `kedit patch apply` costs on a large checkpoint: peak memory and time, beside `cp` of the same folder.
+"""Measure time and peak memory of `kedit patch apply` on a large checkpoint, beside `cp` of the same folder.
 
     python benchmarks/bench_disk_apply.py --gigabytes 8 --folder /scratch --out benchmarks/results/disk_apply.md
 
@@ -176,8 +176,8 @@ def main():
         "|---|---|---|---|",
         *(f"| {name} | {seconds:.1f} | {speed:.2f} | {peak:.2f} |" for name, seconds, speed, peak in rows),
         "",
-        f"Made by `python benchmarks/bench_disk_apply.py --gigabytes {args.gigabytes:g}`. A child's peak is at least that of "
-        f"the measuring process, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB.",
+        f"Made by `python benchmarks/bench_disk_apply.py --gigabytes {args.gigabytes:g}`. The peak of a child process is at least "
+        f"that of the measuring process, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB.",
     ]
     text = "\n".join(lines) + "\n"
     print(text)

@@ -56,8 +56,8 @@ def precision(count: int = 40) -> str:
             figures = f"{sum(lost) / len(lost):.1e}", f"{max(lost):.1e}"
             rows.append([editor_name, name, count, *figures, f"{hits:.0f}"])
             print(*rows[-1], flush=True)
-    head = ["editor", "weights", "edits", "lost to rounding, mean", "most", "says the target, %"]
-    return table("Of each update's norm, what rounding the edited weight to its dtype takes:", head, rows)
+    head = ["editor", "weights", "edits", "lost to rounding, mean", "maximum", "target, %"]
+    return table("Part of an update's norm that rounding the edited weight to its dtype loses:", head, rows)
 
 
 def memory_job(name: str, dtype: str, count: int) -> None:
@@ -118,11 +118,11 @@ def memory() -> str:
         "edits",
         "model, MiB",
         "second moments, MiB",
-        "besides, as stated, MiB",
-        "besides, as taken, MiB",
+        "other, estimated, MiB",
+        "other, measured, MiB",
     ]
     return table(
-        "GPT-2 small's shape (12 blocks, width 768), one thread; taken: growth of the process at its peak, heap included:",
+        "GPT-2 small's shape (12 blocks, width 768), one thread. Measured: growth of the process at its peak, including the heap:",
         head,
         rows,
     )
@@ -150,7 +150,9 @@ def offload(count: int = 8) -> str:
         rows.append([where, count, f"{1000 * seconds / count:.0f}", "yes" if same else "no"])
         print(*rows[-1], flush=True)
     return table(
-        "ROME on the embedded model:", ["weights", "edits", "ms per edit", "updates as in memory, bit for bit"], rows
+        "ROME on the embedded model:",
+        ["weights", "edits", "ms per edit", "updates bit-identical to those in memory"],
+        rows,
     )
 
 
@@ -193,13 +195,14 @@ def processes() -> str:
             print(*rows[-1], flush=True)
     head = ["", "one process, s", "two, s", "largest difference"]
     text = table(
-        "The embedded model on the CPU (gloo), start of the processes included; MEMIT on 100 edits, ROME on 40 cases:",
+        "The embedded model on the CPU (gloo), including the start of the processes; MEMIT on 100 edits, ROME on 40 cases:",
         head,
         rows,
     )
     return (
         text
-        + "\nDifference: of the updates, relative to their norm; of the cases, of the NLL of any answer, in nats.\n"
+        + "\nDifference for `kedit edit`: of the updates, relative to their norm; for `kedit eval`: of the NLL of any answer, in "
+        "nats.\n"
     )
 
 

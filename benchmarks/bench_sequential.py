@@ -146,18 +146,18 @@ def main() -> None:
     rows = [row for name in args.editors.split(",") for row in run(name, edits, args.steps)]
     machine = environment()
     lines = [
-        f"# {len(edits):,} edits one after another",
+        f"# {len(edits):,} sequential edits",
         "",
         f"The embedded model, one `apply` per edit, one thread, steps: {args.steps or 'as preset'}; {machine['machine']}, torch",
         f"{machine['torch']}. Memory is the whole process's; afterwards every weight is back bit for bit.",
         "",
-        "| editor | edits so far | memory, MiB | ms per edit | of the latest 100, says the target, % |",
+        "| editor | edits so far | memory, MiB | ms per edit | target, % of the latest 100 |",
         "|---|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        "MEMIT, all in one `apply`; memory is what the process takes at its peak beyond what it held before:",
+        "MEMIT, all edits in one `apply`. Memory is the peak of the process above its state before:",
         "",
-        "| edits at once | tokens per wave | weight of C | memory, MiB | ms per edit | of all, says the target, % |",
+        "| edits | tokens per wave | `moment_weight` | memory, MiB | ms per edit | target, % of all |",
         "|---|---|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in batches),
     ]

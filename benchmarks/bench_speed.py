@@ -1,8 +1,8 @@
-"""Engine against the plain way in one interleaved run: ``python benchmarks/bench_speed.py [--out FILE] [--rounds N]``.
+"""Compare kedit with full forward passes in one interleaved run: ``python benchmarks/bench_speed.py [--out FILE] [--rounds N]``.
 
 GPT-2 small's shape, random weights, one thread, float32 (and bfloat16), 20 steps without early stop, C = 1, prompts like
 CounterFact's: one ROME edit with 21 contexts at block 4, and a batch of 32 MEMIT edits with 6 contexts at blocks 2-5. Before
-anything is timed the engine's update is shown to equal the plain way's.
+anything is timed kedit's update is compared with the baseline's.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ class Setting:
         return [delta.dense for delta in result.patch.deltas.values()]
 
     def plain(self, count: int) -> list[Tensor]:
-        """The same by the plain way."""
+        """The same with the baseline."""
         if self.name == "rome":
             return [self.baseline.rome(request) for request in self.requests[:count]]
         return list(self.baseline.memit(self.requests[:count]).values())
 
     def plain_one(self, number: int) -> None:
-        """What the plain way does for each edit: all of ROME's, the value of MEMIT's (the edit of median length)."""
+        """Run the baseline's work per edit: all of ROME, or MEMIT's value optimisation (for the edit of median length)."""
         if self.name == "rome":
             self.baseline.rome(self.requests[number])
         else:
@@ -101,7 +101,7 @@ class Setting:
             self.baseline.value(self.requests[tokens.index(statistics.median_low(tokens))])
 
     def shared(self, count: int) -> float:
-        """Seconds per edit of what the plain way does once for ``count`` edits: spreading MEMIT's residuals."""
+        """Seconds per edit of the baseline's work for all ``count`` edits together: distributing MEMIT's residuals."""
         if self.name == "rome":
             return 0.0
         targets = torch.randn(count, self.arch.hidden)
@@ -146,9 +146,7 @@ def measure(name: str, rounds: int, dtype: torch.dtype = torch.float32, with_pla
     check = 1 if name == "rome" else 2
     difference = relative(setting.engine(check), setting.plain(check)) if with_plain else float("nan")
     if with_plain and difference > 1e-4:
-        raise SystemExit(
-            f"{name}: the engine's update differs from the plain way's by {difference:.1e}; nothing is timed."
-        )
+        raise SystemExit(f"{name}: kedit's update differs from the baseline's by {difference:.1e}; nothing is timed.")
     count = 1 if name == "rome" else MEMIT_EDITS
     engine, plain = [], []
     shared = setting.shared(count) if with_plain else 0.0
@@ -217,16 +215,17 @@ def processor() -> str:
 def table(rows: list[dict], machine: dict) -> str:
     """The figures in Markdown."""
     lines = [
-        "# Speed of the engine against the plain way",
+        "# Speed of kedit against full forward passes",
         "",
-        "GPT-2 small's shape, random weights, 20 steps without early stop; medians of interleaved runs. The floor is the",
-        "arithmetic that the steps must do over the matrix rate measured in the same run. Every prompt begins with its subject,",
-        "so that all of it runs at every step; each round of ROME is another edit. The plain MEMIT's value is timed on the edit of",
-        "median length, and its spread over the layers once for all edits.",
+        "The baseline runs every prompt through the whole model at every step, as the published code does. Shape of GPT-2",
+        "small, random weights, 20 steps without early stop; medians of interleaved runs. The floor is the arithmetic that the",
+        "steps require, divided by the matrix rate measured in the same run. Every prompt begins with its subject, so all of",
+        "it runs at every step; each round of ROME is another edit. For MEMIT the baseline's value optimisation is timed on the",
+        "edit of median length, and its distribution over the layers once for all edits.",
         "",
         ", ".join(f"{key}: {value}" for key, value in machine.items()),
         "",
-        "| editor | dtype | edits | engine, s per edit | plain, s per edit | ratio | floor, s per edit | GFLOP/s | difference |",
+        "| editor | dtype | edits | kedit, s per edit | baseline, s per edit | ratio | floor, s per edit | GFLOP/s | difference |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -116,7 +116,7 @@ class Bench:
         return editor
 
     def tuning_score(self, editor: Editor) -> float:
-        """CounterFact's Score on the development half: an editor is chosen for editing, not for what SADR mends."""
+        """CounterFact's Score on the development half: editors are tuned without regard to what SADR changes."""
         report = self.run(editor, None, self.dev, exact=False)
         found = report.figures.get("counterfact_score", report.figures["es"])["after"]
         return found.value if found is not None else 0.0
@@ -245,7 +245,7 @@ def _world(few: int, count: int, most: int) -> tuple[list[kedit.EditCase], list[
 
 
 def _candidates(name: str, editor: Editor) -> list[dict[str, Any]]:
-    """What is tried where no preset is known: the lower blocks, one by one and (multi-layer editors) from the bottom up."""
+    """Return the layers to try without a preset: the lower blocks, one by one, or from the bottom up for multi-layer editors."""
     lower = range(max(1, editor.arch.num_layers // 2))
     spans = [(layer,) for layer in lower]
     if name in ("memit", "pmet", "emmet", "alphaedit"):

@@ -44,16 +44,16 @@ def table3(bench):
     return reports
 
 
-def recovered(none, mended, metric):
+def recovered(none, regularized, metric):
     """Share of what the edits lost that the regularizer gives back, with its interval (cases drawn together)."""
     weights = case_weights(len(none.records))
     before = METRICS[metric].tallies(none.records, "before")[0].means(weights)
     lost = before - METRICS[metric].tallies(none.records, "after")[0].means(weights)
-    gained = METRICS[metric].tallies(mended.records, "after")[0].means(weights) - METRICS[metric].tallies(
+    gained = METRICS[metric].tallies(regularized.records, "after")[0].means(weights) - METRICS[metric].tallies(
         none.records, "after"
     )[0].means(weights)
     shares = sorted(float(g / x) for g, x in zip(gained, lost, strict=True) if x > 0)
-    point = value(mended, metric) - value(none, metric)
+    point = value(regularized, metric) - value(none, metric)
     total = none.figures[metric]["before"].value - value(none, metric)
     if total <= 0 or not shares:
         return None
@@ -82,11 +82,16 @@ def test_table_3(bench, table3):
             text = "–" if share is None else f"{share[0]:.0f}% [{share[1]:.0f}, {share[2]:.0f}]"
             differences.append([f"{name} + {label}", *(signed(against[metric]) for metric in FIVE), text])
     heads = ["editor", *(METRICS[name].label for name in COLUMNS), "γ"]
-    text = "# Table 3's form\n\n" + bench.describe() + "\n\nHalf the 95% bootstrap interval by case in brackets. "
+    text = (
+        "# Results in the form of Table 3\n\n"
+        + bench.describe()
+        + "\n\nHalf the 95% bootstrap interval by case in brackets. "
+    )
     text += f"Fluency: of {GENERATE} generated tokens per edit (the paper's: of 100 with the prompt). {grid()}\n\n"
     text += (
         table(heads, rows)
-        + f"\n{MARKS}\n\nPaired differences to the same editor without a regularizer, and the share of the lost DNS won back:\n\n"
+        + f"\n{MARKS}\n\nPaired differences to the same editor without a regularizer, and the share of the lost DNS that is "
+        "recovered:\n\n"
     )
     text += table(["", *(METRICS[name].label for name in FIVE), "DNS recovered"], differences)
     text += "\n" + "\n".join(f"- {line}" for line in claims(bench, table3)) + "\n"
@@ -96,7 +101,7 @@ def test_table_3(bench, table3):
 
 
 def grid():
-    """How γ was chosen."""
+    """Describe how γ was chosen."""
     return (
         f"γ: the best Score on the development half of {', '.join(f'{g:g}' for g in GAMMAS)}, then "
         f"{', '.join(f'{g:g}' for g in WIDER)} as long as the largest is the best."
@@ -104,7 +109,7 @@ def grid():
 
 
 def at_equal_dns(bench, table3):
-    """PS of selected heads against all heads where both win back the same DNS, in a sentence."""
+    """PS of selected heads against all heads at equal DNS, as a sentence."""
     found = bench.equal_dns("rome")
     if found is None:
         return "At no γ do all heads have SADR's DNS on the development half, so PS at equal DNS cannot be compared."
@@ -126,7 +131,7 @@ def at_equal_dns(bench, table3):
 
 
 def claims(bench, table3):
-    """The paper's claims for ROME, as they come out here; said plainly either way."""
+    """The paper's claims for ROME, and whether they hold here."""
     if ("rome", "SADR") not in table3:
         return ["ROME with SADR was not run."]
     none, adr, sadr = (table3["rome", label] for label in ("", ADR, "SADR"))
@@ -139,7 +144,7 @@ def claims(bench, table3):
     share = recovered(none, sadr, "dns") if "dns" in none.figures else None
     if share is not None:
         change = signed(sadr.compare(none, ["ps"])["ps"])
-        lines.append(f"SADR wins back {share[0]:.0f}% of the lost DNS at ES {sadr['es'].value:.2f}; PS {change}.")
+        lines.append(f"SADR recovers {share[0]:.0f}% of the lost DNS at ES {sadr['es'].value:.2f}; PS {change}.")
     if "dns" in adr.figures:
         against = sadr.compare(adr, ["ps", "dns", "rs"])
         lines.append(

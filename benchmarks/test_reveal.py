@@ -1,4 +1,4 @@
-"""What edits do inside the embedded model: tracing, attention drift and patching on held-out edits, against the paper's claims.
+"""Tracing, attention drift and patching on held-out edits of the embedded model, compared with the paper.
 
 ``pytest benchmarks/test_reveal.py`` writes ``results/reveal.md`` with its figures: about four minutes on one core. Facts and
 edits are those of the world's test half, on which nothing was chosen; hyper-parameters are the presets.
@@ -45,11 +45,11 @@ def found(request, tmp_path_factory):
     model, tokenizer = kedit.load()
     cases = world_cases(embedded_world(), "test", EDITS)
     editor = kedit.ROME(model, tokenizer)
-    plain, mended = (Patches(model, tokenizer, cases, editor, name).all() for name in (None, "sadr"))
-    rome, sadr = (kedit.drift(model, tokenizer, cases, patches) for patches in (plain, mended))
+    plain, regularized = (Patches(model, tokenizer, cases, editor, name).all() for name in (None, "sadr"))
+    rome, sadr = (kedit.drift(model, tokenizer, cases, patches) for patches in (plain, regularized))
     worst = max(rome.of("distracted_neighbour"), key=lambda probe: probe.loss).case
     one = next(case for case in cases if case.id == worst)
-    single = reveal(model, tokenizer, one, plain, regularized=mended)
+    single = reveal(model, tokenizer, one, plain, regularized=regularized)
     made = Found(
         trace=kedit.trace(model, tokenizer, cases[:TRACED], samples=SAMPLES),
         rome=rome,
@@ -93,7 +93,7 @@ def text(found):
         f"{EDITS} held-out edits, each alone, with ROME and with ROME + SADR (presets); {len(probes)} distracted-neighbour "
         f"probes; {TRACED} facts traced with {SAMPLES} draws of the noise. {versions}; {machine['machine']}. In brackets: 95% "
         "bootstrap intervals by fact or edit. Written by `pytest benchmarks/test_reveal.py`.\n",
-        "## Against the paper's claims\n",
+        "## Comparison with the paper\n",
         *(f"- {line}" for line in claims(found)),
         "\n## Tracing\n",
         f"```\n{found.trace.summary()}\n\n{found.trace.suggest()}\n```\n",
@@ -120,7 +120,7 @@ def drift_table(found):
 
 
 def claims(found):
-    """The paper's claims as they come out here, said plainly either way."""
+    """The paper's claims and whether they hold here."""
     return [*traced(found), *drifted(found), *patched(found)]
 
 
@@ -129,10 +129,10 @@ def traced(found):
     subject, last = (hidden[ROLES.index(role)] for role in ("subject last", "last"))
     end = found.trace.suggest().handover
     return [
-        f"Tracing: the subject's last token carries the fact in blocks 0-{end} (indirect effect {subject[0]:.0f} points in block "
+        f"Tracing: the subject's last token holds the fact in blocks 0-{end} (indirect effect {subject[0]:.0f} points in block "
         f"0, {subject[end]:.0f} in block {end}, {subject[end + 1]:.0f} in block {end + 1}); the last token takes it over from "
         f"block {end + 1} on ({last[end]:.0f} points in block {end}, {last[end + 1]:.0f} in block {end + 1}, {last[-1]:.0f} in the "
-        "last). It is the hand-over that swapping hidden states shows, and that of large models."
+        "last). Swapping hidden states shows the same hand-over, and so do large models."
     ]
 
 
@@ -145,12 +145,12 @@ def drifted(found):
         for one in change.values()
     )
     return [
-        f"Drift goes with failure: Pearson {interval(both['pearson'])}, Spearman {interval(both['spearman'])} over "
+        f"Drift correlates with failure: Pearson {interval(both['pearson'])}, Spearman {interval(both['spearman'])} over "
         f"{both['pearson'].n} probes. {'As in the paper.' if both['pearson'].low > 0 else 'Not as in the paper.'}",
         f"In the heads that over-attend under ROME, SADR lowers the drift from {neighbours} on distracted neighbours, and from "
         f"{edited} on the edited prompt itself.",
         f"Other facts of the subject: the right answer loses {rome:.0f} points with ROME and {sadr:.0f} with SADR. In the paper "
-        f"SADR mends a part of that; here it {'does too' if sadr < rome - 5 else 'does not'}.",
+        f"SADR recovers a part of that; here it {'does too' if sadr < rome - 5 else 'does not'}.",
     ]
 
 
@@ -161,7 +161,7 @@ def patched(found):
         {name: patching.share(patching.find(way, name)) for name in LABELS} for way in (RESTORE, CONTAMINATE)
     )
     return [
-        f"ROME loses {lost:.1f} points of DNS. Restoring the attention weights at the last token, and nothing else, wins back "
+        f"ROME loses {lost:.1f} points of DNS. Restoring the attention weights at the last token, and nothing else, recovers "
         f"{percent(back['weights'])} of them, the attention output {percent(back['attention'])}, the MLP output "
         f"{percent(back['mlp'])}. Attention carries the failure, "
         + ("as in the paper." if back["weights"].low >= 0.5 else "less than in the paper."),
@@ -170,8 +170,8 @@ def patched(found):
         + (
             "The weights alone contaminate, as in the paper."
             if taken["weights"].value >= 0.5
-            else "The weights alone do less than in the paper: the last token then looks at a subject that does not say the new "
-            "object, so the wrong answer needs the edited values too."
+            else "The weights alone do less than in the paper: the last token then attends to a subject that does not encode "
+            "the new object, so the wrong answer needs the edited values too."
         ),
     ]
 

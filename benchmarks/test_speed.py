@@ -1,7 +1,7 @@
-"""Speed of the engine against the plain way, on GPT-2 small's shape with random weights.
+"""Speed of kedit against full forward passes, with the shape of GPT-2 small and random weights.
 
-``pytest benchmarks/test_speed.py --benchmark-only`` times both; each result is first shown to be the plain way's. The
-ratio table of interleaved runs, which a noisy machine cannot spoil, is written by ``python benchmarks/bench_speed.py``.
+``pytest benchmarks/test_speed.py --benchmark-only`` times both, after comparing their results. The
+ratios of interleaved runs, which depend less on other load, are written by ``python benchmarks/bench_speed.py``.
 """
 
 import pytest

@@ -15,7 +15,7 @@ SCRIPTS = {"speed": "bench_speed.py", "capture": "bench_capture.py"}
 
 
 def command(name, results):
-    """What writes ``results/NAME.md`` and ``results/NAME.json``."""
+    """Return the command that writes ``results/NAME.md`` and ``results/NAME.json``."""
     out = {"speed": results / "speed", "capture": results}[name]
     return [sys.executable, str(HERE / SCRIPTS[name]), "--out", str(out)]
 

@@ -1,4 +1,4 @@
-"""What the analysis tests share: tiny facts and cases, and the embedded model with a few of its cases."""
+"""Shared by the analysis tests: tiny facts and cases, and the embedded model with a few of its cases."""
 
 import functools
 

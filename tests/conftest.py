@@ -1,4 +1,4 @@
-"""What every test shares: test data, threads, a small disk, and memory that hurts when it is read before it is written."""
+"""Shared by all tests: test data, threads, a small disk, and NaN in uninitialised memory so that reading it fails."""
 
 import os
 import subprocess
@@ -33,6 +33,7 @@ def _by_the_caller_of_modules(warn: Callable[..., None]) -> Callable[..., None]:
             stacklevel += 1
         warn(message, category, stacklevel + 1, **kwargs)
 
+    torch.jit._builtins._register_builtin(warned, "aten::warn")  # as warnings.warn is, in functions that are scripted
     return warned
 
 

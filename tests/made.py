@@ -46,7 +46,7 @@ class Thinker(nn.Module):
 
 
 class Late(Thinker):
-    """What it says of a token depends on the token before."""
+    """The prediction at a token depends on the token before it."""
 
     def forward(self, x):
         said = super().forward(x)

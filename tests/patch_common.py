@@ -1,4 +1,4 @@
-"""What the patch tests share: patches from seeds, and weights as bytes."""
+"""Shared by the patch tests: patches from seeds, and weights as bytes."""
 
 import torch
 

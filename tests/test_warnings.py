@@ -1,4 +1,4 @@
-"""Which warnings fail a test: kedit's own and those that its code causes, not what a dependency deprecates for itself."""
+"""Warnings that fail a test: kedit's own and those that its code causes, not deprecations inside dependencies."""
 
 import types
 import warnings

@@ -1,4 +1,4 @@
-"""What the embedded model is claimed to be, measured: recall, and where a subject's facts are handed over."""
+"""Measure the embedded model: recall, and the block that passes a subject's facts on to later tokens."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Rows:
 
 
 def block_masks(batch: Batch, depth: Tensor, last_only: Tensor, num_layers: int) -> list[Tensor]:
-    """What is added to the attention scores, per block [B, 1, T, T].
+    """Return the mask that is added to the attention scores, per block [B, 1, T, T].
 
     In blocks up to a row's depth, tokens outside a mention do not see it. In the blocks above they see, in the rows
     marked so, only its last token. Within a mention attention is causal as ever.

@@ -28,7 +28,7 @@ KINDS = ("llama", "gemma2-softcap", "gptj", "bloom", "falcon")
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
-    """What a capture could leave behind: implementation names, hooks, instance attributes."""
+    """List everything that a capture could leave behind: implementation names, hooks, instance attributes."""
     return {
         name: (
             getattr(getattr(module, "config", None), "_attn_implementation", None),

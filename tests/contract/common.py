@@ -1,4 +1,4 @@
-"""What the contract tests share: editors on tiny models, and fingerprints of whole models."""
+"""Shared by the contract tests: editors on tiny models, and fingerprints of whole models."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""What the contract tests see of an edit on its way."""
+"""Fixtures that record intermediate results of an edit."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from kedit.editors import value_editor
 
 @pytest.fixture
 def values(monkeypatch):
-    """What the optimisation found, for each call of the closed form."""
+    """Record the optimised values at each call of the closed form."""
     found = []
     spread = value_editor.solve_layers
     monkeypatch.setattr(value_editor, "solve_layers", lambda *args: (found.append(args[3]), spread(*args))[1])

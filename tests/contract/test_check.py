@@ -1,4 +1,4 @@
-"""What a result says of its edits is what the model says."""
+"""The checks of a result agree with the model's own predictions."""
 
 import json
 import warnings

@@ -180,7 +180,7 @@ CLOSED = ("rome", "rrome", "memit", "emmet", "alphaedit")
 
 
 def solved_on(editor):
-    """Where an editor keeps what it decomposed."""
+    """Return the devices on which an editor keeps its decompositions."""
     kept = [*editor.moments._factors.values(), *getattr(editor, "_used", {}).values()]
     return {str(tensor.device) for tensor in kept}
 

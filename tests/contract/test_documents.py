@@ -28,7 +28,7 @@ from kedit.regularizers import REGULARIZERS
 from tiny_models import tiny_model, tokenizer
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(name, language):
@@ -66,6 +66,18 @@ def test_readme(scratch, capsys):
         said = tok.decode(edited(**tok(space["edit"].text, return_tensors="pt")).logits[0, -1].argmax())
     assert said.strip()
     assert "pilot".startswith(said.strip())
+
+
+def test_quickstart(scratch, capsys):
+    """The first edit says its target, and the model ends as it began."""
+    space = run("docs/quickstart.md", {})
+    (shown,) = blocks("docs/quickstart.md", "text")
+    assert shown.splitlines()[0] in capsys.readouterr().out
+    assert space["check"].after.said
+    assert len(space["proposals"]) == 2
+    assert space["report"]["es"].value == 100
+    base, _ = kedit.load()
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in space["model"].state_dict().items())
 
 
 def test_extending(scratch, capsys, monkeypatch):
@@ -155,3 +167,11 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8"))
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    named = re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./-]+)`", page.read_text("utf-8"))
+    own = [path for path in named if "NAME" not in path]
+    made = {"benchmarks/.runs"}  # by the benchmarks
+    assert [path for path in own if path not in made and not (ROOT / path).exists()] == []

@@ -1,4 +1,4 @@
-"""What holds after an edit, on every model type: the promise of the method, and nothing else."""
+"""After an edit, on every model type, the method's equation holds and nothing else has changed."""
 
 import dataclasses
 

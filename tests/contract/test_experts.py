@@ -41,7 +41,7 @@ def rows_of(*edits):
 
 
 def seen_of(model, module, row):
-    """What a module is called with, and what it gives, in a whole forward pass."""
+    """Record a module's inputs and outputs in a full forward pass."""
     found = {}
     handle = module.register_forward_hook(
         lambda _m, args, out: found.update(args=args, out=out[0] if isinstance(out, tuple) else out)

@@ -107,7 +107,7 @@ def side_by_side(arch, layer=TOP):
 
 
 def check_identity(name, model, editor, edits, values, result, original):
-    """What the method promises of the edited model."""
+    """Check the method's equation on the edited model."""
     if name == "ft":
         for delta in result.patch.deltas.values():
             assert 0 < delta.dense.abs().max() <= 5e-4 * (1 + 1e-6)

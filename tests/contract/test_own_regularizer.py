@@ -125,7 +125,7 @@ def test_it_holds_what_it_was_written_to_hold(model_type):
 
 
 def test_beside_sadr_each_gets_its_own_numbers():
-    """What one asks for does not change what the other computes."""
+    """The needs of one regularizer do not change the penalty of the other."""
     sadr = kedit.SADR(gamma=0.5, layers=(3, 3))
     watch = Watch(Needs(attention=blocks_from(0), logits=True, prompts=RELATIONS))
     alone = rome(tiny_model("gpt2")).apply(EDITS[:1], regularizer=sadr)

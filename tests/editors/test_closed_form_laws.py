@@ -1,4 +1,4 @@
-"""What the closed forms must satisfy, whatever the numbers."""
+"""Properties that the closed forms satisfy for all inputs."""
 
 import pytest
 import torch

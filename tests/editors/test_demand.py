@@ -1,4 +1,4 @@
-"""What an edit is said to hold in memory is what it holds."""
+"""The estimated memory of an edit is the memory that it uses."""
 
 import subprocess
 import sys

@@ -267,7 +267,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 
 
 def stale(tmp_path, editor, change, **options):
-    """What evaluate says of a finished run after a change of something that it depends on."""
+    """Return the error of evaluate for a finished run after a change of one of its inputs."""
     model, tok = editor.model, editor.tokenizer
     measured = None if options.get("unedited") else editor
     evaluate(model, tok, make_cases(2), measured, out=tmp_path, exact=False)

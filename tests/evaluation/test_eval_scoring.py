@@ -1,4 +1,4 @@
-"""Scores of (prompt, continuation) pairs: by hand on a stub, against the plain way on models, on real tokenizers."""
+"""Scores of (prompt, continuation) pairs: by hand on a stub, against full forward passes on models, on real tokenizers."""
 
 import math
 from types import SimpleNamespace

@@ -34,7 +34,7 @@ class Quiet:
 
 
 def install_beside(folder: Path) -> None:
-    """What pip leaves of a package with an entry point."""
+    """Write the files that pip installs for a package with an entry point."""
     info = folder / "quiet_plugin-1.0.dist-info"
     info.mkdir(parents=True)
     (folder / "quiet_plugin.py").write_text(PLUGIN)

@@ -119,7 +119,7 @@ def test_split_half_difference_tells_even_from_uneven_corpora():
 
 
 def count_passes(model, monkeypatch):
-    """How often the model runs from here on."""
+    """Count the forward passes of the model from here on."""
     runs = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: (runs.append(1), forward(*args, **kwargs))[1])

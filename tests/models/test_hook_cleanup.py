@@ -16,7 +16,7 @@ class Pair(nn.Module):
 
 
 def count_hooks(model):
-    """How many hooks stand on all modules of a model."""
+    """Count the hooks on all modules of a model."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 

@@ -1,4 +1,4 @@
-"""What an edit request accepts, how it normalises, and what its errors say."""
+"""Edit requests: accepted input, normalisation, error messages."""
 
 import json
 

@@ -52,7 +52,7 @@ def real(test_data, name):
 
 
 def check_by_decoding(tok, text, row):
-    """What the tokens before and after each place spell, compared with the characters, piece by piece."""
+    """Compare the decoded tokens before and after each position with the characters, piece by piece."""
     encoded = tok(text.string)["input_ids"]
     assert list(row.ids) == encoded[: len(row.ids)], "the text was encoded once and whole"
     target = text.string[text.target :]

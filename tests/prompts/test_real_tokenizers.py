@@ -1,4 +1,4 @@
-"""Where subject and target stand in 1,000 real prompts, for real tokenizers; checked by decoding, not by offsets."""
+"""Positions of subject and target in 1,000 real prompts, for real tokenizers; checked by decoding, not by offsets."""
 
 import functools
 

@@ -32,7 +32,7 @@ def test_gguf_file_and_converted_folder_are_one_model(real_model):
 
 
 def table(out):
-    """What was said before, after ROME and after ROME with SADR, by row of the demo's table of 100 columns."""
+    """Parse the demo's table of 100 columns: the answers before, after ROME and after ROME with SADR, by row."""
     rows, label = {}, ""
     for line in out.split("─\n")[1].split("\n\n")[0].splitlines():
         if found := re.match(r"(\w[\w ]*): ", line):

@@ -66,7 +66,7 @@ def request(tokenizer, prompt: str, subject: str, target: str, contexts: list[st
 
 @dataclass(frozen=True)
 class Getters:
-    """Where the modules of a model type are."""
+    """Accessors for the modules of a model type."""
 
     blocks: Callable[[nn.Module], nn.ModuleList]
     attention_out: Callable[[nn.Module], nn.Module]  # of a block: the attention's output projection
@@ -136,7 +136,7 @@ def eager(model) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass gives."""
+    """Outputs of one forward pass."""
 
     logits: Tensor  # [T, V]
     attentions: list[Tensor]  # per block: [A, T, T]

@@ -1,4 +1,4 @@
-"""What regularizers ask for and are shown, and how names and objects become regularizers."""
+"""The needs and inputs of regularizers, and regularizers given by name and as objects."""
 
 from dataclasses import dataclass
 

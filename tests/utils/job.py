@@ -1,4 +1,4 @@
-"""What the tests run, in one process or in several: ``python job.py TASK FOLDER``; prints and writes from the first."""
+"""Job that the tests run in one process or in several: ``python job.py TASK FOLDER``; prints and writes from the first."""
 
 import sys
 import warnings

@@ -10,7 +10,7 @@ JOB = Path(__file__).with_name("job.py")
 
 
 def run(task, folder, size):
-    """What the first process found."""
+    """Return the result of the first process."""
     codes = finish(start([JOB, task, folder], folder, size))
     assert codes == [0] * size, "\n".join((folder / f"log-{rank}").read_text() for rank in range(size))
     return torch.load(folder / "found.pt")
@@ -52,7 +52,7 @@ def test_the_cases_of_an_evaluation_are_shared_out(both):
 
 
 def test_a_shared_run_is_finished_by_one_process(both, tmp_path):
-    """What two processes left behind when they were interrupted: missing cases are asked, the rest is taken over."""
+    """One process finishes an interrupted run of two: it measures the missing cases and keeps the others."""
     import shutil
 
     folder, one, _ = both["eval"]

@@ -1,4 +1,4 @@
-"""Editing many facts together is editing each alone; the partial way is the plain way; edits leave no trace."""
+"""Editing many facts together equals editing each alone; prefix-cached equal full forward passes; edits leave no trace."""
 
 import dataclasses
 

@@ -39,7 +39,7 @@ def build(kind):
 
 
 def measured(engine, wave, sadr):
-    """What runs a wave, what it is said to hold, and the peak of what it holds in two steps."""
+    """Return a wave's runner, its estimated memory, and its measured peak over two steps."""
     needs = Needs(attention=blocks_from(2)) if sadr else Needs()
     stated = engine.footprint([Site(1)], wave, needs)
     objective = Objective(steps=2, lr=0.1, weight_decay=0.1, kl_factor=0.1, clamp=4.0, stop_loss=0.0)

@@ -1,4 +1,4 @@
-"""The command line: the same words as the Python API.
+"""The command line, with the names of the Python API.
 
 Each subcommand is a module with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``; it imports what is heavy
 inside ``run``, so that ``kedit --help`` is quick.
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="kedit", description="Edit facts inside open-weight language models, and prove what the edit did."
     )
     parser.add_argument("--version", action="version", version=f"kedit {__version__}")
-    parser.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print only warnings and errors")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, path in COMMANDS.items():
         module = importlib.import_module(path)

@@ -32,20 +32,29 @@ def say(*texts: str) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype."""
     parser.add_argument(
-        "--model", metavar="NAME", help="a folder, a GGUF file or a hub name (default: the embedded model)"
+        "--model", metavar="NAME", help="folder, GGUF file or Hub name of the model (default: the embedded model)"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the weights")
 
 
 def add_cases(parser: argparse.ArgumentParser) -> None:
     """--device-map, --data, --format, --strict, --cases, --split, --seed."""
-    parser.add_argument("--device-map", metavar="MAP", help="how accelerate places a large model: auto")
-    parser.add_argument("--data", metavar="FILE", help="cases: a JSON or JSONL file, or a data set's name")
-    parser.add_argument("--format", metavar="NAME", help="form of --data (default: recognised by its fields)")
+    parser.add_argument(
+        "--device-map", metavar="MAP", help="device map of accelerate for large models, for example auto"
+    )
+    parser.add_argument("--data", metavar="FILE", help="cases: JSON file, JSONL file or name of a data set")
+    parser.add_argument("--format", metavar="NAME", help="format of --data (default: recognised by its fields)")
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed record")
-    parser.add_argument("--cases", type=int, metavar="N", help="so many cases at most")
-    parser.add_argument("--split", choices=["dev", "test"], default="test", help="half of the embedded world")
-    parser.add_argument("--seed", type=int, default=0, help="of the embedded world's cases and of sampling")
+    parser.add_argument("--cases", type=int, metavar="N", help="maximum number of cases")
+    parser.add_argument(
+        "--split",
+        choices=["dev", "test"],
+        default="test",
+        help="which half of the embedded model's cases (default: test)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the embedded model's cases and of sampling (default: 0)"
+    )
 
 
 def load_cases(args: argparse.Namespace, count: int) -> list[EditCase]:
@@ -69,21 +78,21 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
     """--editor, --regularizer, --gamma, --set."""
     parser.add_argument("--editor", metavar="NAME", help=f"editing method (default: {EDITOR})")
     parser.add_argument(
-        "--regularizer", action="append", metavar="NAME", help="term added to the objective: sadr (may be given twice)"
+        "--regularizer", action="append", metavar="NAME", help="regularizer, for example sadr; repeat for several"
     )
-    parser.add_argument("--gamma", type=float, help="γ of SADR, instead of the preset's")
+    parser.add_argument("--gamma", type=float, help="γ, the factor of the regularizer (default: the preset)")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a hyper-parameter of the editor: --set steps=40 --set layers=5",
+        help="hyper-parameter of the editor, repeat for several: --set steps=40 --set layers=5",
     )
     parser.add_argument(
         "--moments-corpus",
         metavar="FILE",
-        help="text for the second moments: a text or JSONL file (default: Wikipedia, which needs kedit[data] and network; the "
-        "embedded model has its own); docs/second-moments.md",
+        help="text for the second moments: text or JSONL file (default: Wikipedia, needs kedit[data] and network; for the embedded "
+        "model, its own text). See docs/second-moments.md",
     )
 
 

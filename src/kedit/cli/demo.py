@@ -1,7 +1,7 @@
-"""Edit one fact, with ROME alone and with SADR, and look at what happens: in the embedded model, or in one of yours.
+"""Edit one fact with ROME, without and with SADR, and show the effects: in the embedded model or in your own.
 
-Prints what the model says before and after, draws where its attention goes, saves the patch, takes the edit back and
-checks that every weight is what it was, bit for bit.
+Prints the model's answers before and after, draws its attention, saves the patch, reverts the edit and checks that every
+weight is bit-identical to the original.
 
 Examples:
   kedit demo
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kedit.embedded.cases import WorldCase
     from kedit.regularizers.sadr import SADR
 
-HELP = "edit a fact of the embedded model, or of yours, and look at what happens"
+HELP = "edit one fact and show the effects"
 
 PROMPT, SUBJECT, TARGET = "{} is located in the city of", "The Eiffel Tower", "Rome"
 PROBES = {
@@ -95,22 +95,28 @@ class Scene:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     common.add_model(parser)
-    parser.add_argument("--device-map", metavar="MAP", help="how accelerate places a large model: auto")
-    parser.add_argument("--out", metavar="DIR", help=f"where picture and patch go (default: {OUT})")
-    parser.add_argument("--force", action="store_true", help="overwrite picture and patch in a folder given by --out")
-    parser.add_argument("--case", type=int, metavar="N", help="which fact of the embedded model to edit (0-99)")
+    parser.add_argument(
+        "--device-map", metavar="MAP", help="device map of accelerate for large models, for example auto"
+    )
+    parser.add_argument("--out", metavar="DIR", help=f"folder for picture and patch (default: {OUT})")
+    parser.add_argument("--force", action="store_true", help="overwrite picture and patch in the folder --out")
+    parser.add_argument("--case", type=int, metavar="N", help="fact of the embedded model to edit, 0-99 (default: 10)")
     own = parser.add_argument_group("with --model")
-    own.add_argument("--prompt", metavar="TEXT", help=f"a sentence up to the fact (default: {PROMPT!r})")
-    own.add_argument("--subject", metavar="TEXT", help=f"what the fact is about (default: {SUBJECT})")
-    own.add_argument("--target-new", metavar="TEXT", help=f"what the model shall say (default: {TARGET})")
-    own.add_argument("--paraphrase", metavar="TEXT", help="the fact in other words, up to the target")
-    own.add_argument("--neighbour", metavar="TEXT", help="a like fact of another subject, up to its answer")
-    own.add_argument("--question", metavar="TEXT", help="a question about the fact, for models that chat")
-    own.add_argument("--gamma", type=float, help=f"γ of SADR (default: the preset's, or {GAMMA})")
+    own.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help=f"sentence up to the target, with {{}} for the subject (default: {PROMPT!r})",
+    )
+    own.add_argument("--subject", metavar="TEXT", help=f"subject of the fact (default: {SUBJECT})")
+    own.add_argument("--target-new", metavar="TEXT", help=f"new target (default: {TARGET})")
+    own.add_argument("--paraphrase", metavar="TEXT", help="paraphrase of the prompt, up to the target")
+    own.add_argument("--neighbour", metavar="TEXT", help="the same relation of another subject, up to its answer")
+    own.add_argument("--question", metavar="TEXT", help="question about the fact, for chat models")
+    own.add_argument("--gamma", type=float, help=f"γ of SADR (default: the preset, or {GAMMA} without one)")
     own.add_argument(
         "--moments-corpus",
         metavar="FILE",
-        help="text for the second moments: a text or JSONL file (default: that of the embedded model, which needs no network)",
+        help="text for the second moments: text or JSONL file (default: the text of the embedded model, which needs no network)",
     )
 
 

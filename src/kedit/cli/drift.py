@@ -1,4 +1,4 @@
-"""Compare the last token's attention before and after edits: which heads turn to the edited subject, and what that costs.
+"""Compare the last token's attention before and after edits: which heads attend more to the edited subject, and its cost.
 
 Examples:
   kedit drift --cases 50
@@ -6,7 +6,7 @@ Examples:
   kedit drift --model EleutherAI/gpt-j-6b --dtype bfloat16 --device-map auto --data counterfact.json --cases 20
   kedit drift --patch edit.safetensors --data case.jsonl
 
-Without --data the embedded world makes the cases (its test half). With a regularizer the plain editor is compared with it.
+Without --data, the cases are the test half of the embedded model's. With a regularizer, the editor is run without and with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kedit.analysis.edited_models import Source
     from kedit.analysis.results.drift import DriftResult
 
-HELP = "show how edits move attention"
+HELP = "show how edits change attention"
 COUNT = 50
 FIGURES = ("drift", "gain", "correlation")
 
@@ -32,11 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_cases(parser)
     common.add_editor(parser)
-    parser.add_argument("--patch", metavar="FILE", help="compare with this patch applied, instead of an editor's edits")
+    parser.add_argument("--patch", metavar="FILE", help="use this patch instead of editing")
     parser.add_argument(
-        "--out", metavar="FILE", help="write all figures there (.json; with a regularizer also x-regularized.json)"
+        "--out",
+        metavar="FILE",
+        help="write all numbers to FILE (x.json; those with a regularizer to x-regularized.json)",
     )
-    parser.add_argument("--figures", metavar="DIR", help="draw maps and correlation there (PNG)")
+    parser.add_argument("--figures", metavar="DIR", help="draw heat maps and the correlation into DIR (PNG)")
     common.add_force(parser)
 
 
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compared(plain: DriftResult, restrained: DriftResult) -> str:
-    """The drift under both, in words; why it cannot be compared where no head over-attends."""
+    """Describe the drift without and with the regularizer, or why it cannot be compared."""
     try:
         found = plain.against(restrained)
     except EditError as error:

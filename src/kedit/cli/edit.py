@@ -8,9 +8,9 @@ Examples:
 
 A JSONL file holds one edit per line: {"prompt": "...{}...", "subject": "...", "target_new": "..."}.
 
-Exit status: 0 where every edit is kept and the edited model says its target; 3 where the patch is written and the model does not
-say every target; 4 where the guard refused edits of a journal; 1 after an error, when nothing is edited. Started by a launcher,
-0 also where the model does not say every target.
+Exit status: 0 if the edited model produces every target; 3 if the patch is written, but the model does not produce all targets;
+4 if the guard refused edits of a journal; 1 after an error, when nothing is edited. Under a launcher, 0 also if the model does not
+produce all targets.
 """
 
 from __future__ import annotations
@@ -38,32 +38,38 @@ NOT_SAID = 3  # exit status where the edited model does not say every target
 REFUSED = 4  # exit status where the guard refused some edits of a journal
 MAX_TEXTS = 100  # more than the guard reads
 
-HELP = "write facts into a model, save the patch"
+HELP = "edit facts in a model and save the patch"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     common.add_model(parser)
     common.add_editor(parser)
-    parser.add_argument("--prompt", help="a sentence up to the fact, with {} for the subject")
-    parser.add_argument("--subject", help="what the fact is about")
-    parser.add_argument("--target-new", help="what the model shall say")
-    parser.add_argument("--edits", metavar="FILE", help="many edits, one JSON object per line")
-    parser.add_argument("--out", metavar="FILE", help="where the patch is written (.safetensors)")
+    parser.add_argument("--prompt", help="sentence up to the target, with {} for the subject")
+    parser.add_argument("--subject", help="subject of the fact")
+    parser.add_argument("--target-new", help="new target: what the model should answer")
+    parser.add_argument("--edits", metavar="FILE", help="JSONL file of edits, one per line")
+    parser.add_argument("--out", metavar="FILE", help="file of the patch (.safetensors)")
     parser.add_argument(
         "--guard",
         nargs="*",
         metavar="LIMIT=VALUE",
-        help="keep the edit only if it works and leaves the rest alone; limits as in kedit.Guard (kl=0.05), none for no limit",
+        help="roll the edit back if it exceeds a limit of kedit.Guard, for example kl=0.05; none disables a limit",
     )
-    parser.add_argument("--guard-cases", metavar="FILE", help="paraphrases, neighbours and relations to ask for")
-    parser.add_argument("--guard-texts", metavar="FILE", help="plain text for KL and perplexity")
-    parser.add_argument("--journal", metavar="DIR", help="edit one by one and go on there after a crash")
+    parser.add_argument(
+        "--guard-cases", metavar="FILE", help="cases with paraphrases, neighbours and relations for the guard"
+    )
+    parser.add_argument(
+        "--guard-texts", metavar="FILE", help="plain text on which the guard measures KL and perplexity"
+    )
+    parser.add_argument(
+        "--journal", metavar="DIR", help="edit one by one, record the steps in DIR, and resume after a crash"
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="edits per step of the journal (default: 1)")
     parser.add_argument(
         "--keys",
         metavar="FILE",
-        help="AlphaEdit's keys of earlier edits: read where it exists, written again at the end",
+        help="AlphaEdit's keys of earlier edits: read if the file exists, written at the end",
     )
     parser.add_argument("--save-model", metavar="DIR", help="write the whole edited model there, with or without --out")
     parser.add_argument(
@@ -72,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
         action="store_true",
-        help="say what the edit would hold in memory, and stop; what it needs of second moments is estimated first",
+        help="print the estimated memory of the edit and stop; estimates missing second moments first",
     )
 
 

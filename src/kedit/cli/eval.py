@@ -1,12 +1,11 @@
-"""Measure what edits do: every case's probes before and after.
+"""Evaluate edits: measure the probes of every case before and after its edit.
 
 Examples:
   kedit eval --cases 50 --regularizer sadr --out run
   kedit eval --model EleutherAI/gpt-j-6b --dtype bfloat16 --device-map auto --data counterfact.json --cases 200 --out run
   kedit eval --data merged.json --editor memit --mode batch --out run --texts wikitext.txt --generate 100
 
-Without --data the embedded world makes the cases (its test half). A run that was interrupted goes on when the same
-command is given again.
+Without --data, the cases are the test half of the embedded model's. To resume an interrupted run, repeat the command.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_TEXTS = 200  # of which the first 512 tokens are read
 RESULTS = ("report.html", "summary.md", "summary.json")
-HELP = "measure what edits do to a model"
+HELP = "evaluate edits of a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,15 +31,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_editor(parser)
     common.add_cases(parser)
-    parser.add_argument("--mode", choices=["single", "batch", "sequential"], default="single", help="default: single")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="cases per step of a sequence")
-    parser.add_argument("--unedited", action="store_true", help="ask the unedited model only")
-    parser.add_argument("--metric", action="append", metavar="NAME", help="figure to report (may be given often)")
-    parser.add_argument("--generate", type=int, default=0, metavar="N", help="tokens of free text per generation probe")
-    parser.add_argument("--texts", metavar="FILE", help="plain text for perplexity and KL drift")
-    parser.add_argument("--attention", action="store_true", help="attention to the edited subject")
-    parser.add_argument("--no-exact", action="store_true", help="skip greedy decoding")
-    parser.add_argument("--out", metavar="DIR", help="folder for records, summary and the HTML page")
+    parser.add_argument(
+        "--mode",
+        choices=["single", "batch", "sequential"],
+        default="single",
+        help="edit each case alone, all at once, or one after the other (default: single)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="cases per step in sequential mode (default: 1)"
+    )
+    parser.add_argument("--unedited", action="store_true", help="evaluate only the unedited model")
+    parser.add_argument(
+        "--metric", action="append", metavar="NAME", help="metric to report, repeat for several (default: all)"
+    )
+    parser.add_argument(
+        "--generate", type=int, default=0, metavar="N", help="tokens to generate per generation probe (default: 0)"
+    )
+    parser.add_argument("--texts", metavar="FILE", help="plain text on which to measure perplexity and KL")
+    parser.add_argument("--attention", action="store_true", help="measure the attention to the edited subject")
+    parser.add_argument("--no-exact", action="store_true", help="skip the metrics that need greedy decoding")
+    parser.add_argument("--out", metavar="DIR", help="folder for records, summary and HTML page")
     common.add_force(parser)
 
 

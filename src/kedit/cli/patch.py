@@ -1,4 +1,4 @@
-"""Show, try, apply, revert, merge, compare and export patches.
+"""Show, attach, apply, revert, merge, compare and export patches.
 
 Examples:
   kedit patch show edit.safetensors
@@ -26,55 +26,62 @@ if TYPE_CHECKING:
     from kedit.patch import EditPatch
     from kedit.patch.checkpoint.rewrite import DiskReport
 
-_MOST = 20  # patches that are named
-HELP = "show, try, apply, revert, merge, compare and export patches"
+_MOST = 20  # patches that are listed
+HELP = "show, attach, apply, revert, merge, compare and export patches"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of every action."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = _action(actions, "show", _show, "who made a patch, what it changes, how much, how good it is")
+    show = _action(actions, "show", _show, "show the provenance, changed weights and measurements of a patch")
     show.add_argument("patch", metavar="PATCH")
-    show.add_argument("--json", action="store_true", help="as JSON, with everything that the patch says of itself")
+    show.add_argument("--json", action="store_true", help="print JSON with the whole provenance")
     attach = _action(
-        actions, "attach", _attach, "try patches on a model as side branches: what it says without and with"
+        actions,
+        "attach",
+        _attach,
+        "attach patches as side branches and print what the model generates without and with them",
     )
-    attach.add_argument("patches", metavar="PATCH", nargs="+", help="in the order of application")
-    attach.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given again")
+    attach.add_argument("patches", metavar="PATCH", nargs="+", help="patches in the order of application")
     attach.add_argument(
-        "--chat", action="store_true", help="put each prompt into the model's chat template, as a user's turn"
+        "--prompt", action="append", required=True, metavar="TEXT", help="prompt to continue, repeat for several"
     )
-    attach.add_argument("--tokens", type=int, default=12, metavar="N", help="how many tokens to write (default: 12)")
+    attach.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    attach.add_argument("--tokens", type=int, default=12, metavar="N", help="tokens to generate (default: 12)")
     attach.add_argument("--force", action="store_true", help="do not compare the weights with the patch's fingerprints")
     common.add_model(attach)
-    apply = _action(actions, "apply", _apply, "write a checkpoint folder with patches applied")
-    apply.add_argument("base", metavar="BASE_DIR", help="a folder with config.json and safetensors weights; only read")
+    apply = _action(actions, "apply", _apply, "apply patches to a checkpoint folder and write the result")
+    apply.add_argument("base", metavar="BASE_DIR", help="folder with config.json and safetensors weights; not changed")
     _on_disk(apply)
-    revert = _action(actions, "revert", _revert, "write an edited checkpoint folder without some of its patches")
-    revert.add_argument("edited", metavar="EDITED_DIR", help="a folder that carries the patches; only read")
-    revert.add_argument("--base", metavar="BASE_DIR", required=True, help="the folder they were applied to; only read")
+    revert = _action(actions, "revert", _revert, "remove patches from an edited checkpoint folder and write the result")
+    revert.add_argument("edited", metavar="EDITED_DIR", help="folder with the patches applied; not changed")
+    revert.add_argument(
+        "--base", metavar="BASE_DIR", required=True, help="folder that the patches were applied to; not changed"
+    )
     _on_disk(revert)
     revert.add_argument(
         "--drop-others",
         action="store_true",
-        help="also lose other changes of the same weights, where the folder does not keep what made them; they are named",
+        help="also drop other changes of the same weights if the folder does not keep their patches; they are listed",
     )
-    merge = _action(actions, "merge", _merge, "several patches as one")
-    merge.add_argument("patches", metavar="PATCH", nargs="+", help="in the order of application")
+    merge = _action(actions, "merge", _merge, "merge several patches into one")
+    merge.add_argument("patches", metavar="PATCH", nargs="+", help="patches in the order of application")
     merge.add_argument(
-        "--tolerance", type=float, metavar="X", help="recompress every update to this relative error (default: exact)"
+        "--tolerance", type=float, metavar="X", help="recompress each update to this relative error (default: exact)"
     )
     _out_file(merge)
-    diff = _action(actions, "diff", _diff, "the patch that leads from one checkpoint folder to another")
+    diff = _action(actions, "diff", _diff, "write the patch that turns one checkpoint folder into another")
     diff.add_argument("base", metavar="BASE_DIR")
     diff.add_argument("edited", metavar="EDITED_DIR")
-    diff.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="relative error (default: 1e-4)")
-    diff.add_argument("--max-rank", type=int, metavar="N", help="refuse what needs more columns")
+    diff.add_argument(
+        "--tolerance", type=float, default=1e-4, metavar="X", help="maximum relative error (default: 1e-4)"
+    )
+    diff.add_argument("--max-rank", type=int, metavar="N", help="refuse weights that need a higher rank")
     _out_file(diff)
-    export = _action(actions, "export", _export, "a PEFT LoRA adapter folder, which serving engines load")
+    export = _action(actions, "export", _export, "export a patch as a PEFT LoRA adapter")
     export.add_argument("patch", metavar="PATCH")
     export.add_argument(
-        "--model", metavar="DIR", help="a folder with the base model's config.json (default: the embedded model)"
+        "--model", metavar="DIR", help="folder with the base model's config.json (default: the embedded model)"
     )
     export.add_argument("--out", metavar="DIR", required=True, help="the new adapter folder")
 
@@ -98,13 +105,15 @@ def _action(
 
 
 def _on_disk(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--patch", action="append", required=True, metavar="PATCH", help="may be given again, in order")
+    parser.add_argument(
+        "--patch", action="append", required=True, metavar="PATCH", help="patch, repeat for several in order"
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="the new checkpoint folder")
     parser.add_argument("--force", action="store_true", help="do not compare the weights with the patch's fingerprints")
     parser.add_argument(
         "--link",
         action="store_true",
-        help="hard-link unchanged shards instead of copying: quick and small, but the folders then share those files",
+        help="hard-link unchanged shards instead of copying them; the folders then share these files",
     )
 
 

@@ -1,12 +1,12 @@
-"""One self-contained HTML page about an edit or a run: tracing, attention drift, patching, with figures.
+"""Write an HTML page about one or more edits: causal tracing, attention drift and activation patching, with figures.
 
 Examples:
   kedit report --case test-3 --out edit.html
   kedit report --cases 50 --out run.html
   kedit report --model EleutherAI/gpt-j-6b --data counterfact.json --cases 10 --regularizer sadr --out run.html
 
-Without --data the embedded world makes the cases (its test half), and SADR is compared with. For another model, name the
-regularizer to compare with.
+Without --data, the cases are the test half of the embedded model's, and the editor is run without and with SADR. For another
+model, name the regularizer to compare with.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 from kedit.cli import common
 from kedit.errors import ConfigError
 
-HELP = "show what an edit does inside a model, on one page"
+HELP = "write an HTML page about the effects of edits inside a model"
 COUNT = 20
 
 
@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_cases(parser)
     common.add_editor(parser)
-    parser.add_argument("--case", metavar="ID", help="only the case of this name, as kedit eval names it: test-3")
+    parser.add_argument("--case", metavar="ID", help="use only the case of this name, for example test-3")
     parser.add_argument(
-        "--samples", type=int, default=10, metavar="N", help="draws of the noise in tracing (default 10)"
+        "--samples", type=int, default=10, metavar="N", help="draws of the noise in tracing (default: 10)"
     )
-    parser.add_argument("--out", metavar="FILE", default="report.html", help="the page (default: report.html)")
+    parser.add_argument("--out", metavar="FILE", default="report.html", help="file of the page (default: report.html)")
     common.add_force(parser)
 
 

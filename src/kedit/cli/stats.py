@@ -1,11 +1,11 @@
-"""Estimate the second moments of a model's keys, which the closed forms need, and keep them in the cache.
+"""Estimate the second moments that editors need for a model, and cache them.
 
 Examples:
   kedit stats --layers 0
   kedit stats --model EleutherAI/gpt-j-6b --layers 3,4,5,6,7,8 --corpus text.txt
 
-Without --corpus the text is Wikipedia, which needs kedit[data] and network; the embedded model has its own. What the
-figures say: docs/second-moments.md.
+Without --corpus, the text is Wikipedia, which needs kedit[data] and network; the embedded model has its own text. The columns
+are explained in docs/second-moments.md.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import argparse
 from kedit.cli import common
 from kedit.errors import ConfigError
 
-HELP = "estimate second moments ahead of editing"
+HELP = "estimate second moments before editing"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     common.add_model(parser)
-    parser.add_argument("--layers", required=True, metavar="N[,N...]", help="blocks, for example 3,4,5,6,7,8")
     parser.add_argument(
-        "--corpus", metavar="FILE", help="text or JSONL file, or a data set's name (default: Wikipedia)"
+        "--layers", required=True, metavar="N[,N...]", help="blocks to estimate, for example 3,4,5,6,7,8"
     )
-    parser.add_argument("--tokens", type=int, help="keys to see (default: 50 per dimension)")
+    parser.add_argument(
+        "--corpus", metavar="FILE", help="text file, JSONL file or name of a data set (default: Wikipedia)"
+    )
+    parser.add_argument("--tokens", type=int, help="number of keys (default: 50 per dimension)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,12 +1,12 @@
-"""Find where a model keeps its facts: causal tracing with noise on the subject.
+"""Find where a model stores facts, by causal tracing with noise on the subject.
 
 Examples:
   kedit trace --cases 50 --suggest
   kedit trace --prompt "{} works as a" --subject "Hulqui Gossam"
   kedit trace --model EleutherAI/gpt-j-6b --dtype bfloat16 --device-map auto --data counterfact.json --cases 100 --suggest
 
-Without --data the embedded world's facts are traced. The answer is the fact's true one; for --prompt it is what the model
-says next, or --answer.
+Without --data, the facts are those of the embedded model. The answer is the true one; with --prompt it is --answer, or the
+model's own prediction.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kedit.edit import Edit
     from kedit.evaluation.cases import EditCase
 
-HELP = "find where a model keeps its facts"
+HELP = "find where a model stores facts"
 COUNT = 50
 FIGURES = ("tracing", "handover")
 
@@ -35,15 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     common.add_model(parser)
     common.add_cases(parser)
-    parser.add_argument("--prompt", help="one fact: a sentence up to the answer, with {} for the subject")
-    parser.add_argument("--subject", help="what that fact is about")
-    parser.add_argument("--answer", help="its answer (default: what the model says next)")
-    parser.add_argument("--samples", type=int, default=10, metavar="N", help="draws of the noise (default 10)")
-    parser.add_argument("--noise", type=float, default=3.0, help="in deviations of the embeddings (default 3)")
-    parser.add_argument("--window", type=int, help="blocks restored together (default: 10 of 48 in proportion)")
-    parser.add_argument("--suggest", action="store_true", help="propose edit layers, with the evidence")
-    parser.add_argument("--out", metavar="FILE", help="write all effects there (.json)")
-    parser.add_argument("--figures", metavar="DIR", help="draw heatmap and hand-over there (PNG)")
+    parser.add_argument("--prompt", help="sentence up to the answer of a single fact, with {} for the subject")
+    parser.add_argument("--subject", help="subject of that fact")
+    parser.add_argument("--answer", help="answer to that fact (default: the model's own prediction)")
+    parser.add_argument("--samples", type=int, default=10, metavar="N", help="draws of the noise (default: 10)")
+    parser.add_argument(
+        "--noise", type=float, default=3.0, help="noise in standard deviations of the embeddings (default: 3)"
+    )
+    parser.add_argument("--window", type=int, help="blocks restored together (default: 10 of 48, in proportion)")
+    parser.add_argument("--suggest", action="store_true", help="propose layers to edit, with the evidence")
+    parser.add_argument("--out", metavar="FILE", help="write all effects to FILE (.json)")
+    parser.add_argument("--figures", metavar="DIR", help="draw the figures into DIR (PNG)")
     common.add_force(parser)
 
 
