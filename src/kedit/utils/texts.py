@@ -62,13 +62,14 @@ def read_text(path: str | Path, accepted: str, error: type[KEditError]) -> str:
     """
     try:
         kind = kind_of_file(path)
-        if kind in ("folder", "device", "socket") and not os.path.samefile(path, os.devnull):
-            raise error(f"{path} is a {kind}. Give {accepted}.")
-        data = Path(path).read_bytes()
+        unfit = kind in ("folder", "device", "socket") and not os.path.samefile(path, os.devnull)
+        data = b"" if unfit else Path(path).read_bytes()
     except FileNotFoundError:
         raise error(f"There is no file {str(path)!r}. Check the path, and give {accepted}.") from None
     except (OSError, ValueError) as cause:  # ValueError: a null character
         raise error(f"Cannot read {str(path)!r}: {cause}. Give {accepted}.") from cause
+    if unfit:
+        raise error(f"{path} is a {kind}. Give {accepted}.")
     form = binary_form(data)
     if form is not None:
         raise error(f"{path} is {form}. Give {accepted}.")
