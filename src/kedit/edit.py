@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kedit.errors import EditError
+from kedit.utils.texts import read_text, text_form
 
 SLOT = "{}"
+_EXAMPLE = '{"prompt": "{} is in", "subject": "...", "target_new": "..."}'
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,12 @@ class Edit:
         """Make an edit from a mapping with the fields' names; unknown or missing fields raise ``EditError``."""
         known = {"prompt", "subject", "target_new", "target_true"}
         if not isinstance(record, Mapping):
-            raise EditError(f"An edit record must be an object with fields, not {type(record).__name__}.")
+            found = (
+                "a list (a JSON file of many edits needs one object per line)"
+                if isinstance(record, list)
+                else repr(record)
+            )
+            raise EditError(f"An edit record must be an object like {_EXAMPLE}, not {found:.80}.")
         unknown, missing = set(record) - known, {"prompt", "subject", "target_new"} - set(record)
         if unknown or missing:
             found = f"unknown {sorted(unknown)}" if unknown else f"missing {sorted(missing)}"
@@ -75,18 +82,21 @@ class Edit:
         Raises:
             EditError: a line that is not JSON or not an edit, with its number.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise EditError(f"Cannot read edits from {path}: {error}.") from error
+        text = read_text(path, f"JSON lines: {_EXAMPLE} on each line", EditError)
         edits = []
         for number, line in json_lines(text):
             try:
                 edits.append(cls.from_dict(json.loads(line)))
-            except (json.JSONDecodeError, EditError) as error:
-                raise EditError(f"{path}, line {number}: {error}") from error
+            except (ValueError, RecursionError) as error:  # EditError is a ValueError, and numbers can be too long
+                if isinstance(error, EditError):
+                    raise EditError(f"{path}, line {number}: {error}") from error
+                if edits or line.lstrip().startswith("{"):
+                    raise EditError(f"{path}, line {number}, is not a complete JSON object: {error}.") from error
+                raise EditError(
+                    f"{path} is not JSON lines but {text_form(path, text)}. Write one JSON object per line: {_EXAMPLE}."
+                ) from error
         if not edits:
-            raise EditError(f"{path} holds no edits. Write one JSON object per line.")
+            raise EditError(f"{path} holds no edits. Write one JSON object per line: {_EXAMPLE}.")
         return edits
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from kedit.errors import ArchitectureError, ConfigError, DependencyError
+from kedit.utils.network import UNREACHABLE, hub_is_reachable
 from kedit.utils.progress import logger
 
 if TYPE_CHECKING:
@@ -75,10 +76,19 @@ def load(
 
         return embedded.load(dtype=dtype)
     import torch
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     source, gguf = _find(name, options)
+    offline = not os.path.exists(source) and "local_files_only" not in options and not hub_is_reachable()
+    if offline:
+        cached = None
+        with suppress(ValueError):  # no name that the hub could know
+            cached = try_to_load_from_cache(source, "config.json", options.get("cache_dir"), options.get("revision"))
+        if not isinstance(cached, str):
+            raise _refusal(name, f"it is no folder here, and {UNREACHABLE}")
+        options = {**options, "local_files_only": True, "adapter_kwargs": {"local_files_only": True}}
     where = {key: value for key, value in options.items() if key in _WHERE}
     if gguf is not None:
         options, where = {**options, "gguf_file": gguf}, {**where, "gguf_file": gguf}

@@ -90,6 +90,28 @@ def test_apply_and_revert(here, capsys):
     assert bytes_of(loaded(folder / "back")) == bytes_of(loaded(folder / "base"))
 
 
+def test_one_of_several_is_taken_away(here, capsys):
+    folder, _ = here
+    one, two = folder / "1.safetensors", folder / "2.safetensors"
+    run(capsys, "apply", folder / "base", "--patch", one, "--patch", two, "--out", folder / "both")
+    words = ["revert", folder / "both", "--base", folder / "base", "--patch", one, "--out"]
+    status, text, errors = run(capsys, *words, folder / "second")
+    assert (status, errors) == (0, [])
+    assert "patches on it: 1" in text
+    run(capsys, "apply", folder / "base", "--patch", two, "--out", folder / "fresh", "--force")
+    assert bytes_of(loaded(folder / "second")) == bytes_of(loaded(folder / "fresh"))
+    for path in (folder / "both/kedit-patches").iterdir():
+        path.unlink()
+    for force in ([], ["--force"]):
+        status, _, (error,) = run(capsys, *words, folder / "third", *force)
+        assert status == 1
+        assert "On record there: rome (no edits named)" in error
+        assert "--drop-others" in error
+    status, text, _ = run(capsys, *words, folder / "third", "--drop-others")
+    assert status == 0
+    assert "lost: rome (no edits named)" in text
+
+
 def test_merge_then_apply_is_apply_twice(here, capsys):
     folder, edited = here
     words = ["merge", folder / "1.safetensors", folder / "2.safetensors", "--out", folder / "both.safetensors"]

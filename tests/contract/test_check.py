@@ -238,7 +238,7 @@ def test_the_command_exits_with_3_where_the_model_does_not_say_it(tmp_path, caps
     words = ["edit", "--prompt", PILOT.prompt, "--subject", PILOT.subject, "--target-new", "pilot", "--out", str(out)]
     assert main(words) == 0
     assert "the edited model says 1 of 1" in capsys.readouterr().out
-    assert main([*words, "--set", "steps=2", "--set", "lr=0.001"]) == 3
+    assert main([*words, "--set", "steps=2", "--set", "lr=0.001", "--force"]) == 3
     found = capsys.readouterr()
     assert "the edited model says 0 of 1" in found.out
     assert "warning: The edited model does not say what the edit asks for" in found.err

@@ -124,8 +124,8 @@ def test_many_edits_and_the_whole_model(place, capsys):
 
 def test_the_same_command_gives_the_same_patch(place):
     contents = []
-    for _ in range(2):
-        assert main(edit(place)) in DONE
+    for more in ([], ["--force"]):
+        assert main(edit(place, *more)) in DONE
         [(_, delta)] = kedit.EditPatch.load(place / "out/edit.safetensors").deltas.items()
         contents.append(delta.dense)
     assert torch.equal(*contents)
@@ -157,7 +157,7 @@ def test_the_same_command_gives_the_same_patch(place):
         (["--prompt", "river " * 128 + "{} is"], "context window holds 128"),
         (["--edits", "edits.jsonl"], "Give either --edits FILE, or"),
         (["--model", "/no/such/folder"], "Cannot load a causal language model"),
-        (["--moments-corpus", "no/such.txt"], "'no/such.txt' is no file"),
+        (["--moments-corpus", "no/such.txt"], "There is no file 'no/such.txt'"),
     ],
 )
 def test_errors_are_one_sentence_and_status_one(place, capsys, change, words):
@@ -186,10 +186,10 @@ def test_more_cases_than_the_world_has(command, capsys, monkeypatch):
         (["drift", "--patch", "p.safetensors", "--moments-corpus", "x"], "--patch is written already"),
         (["drift", "--editor", "roem"], "Did you mean 'rome'"),
         (["drift", "--set", "moments=3"], "no hyper-parameter 'moments'"),
-        (["drift", "--figures", "taken"], "--figures taken is no folder"),
+        (["drift", "--figures", "taken"], "--figures taken is not a folder"),
         (["drift", "--out", "taken/x.json"], "Cannot write taken/x.json"),
         (["trace", "--prompt", "{} is", "--subject", "Ada", "--answer", " "], "--answer is empty"),
-        (["trace", "--figures", "taken/x"], "--figures taken/x is no folder"),
+        (["trace", "--figures", "taken/x"], "--figures taken/x is not a folder"),
         (["report", "--editor", "roem"], "Did you mean 'rome'"),
         (["report", "--gamma", "3"], "--gamma belongs to a regularizer"),
     ],
@@ -298,7 +298,7 @@ def test_quiet_draws_no_bars(place, capsys):
     more = ["--save-model", str(place / "edited")]
     assert main(edit(place, *more)) in DONE
     assert "it/s" in capsys.readouterr().err
-    assert main(["-q", *edit(place, *more)]) in DONE
+    assert main(["-q", *edit(place, *more, "--force")]) in DONE
     assert capsys.readouterr().err == ""
     assert is_progress_bar_enabled()
 
@@ -308,7 +308,7 @@ def test_model_that_cannot_be_written(place, capsys, monkeypatch, target):
     (place / "taken").write_text("a file in the way")
     monkeypatch.setattr("kedit.cli.common.load_model", None)
     assert main(edit(place, "--save-model", str(place / target))) == 1
-    assert f"--save-model {place / target} is no folder" in capsys.readouterr().err
+    assert f"--save-model {place / target} is not a folder" in capsys.readouterr().err
     assert not (place / "out").exists()
 
 

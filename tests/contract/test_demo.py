@@ -93,7 +93,7 @@ def test_a_chat_template_that_fails(place, capsys):
         (["--model", "./none"], "there is no such file or folder"),
         (["--model", "./none", "--subject", " "], "Edit.subject is empty"),
         (["--model", "./none", "--prompt", "no slot"], "holds neither"),
-        (["--out", "/dev/null/x"], "Cannot write to the folder"),
+        (["--out", "/dev/null/x"], "--out /dev/null/x is not a folder"),
     ],
 )
 def test_what_does_not_fit(given, words, capsys):

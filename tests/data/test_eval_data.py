@@ -281,7 +281,7 @@ def test_json_lines_and_a_broken_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[]", "no known form"), ('[{"a": 1}]', "fields of its first record: a"), ("3", "list"), ("{", "not JSON")],
+    [("[]", "no known form"), ('[{"a": 1}]', "first record has the fields a"), ("3", "list"), ("{", "not JSON")],
 )
 def test_files_that_hold_no_cases(tmp_path, content, message):
     path = tmp_path / "cases.json"

@@ -92,7 +92,7 @@ def test_the_command_line(test_data, tmp_path, capsys, monkeypatch):
         (["--cases", "0"], "at least 1"),
         (["--unedited", "--regularizer", "sadr"], "nothing to regularize"),
         (["--model", "somewhere"], "--data with --model"),
-        (["--data", "no/such/file.json"], "datasets"),
+        (["--data", "no/such/file.json"], "There is no file"),
     ],
 )
 def test_wrong_commands_are_answered_in_a_sentence(arguments, message, capsys):

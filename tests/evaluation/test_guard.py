@@ -257,7 +257,7 @@ def test_the_command_keeps_alphaedits_keys_in_a_file(words, tmp_path, capsys):
     assert "alphaedit" in capsys.readouterr().err
     counts = []
     for _ in range(2):
-        assert main([*words, "--editor", "alphaedit", *keys]) in DONE
+        assert main([*words, "--editor", "alphaedit", "--force", *keys]) in DONE
         counts.append(len(load_file(tmp_path / "keys.safetensors")["keys.4"]))
     assert counts == [2, 4]
     found = load_file(tmp_path / "keys.safetensors")["keys.4"]
@@ -287,13 +287,13 @@ def test_a_journal_that_goes_on_counts_keys_once(words, tmp_path, capsys):
     keys, journal = tmp_path / "keys.safetensors", tmp_path / "j"
     assert main([*words, "--keys", str(keys)]) in DONE  # earlier edits
     before = keys.read_bytes()
-    assert main([*words, "--keys", str(keys), "--journal", str(tmp_path / "whole")]) in DONE
+    assert main([*words, "--keys", str(keys), "--journal", str(tmp_path / "whole"), "--force"]) in DONE
     expected, patch = keys.read_bytes(), (tmp_path / "out.safetensors").read_bytes()
     keys.write_bytes(before)
     lines = (tmp_path / "edits.jsonl").read_text()
     (tmp_path / "edits.jsonl").write_text(lines.splitlines()[0] + "\n")
-    for _ in range(2):
-        assert main([*words, "--keys", str(keys), "--journal", str(journal)]) in DONE
+    for more in (["--force"], []):
+        assert main([*words, "--keys", str(keys), "--journal", str(journal), *more]) in DONE
         assert len(load_file(keys)["keys.4"]) == 3
     (tmp_path / "edits.jsonl").write_text(lines)
     assert main([*words, "--keys", str(keys), "--journal", str(journal)]) in DONE

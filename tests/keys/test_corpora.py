@@ -72,8 +72,8 @@ def test_what_is_no_corpus(wrong):
 
 def test_no_such_file_without_the_datasets_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"'no/such.txt' is no file.*kedit\[data\]"):
-        as_corpus("no/such.txt", None)
+    with pytest.raises(ConfigError, match=r"'no/such' is no file.*kedit\[data\]"):
+        as_corpus("no/such", None)
 
 
 def test_no_default_corpus_says_what_to_do(monkeypatch):
@@ -102,6 +102,7 @@ def test_a_data_set_without_texts_says_so(monkeypatch, records, words):
         return stream()
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("kedit.keys.corpus.hub_is_reachable", lambda: True)
     texts = iter(as_corpus("somebody/something", None))
     assert next(texts) == "first"
     with pytest.raises(ConfigError, match="'somebody/something'") as caught:

@@ -19,8 +19,8 @@ from kedit.errors import KEditError, NonFiniteError, PatchError, PatchMismatchEr
 from kedit.patch import EditPatch
 from kedit.patch.checkpoint.apply import apply_to_checkpoint, revert_checkpoint
 from kedit.patch.checkpoint.copy import _copy_some
+from kedit.patch.checkpoint.manifest import FOLDER, RECORD
 from kedit.patch.checkpoint.read import INDEX
-from kedit.patch.checkpoint.rewrite import RECORD
 from kedit.utils.progress import Progress
 from patch_common import TYPES, bytes_of, patch_for, random_delta, save_checkpoint
 from tiny_models import tiny_model as model
@@ -62,7 +62,8 @@ def test_on_disk_and_in_memory_give_the_same_bits(tmp_path, kind, dtype):
     assert bytes_of(loaded(tmp_path / "out")) == bytes_of(subject)
     assert tree(tmp_path / "base") == before
     after = tree(tmp_path / "out")
-    assert set(after) == set(before) | {RECORD}
+    assert {name for name in after if not name.startswith(FOLDER)} == set(before) | {RECORD}
+    assert len(list((tmp_path / "out" / FOLDER).iterdir())) == 2
     changed = {name for name, data in before.items() if after[name] != data}
     assert changed == set(report.rewritten)
     assert set(report.kept) == {name for name in before if name.endswith(".safetensors")} - changed
@@ -176,17 +177,15 @@ def test_reverting_on_disk_gives_the_bases_bytes(tmp_path, base):
     assert tree(tmp_path / "back") == tree(folder)
 
 
-def test_reverting_what_is_not_all_is_refused_unless_forced(tmp_path, base):
+def test_reverting_what_is_not_all_leaves_the_rest(tmp_path, base):
     folder, first = base
     subject = loaded(folder)
     first.apply(subject)
     second = patch_for(subject, {1: 2}, seed=3)
     apply_to_checkpoint(folder, [first, second], tmp_path / "edited")
-    with pytest.raises(PatchMismatchError, match="carries other changes"):
-        revert_checkpoint(tmp_path / "edited", folder, [first], tmp_path / "back")
-    assert not (tmp_path / "back").exists()
-    revert_checkpoint(tmp_path / "edited", folder, [first], tmp_path / "back", force=True)
-    assert bytes_of(loaded(tmp_path / "back")) == bytes_of(loaded(folder))
+    revert_checkpoint(tmp_path / "edited", folder, [first], tmp_path / "back")
+    apply_to_checkpoint(folder, [second], tmp_path / "fresh", force=True)
+    assert bytes_of(loaded(tmp_path / "back")) == bytes_of(loaded(tmp_path / "fresh"))
 
 
 # Refusals: the output never appears, the input never changes

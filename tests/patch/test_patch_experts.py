@@ -14,8 +14,8 @@ from kedit.errors import KEditError, PatchError, PatchMismatchError
 from kedit.models import ModelArch
 from kedit.patch import EditPatch, fingerprints
 from kedit.patch.checkpoint.apply import apply_to_checkpoint, revert_checkpoint
+from kedit.patch.checkpoint.manifest import RECORD
 from kedit.patch.checkpoint.read import Checkpoint, stored_experts
-from kedit.patch.checkpoint.rewrite import RECORD
 from patch_common import bytes_of, random_delta
 
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss-sinks")

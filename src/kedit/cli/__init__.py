@@ -33,8 +33,21 @@ SHARED = ("edit", "eval", "stats")  # may be run by several processes
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; errors are one sentence on standard error and exit status 1.
 
-    Started by ``accelerate launch -m kedit ...``, the processes share the work; the first prints and writes files.
+    Started by ``accelerate launch -m kedit ...``, the processes share the work; the first prints and writes files. Output
+    that cannot be printed stops no work: the status is 1 where some was lost, and a reader that closes its end is no error.
     """
+    from kedit.utils.terminal import lenient_output
+
+    with lenient_output() as output:
+        status = _run(argv)
+        output.flush()
+        if output.failure is not None:
+            sys.stderr.write(f"kedit: standard output cannot be written ({output.failure}). The files are written.\n")
+            status = status or 1
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     from contextlib import ExitStack, redirect_stdout
 
     from kedit.errors import ConfigError, KEditError
@@ -42,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = _parser()
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Plain())
     logging.getLogger("kedit").setLevel(logging.WARNING if args.quiet else logging.INFO)
     logging.getLogger("kedit.capture").setLevel(logging.WARNING)  # which kernel reads the rows is no news here
     try:
@@ -69,8 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"kedit {args.command}: interrupted; nothing was left half done.\n")
         return 130
-    except BrokenPipeError:
-        return 0
     return status
 
 
@@ -94,6 +107,15 @@ def _parser() -> argparse.ArgumentParser:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     return parser
+
+
+class _Plain(logging.Formatter):
+    """A message as it is, with what a terminal would act upon escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from kedit.utils.terminal import printable_lines
+
+        return printable_lines(super().format(record))
 
 
 @contextmanager

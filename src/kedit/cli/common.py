@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedit.errors import ConfigError
+from kedit.utils.terminal import printable_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from kedit.evaluation.cases import EditCase
 
 EDITOR = "rome"
+
+
+def say(*texts: str) -> None:
+    """Print texts, one below the other; what a terminal would act upon is escaped."""
+    sys.stdout.write("".join(f"{printable_lines(text)}\n" for text in texts))
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -91,37 +97,90 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_writable(path: str) -> None:
-    """Raise now, not after the work, where a file cannot be written."""
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """--force, for commands whose only use of it is to overwrite."""
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+
+
+def check_file(path: str, option: str = "--out", *, force: bool = False) -> None:
+    """Raise now, not after the work, where a file cannot be written: a regular file, new unless ``force``."""
+    from kedit.utils.texts import kind_of_file
+
     try:
+        kind = kind_of_file(path)
         folder = Path(os.path.realpath(path)).parent  # Path.resolve() breaks on links in a circle
         while not folder.exists():
             folder = folder.parent
-        taken = Path(path).is_dir()
     except (OSError, ValueError) as error:  # a name that is too long, a null character
-        raise ConfigError(f"Cannot write {path!r}: {error}. Choose another --out.") from error
-    if taken or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"Cannot write {path!r}: {error}. Choose another {option}.") from error
+    if kind is None and path.endswith(("/", os.sep)):
+        raise ConfigError(f"{option} {path} names a folder, and a file is to be written. Name a file.")
+    if kind not in (None, "file"):
+        raise ConfigError(f"Cannot write {path}: it is a {kind}, not a regular file. Choose another {option}.")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(
-            f"Cannot write {path}: it is a folder, or {folder} is no folder that can be written to. Choose another --out."
+            f"Cannot write {path}: {folder} is not a folder that can be written to. Choose another {option}."
+        )
+    if kind == "file" and not force:
+        raise ConfigError(f"{path} exists already. Choose another {option}, or add --force to overwrite it.")
+
+
+def check_folder(path: str, option: str, names: Sequence[str] = (), *, force: bool = False) -> None:
+    """Raise now, not after the work, where the files ``names`` cannot be written into a folder."""
+    for name in names or ["file"]:
+        file = Path(path) / name
+        if names and file.is_file() and not force:
+            raise ConfigError(f"{file} exists already. Choose another {option}, or add --force to overwrite it.")
+        try:
+            check_file(str(file), option, force=True)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{option} {path} is not a folder that can be made or written to. Choose another one."
+            ) from error
+
+
+def check_outputs(args: argparse.Namespace, figures: Sequence[str], files: Sequence[str] = ()) -> None:
+    """Raise now, not after the work, where ``--out`` (or ``files``) or ``--figures`` cannot be written."""
+    for path in files or ([args.out] if args.out else []):
+        check_file(path, force=args.force)
+    if args.figures:
+        check_folder(args.figures, "--figures", [f"{name}.png" for name in figures], force=args.force)
+
+
+def check_model_folder(path: str, option: str = "--save-model", *, force: bool = False) -> None:
+    """Raise now, not after the work, where a model cannot be written into a folder: one that is new or empty, unless ``force``."""
+    check_folder(path, option)
+    if os.path.isdir(path) and os.listdir(path) and not force:
+        model = " a model" if os.path.isfile(os.path.join(path, "config.json")) else ""
+        raise ConfigError(
+            f"{option} {path} holds{model or ' files'} already. Choose a new folder, or add --force to replace the model in it "
+            "(its weights, configuration and tokenizer; other files stay)."
         )
 
 
-def check_folder(path: str, option: str) -> None:
-    """Raise now, not after the work, where files cannot be written into a folder."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> Path:
+    """Write a model and its tokenizer into a folder, complete or not at all; weights that lie there already go.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    from kedit.utils.folders import partial_folder, replace_folder
+
+    target = Path(os.path.realpath(folder))  # a link to a folder stays one
     try:
-        check_writable(str(Path(path) / "file"))
-    except ConfigError as error:
-        raise ConfigError(
-            f"{option} {path} is no folder that can be made or written to. Choose another one."
-        ) from error
+        with partial_folder(target) as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            replace_folder(new, target, stale=_is_part_of_a_model)
+    except OSError as error:
+        raise ConfigError(f"Cannot write the model to {folder}: {error}. Choose another folder.") from error
+    return Path(folder)
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raise now, not after the work, where ``--out`` or ``--figures`` cannot be written."""
-    if args.out:
-        check_writable(args.out)
-    if args.figures:
-        check_folder(args.figures, "--figures")
+def _is_part_of_a_model(name: str) -> bool:
+    """Whether a file holds weights, or says how they are loaded: beside another model's it would be read with it."""
+    ends = (".safetensors", ".bin", ".index.json", ".gguf", ".pt", ".pth", ".h5", ".msgpack")
+    return name.endswith(ends) or name in ("kedit.json", "generation_config.json", "chat_template.jinja")
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -140,6 +199,18 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
     if args.model is None:
         raise ConfigError("--device-map places a model that is given by --model; the embedded one is small.")
     return load(args.model, dtype=dtype, device_map=placed)
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int, ...] | None:
+    """A question in the model's chat template, up to where the model answers; ``None`` without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "user", "content": question}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is a program, which may fail as it likes
+        raise ConfigError(f"The model's chat template fails ({error}). Repair it in the model's folder.") from error
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:

@@ -47,6 +47,7 @@ PROBES = {
 }
 GAMMA = 0.1  # where there is no preset; a tenth of it restrains little in a model of 135 million parameters
 KEYS_PER_DIMENSION = 20  # of the default text, which says the same things again and again
+OUT, FILES = "kedit-demo", ("attention.png", "edit.safetensors")
 TEXT_TOKENS, CHAT_TOKENS = 12, 24
 WIDTH = 100
 
@@ -97,7 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-map", metavar="MAP", help="device map of accelerate for large models, for example auto"
     )
-    parser.add_argument("--out", metavar="DIR", default="kedit-demo", help="where picture and patch go")
+    parser.add_argument("--out", metavar="DIR", help=f"folder for picture and patch (default: {OUT})")
+    parser.add_argument("--force", action="store_true", help="overwrite picture and patch in the folder --out")
     parser.add_argument("--case", type=int, metavar="N", help="fact of the embedded model to edit, 0-99 (default: 10)")
     own = parser.add_argument_group("with --model")
     own.add_argument(
@@ -124,11 +126,8 @@ def run(args: argparse.Namespace) -> int:
     from kedit.models.fingerprint import model_fingerprint
 
     _check(args)
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KEditError(f"Cannot write to the folder {out}: {error}.") from error
+    out = Path(args.out or OUT)
+    common.check_folder(str(out), "--out", FILES, force=args.force or args.out is None)
     write = sys.stdout.write
     if args.model is None:
         case = _case(args.case)
@@ -156,13 +155,13 @@ def run(args: argparse.Namespace) -> int:
         attention[stage] = _attention(model, scene.watched)
         patch = result.patch
         result.revert()
+    saved = patch.save(out / FILES[1])
+    picture = _draw(out / FILES[0], tokenizer, scene.watched, attention)
     write(_table(scene.questions, answers))
     write("\n" + "".join(f"{line}\n" for note in scene.notes for line in textwrap.wrap(note, _width())) + "\n")
-    picture = _draw(out / "attention.png", tokenizer, scene.watched, attention)
     if picture is not None:
-        write(f"picture  {picture}: where the last token looks, before and after\n")
-    saved = patch.save(out / "edit.safetensors")
-    write(f"patch    {saved}: ROME + SADR, {saved.stat().st_size / 1024:.0f} KiB\n")
+        write(f"picture  {printable(str(picture))}: where the last token looks, before and after\n")
+    write(f"patch    {printable(str(saved))}: ROME + SADR, {saved.stat().st_size / 1024:.0f} KiB\n")
     if model_fingerprint(model) != untouched:
         raise KEditError("The model is not what it was before the edits. This is a bug: please report it.")
     write("revert   the model is bit-identical to what it was before\n")
@@ -246,7 +245,7 @@ def _own_scene(
     if probes["paraphrase"]:
         questions.append(plain("paraphrase", probes["paraphrase"], edit.target_new))
     if probes["question"]:
-        ids = _chat(tokenizer, probes["question"])
+        ids = common.chat_tokens(tokenizer, probes["question"])
         if ids is None:
             notes.append("The tokenizer has no chat template, so the question is left out.")
         else:
@@ -266,18 +265,6 @@ def _own_scene(
     )
     title = f"The edit: {edit.text!r} → {edit.target_new!r}. (Model: {printable(str(args.model))})\n\n"
     return Scene(title, edit, questions, answer, questions[-1], notes)
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int, ...] | None:
-    """A question in the model's chat template, up to where the model answers; ``None`` without a template."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    turns = [{"role": "user", "content": question}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # the template is a program, which may fail as it likes
-        raise ConfigError(f"The model's chat template fails ({error}). Repair it in the model's folder.") from error
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _first_word(text: str) -> str:

@@ -12,7 +12,6 @@ Without --data, the cases are the test half of the embedded model's. With a regu
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 HELP = "show how edits change attention"
 COUNT = 50
+FIGURES = ("drift", "gain", "correlation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write all numbers to FILE (x.json; those with a regularizer to x-regularized.json)",
     )
     parser.add_argument("--figures", metavar="DIR", help="draw heat maps and the correlation into DIR (PNG)")
+    common.add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Edit, compare, print."""
     from kedit.analysis.attention_drift import drift
 
-    common.check_outputs(args)
+    files = [str(_path(args.out, number)) for number in (1, 2)] if args.out else []
+    common.check_outputs(args, FIGURES, files if args.regularizer else files[:1])
     if args.patch and (args.editor or args.regularizer or args.set or args.moments_corpus):
         raise ConfigError(
             "--patch is written already. Drop it, or --editor, --regularizer, --set and --moments-corpus."
@@ -58,12 +60,11 @@ def run(args: argparse.Namespace) -> int:
     results: list[DriftResult] = []
     for chosen in ([], regularizers) if regularizers else ([],):
         results.append(drift(model, tokenizer, cases, source, chosen))
-        sys.stdout.write(f"{results[-1].summary()}\n")
-        if args.out:  # at once: what comes later may fail
-            sys.stdout.write(f"figures: {results[-1].save(_path(args.out, len(results)))}\n")
-        sys.stdout.write("\n")
+        # at once: what comes later may fail
+        saved = [f"figures: {results[-1].save(_path(args.out, len(results)))}"] if args.out else []
+        common.say(results[-1].summary(), *saved, "")
     if len(results) == 2:
-        sys.stdout.write(f"{_compared(*results)}\n")
+        common.say(_compared(*results))
     if args.figures:
         _draw(args.figures, results)
     return 0
@@ -96,7 +97,6 @@ def _patch(path: str) -> Source:
 def _draw(folder: str, results: list[DriftResult]) -> None:
     from kedit.report import figures
 
-    drawn = {"drift": figures.drift_maps(results), "gain": figures.drift_maps(results, "gain")}
-    drawn["correlation"] = figures.correlation_plot(results[0])
-    for path in common.save_figures(folder, drawn):
-        sys.stdout.write(f"picture: {path}\n")
+    drawn = (figures.drift_maps(results), figures.drift_maps(results, "gain"), figures.correlation_plot(results[0]))
+    saved = common.save_figures(folder, dict(zip(FIGURES, drawn, strict=True)))
+    common.say(*(f"picture: {path}" for path in saved))

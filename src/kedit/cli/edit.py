@@ -9,14 +9,15 @@ Examples:
 A JSONL file holds one edit per line: {"prompt": "...{}...", "subject": "...", "target_new": "..."}.
 
 Exit status: 0 if the edited model produces every target; 3 if the patch is written, but the model does not produce all targets;
-1 after an error, when nothing is edited. Under a launcher, 0 also if the model does not produce all targets.
+4 if the guard refused edits of a journal; 1 after an error, when nothing is edited. Under a launcher, 0 also if the model does not
+produce all targets.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
+import os
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,16 @@ from kedit.cli import common
 from kedit.errors import ConfigError, EditError, PatchError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedModel
 
     from kedit.edit import Edit
     from kedit.evaluation.guard import Guard
+    from kedit.patch import EditPatch
 
 NOT_SAID = 3  # exit status where the edited model does not say every target
+REFUSED = 4  # exit status where the guard refused some edits of a journal
 MAX_TEXTS = 100  # more than the guard reads
 
 HELP = "edit facts in a model and save the patch"
@@ -66,7 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="AlphaEdit's keys of earlier edits: read if the file exists, written at the end",
     )
-    parser.add_argument("--save-model", metavar="DIR", help="also write the whole edited model there")
+    parser.add_argument("--save-model", metavar="DIR", help="write the whole edited model there, with or without --out")
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite an existing --out, and the model in a --save-model folder"
+    )
     parser.add_argument(
         "--memory",
         action="store_true",
@@ -79,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from kedit.utils.distributed import current_group
 
     edits = _edits(args)
-    _check(args)
+    _check(args, edits)
     guard = _guard(args)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)
@@ -89,31 +97,43 @@ def run(args: argparse.Namespace) -> int:
     if args.keys:
         _load_keys(editor, args.keys, args.journal)
     if args.memory:
-        sys.stdout.write(f"memory: {editor.estimate_memory(edits, regularizers)}\n")
+        common.say(f"memory: {editor.estimate_memory(edits, regularizers)}")
         return 0
     if args.journal:
         from kedit.sequential import run_journal
 
         run = run_journal(args.journal, editor, edits, regularizers, guard=guard, batch_size=args.batch_size or 1)
-        status = NOT_SAID if run.all_said is False else 0
-        sys.stdout.write(run.report() + "\n")
+        status, text = NOT_SAID if run.all_said is False else 0, run.report()
         if not run.patches:
+            common.say(text)
             raise EditError("The guard refused every edit, so there is no patch to write.")
-        path = run.patch.save(args.out)
+        if run.refused:
+            status = REFUSED
+        patch = run.patch
     else:
         result = editor.apply(edits, regularizers, guard=guard)
         alone = current_group().size == 1  # a launcher would take any other status than 0 for a process that broke down
-        status = NOT_SAID if alone and result.all_said is False else 0
+        status, text = NOT_SAID if alone and result.all_said is False else 0, result.report()
         if not current_group().leads:
             return status
-        sys.stdout.write(result.report() + "\n")
-        path = result.patch.save(args.out)
-    sys.stdout.write(f"patch: {path}\n")
-    if args.keys:
-        sys.stdout.write(f"keys: {_save_keys(editor, args.keys)}\n")
-    if args.save_model:
-        _save_model(model, tokenizer, args.save_model)
+        patch = result.patch
+    lines = [text]
+    try:
+        for line in _save(args, patch, editor):
+            lines.append(line)
+    finally:
+        common.say(*lines)
     return status
+
+
+def _save(args: argparse.Namespace, patch: EditPatch, editor: Any) -> Iterator[str]:
+    """Write what the options ask for, and tell of each file once it is complete."""
+    if args.out:
+        yield f"patch: {patch.save(args.out)}"
+    if args.keys:
+        yield f"keys: {_save_keys(editor, args.keys)}"
+    if args.save_model:
+        yield f"model: {common.save_model(editor.model, editor.tokenizer, args.save_model)}"
 
 
 def _edits(args: argparse.Namespace) -> list[Edit]:
@@ -128,37 +148,56 @@ def _edits(args: argparse.Namespace) -> list[Edit]:
     return Edit.from_jsonl(args.edits) if args.edits else [Edit(*single)]
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, edits: Sequence[Edit]) -> None:
     """Raise now, not after the work, where options do not fit together or a file cannot be written."""
     from kedit.utils.distributed import launched
+    from kedit.utils.folders import is_within
 
-    if args.out is None and not args.memory:
-        raise EditError("Give --out FILE, where the patch shall be written.")
+    if not (args.out or args.save_model or args.journal or args.memory):
+        raise EditError(
+            "Give --out FILE, where the patch shall be written, or --save-model DIR for the whole edited model."
+        )
     if args.memory and args.journal:
         raise ConfigError("--memory tells of edits that are made together. Drop --journal.")
     if args.out is not None:
-        common.check_writable(args.out)
+        common.check_file(args.out, force=args.force or _is_of_this_journal(args, edits))
     if args.batch_size is not None and not args.journal:
         raise EditError("--batch-size belongs to a journal. Add --journal DIR.")
     if args.batch_size is not None and args.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, not {args.batch_size}.")
     if args.save_model:
-        common.check_folder(args.save_model, "--save-model")
+        common.check_model_folder(args.save_model, force=args.force)
+        if args.out and is_within(Path(args.out), Path(args.save_model)):
+            raise ConfigError(
+                "--out lies in the --save-model folder, where loaders can mistake the patch for weights. Choose another --out."
+            )
     common.choose_editor(args)
     if args.keys:
-        common.check_writable(args.keys)
+        common.check_file(args.keys, "--keys", force=True)
+    if args.out and args.keys and os.path.realpath(args.out) == os.path.realpath(args.keys):
+        raise ConfigError("--out and --keys name one file, so one would overwrite the other. Name two.")
+    for option, path in (("--out", args.out), ("--keys", args.keys), ("--save-model", args.save_model)):
+        if args.journal and path and is_within(Path(path), Path(args.journal)):
+            raise ConfigError(
+                f"{option} lies in the --journal folder, which holds the journal alone. Choose another {option}."
+            )
     if args.journal and launched() > 1:
         raise ConfigError("A journal is kept by one process. Start kedit without a launcher, or drop --journal.")
 
 
-def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """Write the edited model and its tokenizer."""
+def _is_of_this_journal(args: argparse.Namespace, edits: Sequence[Edit]) -> bool:
+    """Whether ``--out`` is a patch of the journal that goes on: a longer one loses nothing of it."""
+    from kedit.patch import EditPatch
+    from kedit.sequential import is_begun
+
+    if not (args.journal and is_begun(args.journal) and Path(args.out).is_file()):
+        return False
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise EditError(f"Cannot write the model to {folder}: {error}. The patch is kept.") from error
-    sys.stdout.write(f"model: {folder}\n")
+        known = EditPatch.load(args.out).provenance.get("edits", [])
+    except PatchError:
+        return False
+    given = [edit.to_dict() for edit in edits]
+    return all(edit in given for edit in known)
 
 
 def _load_keys(editor: Any, path: str, journal: str | None) -> None:

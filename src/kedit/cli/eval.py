@@ -11,7 +11,6 @@ Without --data, the cases are the test half of the embedded model's. To resume a
 from __future__ import annotations
 
 import argparse
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_TEXTS = 200  # of which the first 512 tokens are read
+RESULTS = ("report.html", "summary.md", "summary.json")
 HELP = "evaluate edits of a model"
 
 
@@ -51,14 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", action="store_true", help="measure the attention to the edited subject")
     parser.add_argument("--no-exact", action="store_true", help="skip the metrics that need greedy decoding")
     parser.add_argument("--out", metavar="DIR", help="folder for records, summary and HTML page")
+    common.add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, evaluate, print the summary."""
     from kedit.evaluation import evaluate
+    from kedit.evaluation.journal import RUN
 
     if args.unedited and (args.regularizer or args.gamma is not None):
         raise ConfigError("--unedited leaves nothing to regularize. Drop it, or --regularizer.")
+    if args.out:
+        goes_on = (Path(args.out) / RUN).is_file()
+        common.check_folder(args.out, "--out", RESULTS, force=goes_on or args.force)
     cases = common.load_cases(args, 200)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)
@@ -79,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
         texts=_texts(args.texts, model),
         seed=args.seed,
     )
-    sys.stdout.write(report.to_markdown())
+    common.say(report.to_markdown().removesuffix("\n"))
     if args.out:
-        sys.stdout.write(f"\nreport: {Path(args.out) / 'report.html'}\n")
+        common.say("", f"report: {Path(args.out) / 'report.html'}")
     return 0
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from kedit.patch import EditPatch
     from kedit.patch.checkpoint.rewrite import DiskReport
 
+_MOST = 20  # patches that are listed
 HELP = "show, attach, apply, revert, merge, compare and export patches"
 
 
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attach.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="prompt to continue, repeat for several"
     )
+    attach.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     attach.add_argument("--tokens", type=int, default=12, metavar="N", help="tokens to generate (default: 12)")
     attach.add_argument("--force", action="store_true", help="do not compare the weights with the patch's fingerprints")
     common.add_model(attach)
@@ -58,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="BASE_DIR", required=True, help="folder that the patches were applied to; not changed"
     )
     _on_disk(revert)
+    revert.add_argument(
+        "--drop-others",
+        action="store_true",
+        help="also drop other changes of the same weights if the folder does not keep their patches; they are listed",
+    )
     merge = _action(actions, "merge", _merge, "merge several patches into one")
     merge.add_argument("patches", metavar="PATCH", nargs="+", help="patches in the order of application")
     merge.add_argument(
@@ -113,6 +119,7 @@ def _on_disk(parser: argparse.ArgumentParser) -> None:
 
 def _out_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", required=True, help="the new patch (.safetensors)")
+    common.add_force(parser)
 
 
 def _load(paths: Sequence[str]) -> list[EditPatch]:
@@ -136,39 +143,54 @@ def _show(args: argparse.Namespace) -> None:
         )
     else:
         text = patch.show()
-    sys.stdout.write(text + "\n")
+    common.say(text)
 
 
 def _attach(args: argparse.Namespace) -> None:
+    from kedit.models import ModelArch
+    from kedit.models.hooks import inference_state
     from kedit.patch import EditPatch
+    from kedit.prompts.decode import continue_rows
 
     if args.tokens < 1:
         raise ConfigError(f"--tokens must be at least 1, not {args.tokens}.")
     patches = _load(args.patches)
     patch = EditPatch.merge(patches) if len(patches) > 1 else patches[0]
     model, tokenizer = common.load_model(args)
-    without = [_continuation(model, tokenizer, prompt, args.tokens) for prompt in args.prompt]
-    with patch.attach(model, force=args.force):
-        changed = [_continuation(model, tokenizer, prompt, args.tokens) for prompt in args.prompt]
+    prompts = [_tokens(model, tokenizer, prompt, args.tokens, chat=args.chat) for prompt in args.prompt]
+    arch = ModelArch(model)
+    with inference_state(arch.model):
+        without = continue_rows(arch, tokenizer, prompts, args.tokens)
+        with patch.attach(model, force=args.force):
+            changed = continue_rows(arch, tokenizer, prompts, args.tokens)
     for prompt, old, new in zip(args.prompt, without, changed, strict=True):
-        sys.stdout.write(f"{prompt}\n  without: {old!r}\n  with:    {new!r}\n")
+        common.say(printable(prompt), f"  without: {_shown(*old)}", f"  with:    {_shown(*new)}")
+    if not args.chat and any(ended and not text for text, ended in (*without, *changed)):
+        template = getattr(tokenizer, "chat_template", None)
+        advice = "Add --chat to ask in the model's chat template" if template else "Give the beginning of a sentence"
+        common.say(f"The model ends its text right after a prompt. {advice}.")
 
 
-def _continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """What a model writes after a prompt, always the likeliest token."""
+def _shown(text: str, ended: bool) -> str:
+    return repr(text) if text or not ended else "nothing: the model ends its text at once"
+
+
+def _tokens(model: Any, tokenizer: Any, prompt: str, tokens: int, *, chat: bool) -> tuple[int, ...]:
+    """The tokens of a prompt, from which the model can write ``tokens`` more."""
     from kedit.prompts.tokenize import context_limit
 
-    inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(model.device)
-    length, limit = inputs["input_ids"].shape[1], context_limit(model)
-    if not length:
+    ids = common.chat_tokens(tokenizer, prompt) if chat else tuple(tokenizer(prompt, verbose=False)["input_ids"])
+    if ids is None:
+        raise ConfigError("The tokenizer has no chat template. Drop --chat.")
+    length, limit = len(ids), context_limit(model)
+    if not length or not prompt:
         raise ConfigError(f"--prompt {prompt!r} has no tokens, so there is nothing to continue. Give a text.")
     if limit is not None and length + tokens > limit:
         raise ContextLengthError(
             f"The prompt has {length} tokens and {tokens} are to be written; the model's context window holds {limit}. Shorten "
             "the prompt, or give --tokens."
         )
-    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
+    return ids
 
 
 def _apply(args: argparse.Namespace) -> None:
@@ -180,7 +202,8 @@ def _apply(args: argparse.Namespace) -> None:
 def _revert(args: argparse.Namespace) -> None:
     from kedit.patch.checkpoint.apply import revert_checkpoint
 
-    _say(revert_checkpoint(args.edited, args.base, _load(args.patch), args.out, force=args.force, link=args.link))
+    patches, options = _load(args.patch), {"force": args.force, "drop_others": args.drop_others, "link": args.link}
+    _say(revert_checkpoint(args.edited, args.base, patches, args.out, **options))
 
 
 def _say(report: DiskReport) -> None:
@@ -190,27 +213,34 @@ def _say(report: DiskReport) -> None:
         lines.append(f"  left behind, as they hold the weights in other forms: {', '.join(report.left_out)}")
     if report.passed_over:
         lines.append(f"  passed over, as links to folders or to nothing: {', '.join(report.passed_over)}")
-    sys.stdout.write("\n".join(map(printable, lines)) + "\n")
+    lines += [f"  lost: {what}" for what in report.dropped]
+    lines.append(f"  patches on it: {len(report.applied)}")
+    lines += [f"    {patch}" for patch in report.applied[:_MOST]]
+    if len(report.applied) > _MOST:
+        lines.append(f"    and {len(report.applied) - _MOST} more")
+    common.say(*map(printable, lines))
 
 
 def _merge(args: argparse.Namespace) -> None:
     from kedit.patch import EditPatch
 
-    common.check_writable(args.out)
+    common.check_file(args.out, force=True)
     if any(Path(path).exists() and Path(args.out).exists() and Path(path).samefile(args.out) for path in args.patches):
         raise ConfigError(f"{args.out} is one of the patches to merge, which are only read. Choose another --out.")
+    common.check_file(args.out, force=args.force)
     _save(EditPatch.merge(_load(args.patches), tolerance=args.tolerance), args.out)
 
 
 def _diff(args: argparse.Namespace) -> None:
     from kedit.patch import EditPatch
 
-    common.check_writable(args.out)
+    common.check_file(args.out, force=args.force)
     _save(EditPatch.diff(args.base, args.edited, tolerance=args.tolerance, max_rank=args.max_rank), args.out)
 
 
 def _save(patch: EditPatch, path: str) -> None:
-    sys.stdout.write(f"{patch.show()}\npatch: {patch.save(path)}\n")
+    saved = patch.save(path)
+    common.say(patch.show(), f"patch: {saved}")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -219,4 +249,4 @@ def _export(args: argparse.Namespace) -> None:
 
     (patch,) = _load([args.patch])
     folder = patch.to_peft(args.out, skeleton(args.model or ASSETS))
-    sys.stdout.write(f"adapter: {folder}\n")
+    common.say(f"adapter: {folder}")

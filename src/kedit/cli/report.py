@@ -12,7 +12,6 @@ model, name the regularizer to compare with.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from kedit.cli import common
 from kedit.errors import ConfigError
@@ -31,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=10, metavar="N", help="draws of the noise in tracing (default: 10)"
     )
     parser.add_argument("--out", metavar="FILE", default="report.html", help="file of the page (default: report.html)")
+    common.add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from kedit.report import figures
     from kedit.report.overview import reveal
 
-    common.check_writable(args.out)
+    common.check_file(args.out, force=args.force)
     figures.style()  # without matplotlib it fails now, not after the work
     common.choose_editor(args)
     regularizers = common.make_regularizers(args)
@@ -53,6 +53,6 @@ def run(args: argparse.Namespace) -> int:
     compared = regularizers or ("sadr" if args.model is None and (args.editor or "").lower() != "ft" else None)
     editor = common.make_editor(args, model, tokenizer)
     found = reveal(model, tokenizer, cases, editor, compared, samples=args.samples, seed=args.seed)
-    sys.stdout.write(found.summary() + "\n")
-    sys.stdout.write(f"\npage: {found.save(args.out)}\n")
+    path = found.save(args.out)
+    common.say(found.summary(), "", f"page: {path}")
     return 0

@@ -11,7 +11,6 @@ are explained in docs/second-moments.md.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from kedit.cli import common
 from kedit.errors import ConfigError
@@ -41,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--layers is a list of block numbers like 3,4,5, not {args.layers!r}.") from error
     model, tokenizer = common.load_model(args)
     moments = second_moments(model, tokenizer, layers, args.corpus, tokens=args.tokens)
-    sys.stdout.write("layer     keys  split halves differ by  effective rank  width\n")
+    lines = ["layer     keys  split halves differ by  effective rank  width"]
     for layer in layers:
         m = moments[layer]
         width = m.matrix.shape[:-1].numel()  # of a mixture, of all experts together
         half = "-" if m.split_half is None else f"{100 * m.split_half:.1f} %"
-        sys.stdout.write(f"{layer:5d} {m.tokens or 0:8,d} {half:>23} {m.effective_rank or 0:15.1f} {width:6d}\n")
-    sys.stdout.write(f"kept in {cache_folder()}\n")
+        lines.append(f"{layer:5d} {m.tokens or 0:8,d} {half:>23} {m.effective_rank or 0:15.1f} {width:6d}")
+    common.say(*lines, f"kept in {cache_folder()}")
     return 0

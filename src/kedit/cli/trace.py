@@ -12,7 +12,6 @@ model's own prediction.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from kedit.cli import common
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 HELP = "find where a model stores facts"
 COUNT = 50
+FIGURES = ("tracing", "handover")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,13 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suggest", action="store_true", help="propose layers to edit, with the evidence")
     parser.add_argument("--out", metavar="FILE", help="write all effects to FILE (.json)")
     parser.add_argument("--figures", metavar="DIR", help="draw the figures into DIR (PNG)")
+    common.add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Trace, print, propose."""
     from kedit.analysis.causal_tracing import trace
 
-    common.check_outputs(args)
+    common.check_outputs(args, FIGURES)
     facts = _facts(args)
     model, tokenizer = common.load_model(args)
     result = trace(
@@ -64,20 +65,20 @@ def run(args: argparse.Namespace) -> int:
         samples=args.samples,
         seed=args.seed,
     )
-    sys.stdout.write(result.summary() + "\n")
+    lines = [result.summary()]
     if args.suggest:
-        sys.stdout.write(f"\n{_proposal(result)}\n{_known(model)}\n")
+        lines += ["", _proposal(result), _known(model)]
     if args.out:
-        sys.stdout.write(f"effects: {result.save(args.out)}\n")
+        lines.append(f"effects: {result.save(args.out)}")
     if args.figures:
         from kedit.report import figures
 
         one = len(result.facts) == 1
-        drawn = {"tracing": figures.tracing_fact(result.facts[0]) if one else figures.tracing_averages(result)}
+        drawn = {FIGURES[0]: figures.tracing_fact(result.facts[0]) if one else figures.tracing_averages(result)}
         if not one:
-            drawn["handover"] = figures.tracing_handover(result)
-        for path in common.save_figures(args.figures, drawn):
-            sys.stdout.write(f"picture: {path}\n")
+            drawn[FIGURES[1]] = figures.tracing_handover(result)
+        lines += [f"picture: {path}" for path in common.save_figures(args.figures, drawn)]
+    common.say(*lines)
     return 0
 
 

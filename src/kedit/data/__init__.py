@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kedit.data.records import ACCEPTED
 from kedit.data.records import Loaded as Loaded
 from kedit.data.records import Malformed as Malformed
 from kedit.data.records import Parser as Parser
@@ -14,7 +15,9 @@ from kedit.data.records import parse as parse
 from kedit.data.records import read_records as read_records
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
+from kedit.utils.network import UNREACHABLE, hub_is_reachable
 from kedit.utils.registry import Registry
+from kedit.utils.texts import names_a_file
 from kedit.utils.validation import is_whole
 
 FORMATS: Registry[Parser] = Registry(
@@ -75,7 +78,7 @@ def load_cases(
     name = format or recognise(records, str(source))
     loaded = parse(records, FORMATS[name], name, strict=strict)
     if not loaded.cases:
-        reason = f" The first: {loaded.malformed[0].reason}." if loaded.malformed else ""
+        reason = f" The first: {loaded.malformed[0].reason.rstrip('.')}." if loaded.malformed else ""
         raise EditError(
             f"{source} holds no case in the form {name!r}.{reason} Give another --format, or repair the file."
         )
@@ -89,11 +92,21 @@ def recognise(records: Sequence[Any], source: str = "The file") -> str:
             for fields, name in _MARKS:
                 if fields <= record.keys():
                     return name
-    names = next((sorted(record) for record in records if isinstance(record, Mapping)), [])
-    raise EditError(
-        f"{source} is in no known form (fields of its first record: {', '.join(names) or 'none'}). "
-        f"Name one of {', '.join(FORMATS)}."
-    )
+    found = next((sorted(map(str, record)) for record in records if isinstance(record, Mapping)), None)
+    if found is None:
+        said = (
+            f"its first record is {str(records[0])[:60]!r}, not an object with fields"
+            if records
+            else "it holds no records"
+        )
+    else:
+        said = f"its first record has the fields {', '.join(found) or '(none)'}"
+    if records and isinstance(records[0], str) and records[0].startswith("not JSON"):
+        said = f"its first line is {records[0][:80]}"
+    edits = ""
+    if found is not None and {"prompt", "subject", "target_new"} <= set(found):
+        edits = ' These are edits: as cases, write each as {"edit": {...}}; kedit edit --edits takes them as they are.'
+    raise EditError(f"{source} is in no known form: {said}.{edits} Known forms (--format): {', '.join(FORMATS)}.")
 
 
 def own(record: Record, name: str) -> EditCase:
@@ -104,12 +117,16 @@ def own(record: Record, name: str) -> EditCase:
 def _dataset(name: str, split: str, limit: int | None) -> list[Any]:
     from itertools import islice
 
+    if names_a_file(name):
+        raise EditError(f"There is no file {name!r}. Check the path, and give {ACCEPTED}, or the name of a data set.")
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise EditError(
             f"{name!r} is no file, and reading it as a data set needs the datasets package. Install kedit[data]."
         ) from error
+    if not hub_is_reachable():
+        raise EditError(f"The data set {name!r} cannot be read: {UNREACHABLE}. Give a JSON or JSONL file.")
     try:
         return list(islice(load_dataset(name, split=split, streaming=True), limit))
     except Exception as error:  # datasets raises many kinds: no network, no such name, ...

@@ -11,10 +11,13 @@ from typing import Any
 from kedit.edit import json_lines
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
+from kedit.utils.terminal import printable
+from kedit.utils.texts import read_text, text_form
 
 Record = Mapping[str, Any]
 Parser = Callable[[Record, str], EditCase]
 
+ACCEPTED = "a JSON list of records (.json) or JSON lines (.jsonl)"
 PARSE_ERRORS = (EditError, KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
@@ -46,7 +49,7 @@ class Loaded:
         if self.malformed:
             lines[0] += f", {len(self.malformed)} malformed records left out"
             lines += [f"  record {bad.number}: {bad.reason}" for bad in self.malformed]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def parse(records: Iterable[Any], parser: Parser, format: str, *, strict: bool = False) -> Loaded:
@@ -60,7 +63,7 @@ def parse(records: Iterable[Any], parser: Parser, format: str, *, strict: bool =
             if case.id in names:
                 raise EditError(f"the id {case.id!r} is taken by an earlier record")
         except PARSE_ERRORS as error:
-            reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+            reason = _reason(error, format)
             if strict:
                 raise EditError(f"Record {number} is no {format} record: {reason}") from error
             malformed.append(Malformed(number, reason))
@@ -70,38 +73,46 @@ def parse(records: Iterable[Any], parser: Parser, format: str, *, strict: bool =
     return Loaded(cases, malformed, format)
 
 
+def _reason(error: Exception, format: str) -> str:
+    """What is wrong with a record, for people: Python's own words speak of types that are not in the file."""
+    if isinstance(error, KeyError):
+        return f"field {error} is missing"
+    if isinstance(error, EditError) or type(error) is ValueError:
+        return str(error)
+    return f"a field holds another kind of value than records of the form {format!r} have there"
+
+
 def read_records(path: Path) -> list[Any]:
     """The records of a JSON list or JSON-lines file; a line that is not JSON becomes a malformed record of its own."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EditError(f"Cannot read cases from {path}: {error}.") from error
+    text = read_text(path, ACCEPTED, EditError)
     if path.suffix == ".jsonl":
         return list(_lines(text))
     try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not text.lstrip().startswith(("{", "[")):
+            raise EditError(f"{path} is {text_form(path, text)}. Give {ACCEPTED}.") from error
         raise EditError(f"{path} is not JSON: {error}. JSON lines need the suffix .jsonl.") from error
-    if isinstance(records, dict):  # some files wrap their list: {"data": [...]}
-        lists = [value for value in records.values() if isinstance(value, list)]
-        records = lists[0] if len(lists) == 1 else [records]
-    if not isinstance(records, list):
-        raise EditError(f"{path} holds a {type(records).__name__}; a list of records was expected.")
-    return records
+    if isinstance(found, dict):  # some files wrap their list: {"data": [...]}
+        lists = [value for value in found.values() if isinstance(value, list)]
+        found = lists[0] if len(lists) == 1 else [found]
+    if not isinstance(found, list):
+        raise EditError(f"{path} holds {json.dumps(found)[:60]} alone. Give {ACCEPTED}.")
+    return found
 
 
 def _lines(text: str) -> Iterator[Any]:
     for _, line in json_lines(text):
         try:
             yield json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             yield f"not JSON: {error}"
 
 
 def _mapping(record: Any) -> Record:
     if isinstance(record, Mapping):
         return record
-    raise EditError(record if isinstance(record, str) else f"a {type(record).__name__} instead of an object")
+    raise EditError(record if isinstance(record, str) else f"{json.dumps(record)[:40]} instead of an object")
 
 
 def text(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from kedit.editors.observers import Observers, applied, check_guard, without_noi
 from kedit.editors.result import EditResult, Gate, Timer
 from kedit.errors import ConfigError
 from kedit.models import ModelArch, Weight
+from kedit.models.lock import editing, one_at_a_time
 from kedit.models.offload import check_held
 from kedit.models.validate import check_editable, check_model
 from kedit.patch import EditPatch, fingerprints
@@ -44,15 +45,16 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S", bound="Editor")
 
 
-def with_gradient(call: Callable[P, R]) -> Callable[P, R]:
-    """Let a method work also where its caller has gradients switched off."""
+def with_gradient(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Let a method work also where its caller has gradients switched off, one thread at a time."""
 
     @functools.wraps(call)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.enable_grad():
-            return call(*args, **kwargs)
+    def wrapped(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with editing(self.model), torch.inference_mode(False), torch.enable_grad():
+            return call(self, *args, **kwargs)
 
     return wrapped
 
@@ -195,6 +197,7 @@ class Editor(ABC):
                 progress.advance()
         return {name: concatenate(each) for name, each in parts.items()}, log
 
+    @one_at_a_time
     def reapply(self, patch: EditPatch, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> None:
         """Put a patch that this editor made of ``edits`` back onto the model, as :meth:`apply` left it.
 
@@ -234,6 +237,7 @@ class Editor(ABC):
         finally:
             self._asks = held
 
+    @one_at_a_time
     def check(self, edits: Edit | Iterable[Edit]) -> list[EditCheck]:
         """Ask the model, as it is now, for the targets of edits; ``before`` of each is unknown.
 
@@ -244,10 +248,12 @@ class Editor(ABC):
         said = predict(self.arch, self.tokenizer, chosen, tokens=self.engine.budget)
         return [EditCheck(edit, None, after) for edit, after in zip(chosen, said, strict=True)]
 
+    @one_at_a_time
     def revert_all(self) -> None:
         """Give every weight that the model's patches touched its original back, bit for bit, whichever editor made them."""
         Ledger.of(self.model).revert_all()
 
+    @one_at_a_time
     def prepare(self) -> None:
         """Get now, of the model as it is, what the editor otherwise gets when it is first needed, contexts among it."""
         _ = self.contexts

@@ -12,6 +12,7 @@ from kedit.edit import Edit
 from kedit.keys.routing import Route
 from kedit.patch import EditPatch
 from kedit.prompts.predictions import EditCheck
+from kedit.utils.terminal import printable
 from kedit.values.optimize import StepLog
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class EditResult:
             lines += [f"  {line}" for line in str(self.guard).splitlines()]
         if self.seconds:
             lines.append("  " + ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items()))
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def __repr__(self) -> str:
         return f"EditResult({len(self.edits)} edits, {', '.join(self.patch.deltas)})"

@@ -136,7 +136,10 @@ class EditCase:
         try:
             probes = [Probe(**probe) for probe in record.get("probes", ())]
         except TypeError as error:
-            raise EditError(f"Case {record['id']!r}: a probe is malformed ({error}).") from error
+            raise EditError(
+                f"Case {record['id']!r}: probes are a list of objects with fields of kedit.evaluation.cases.Probe, not "
+                f"{record['probes']!r:.60}."
+            ) from error
         return cls.of(
             record["id"],
             Edit.from_dict(record["edit"]),

@@ -40,6 +40,7 @@ DEFAULT_TEXTS = (
 )
 """Texts for KL and perplexity where none are given."""
 
+_MOST = 10  # edits that an error names
 _GAINS = {"efficacy": Kind.REWRITE, "paraphrase": Kind.PARAPHRASE}
 _DROPS = {"neighbour_drop": Kind.NEIGHBOUR, "distracted_drop": Kind.DISTRACTED, "relation_drop": Kind.RELATION}
 
@@ -71,9 +72,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class GuardReport:
-    """All figures of one check."""
+    """All figures of one check.
+
+    Attributes:
+        figures: what was measured, with the limits.
+        held: the edits whose own prompt the edited model answers as they ask.
+        failed_edits: the other ones.
+    """
 
     figures: tuple[Figure, ...]
+    held: tuple[Edit, ...] = ()
+    failed_edits: tuple[Edit, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -103,10 +112,20 @@ class GuardError(KEditError):
             f"{figure.name} is {figure.value:.4g} and must be {'at least' if figure.least else 'at most'} {figure.limit:.4g}"
             for figure in report.failed
         )
+        facts = ""
+        if report.failed_edits:
+            held = f"; held: {_named(report.held)}" if report.held else "; none held"
+            facts = f" Failed: {_named(report.failed_edits)}{held}."
         super().__init__(
-            f"The edit was rolled back by the guard: {failed}. Change the edit or its hyper-parameters, add a regularizer, "
+            f"The edit was rolled back by the guard: {failed}.{facts} Change the edit or its hyper-parameters, add a regularizer, "
             "or loosen the guard."
         )
+
+
+def _named(edits: Sequence[Edit]) -> str:
+    """The first edits in a line, and how many more there are."""
+    texts = "; ".join(f"{edit.text} → {edit.target_new}" for edit in edits[:_MOST])
+    return texts + (f"; and {len(edits) - _MOST} more" if len(edits) > _MOST else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +229,13 @@ class GuardCheck:
         """
         after = self.examiner.score(self.cases)
         figures = [*self._shares(after), *self._on_text(after), *self._norms(names)]
-        self.report = GuardReport(tuple(figures))
+        held = [_share([score], Kind.REWRITE) == 1.0 for score in after]
+        edits = [case.edit for case in self.cases]
+        self.report = GuardReport(
+            tuple(figures),
+            tuple(edit for edit, said in zip(edits, held, strict=True) if said),
+            tuple(edit for edit, said in zip(edits, held, strict=True) if not said),
+        )
         if not self.report.passed:
             raise GuardError(self.report)
         return self.report

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from kedit.errors import ConfigError
 from kedit.models.defaults import model_defaults
+from kedit.utils.network import UNREACHABLE, hub_is_reachable
+from kedit.utils.texts import binary_form, kind_of_file, names_a_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +51,10 @@ def as_corpus(corpus: Corpus | Iterable[str] | str | Path | None, model: PreTrai
         return _default(model)
     if isinstance(corpus, str | Path):
         path = Path(corpus)
+        if not path.exists() and names_a_file(str(corpus)):
+            raise ConfigError(
+                f"There is no file {str(corpus)!r}. Check the path, and give a text or JSONL file, or the name of a data set."
+            )
         return _file(path) if path.exists() else _dataset(str(corpus))
     if not isinstance(corpus, Iterable):
         raise ConfigError(f"A corpus is a file or an iterable of texts, not {type(corpus).__name__}.")
@@ -77,9 +83,16 @@ def _default(model: PreTrainedModel) -> Corpus:
 
 
 def _file(path: Path) -> Corpus:
+    kind = kind_of_file(path)
+    if kind != "file":  # it is read more than once, so a pipe would not do
+        raise ConfigError(f"The corpus {path} is a {kind}, not a regular file. Give a text or JSONL file.")
     try:
         with path.open("rb") as file:
             found = hashlib.sha256()
+            form = binary_form(file.read(1 << 20))
+            if form is not None:
+                raise ConfigError(f"The corpus {path} is {form}. Give a text or JSONL file.")
+            file.seek(0)
             while part := file.read(1 << 20):
                 found.update(part)
     except OSError as error:
@@ -129,6 +142,8 @@ def _dataset(name: str, config: str | None = None) -> Corpus:
             f"{name!r} is no file, and reading it as a data set needs the datasets package. "
             "Install kedit[data], or give a text or JSONL file."
         ) from error
+    if not hub_is_reachable():
+        raise ConfigError(f"The data set {name!r} cannot be read: {UNREACHABLE}. Give a text or JSONL file.")
     try:
         data = load_dataset(name, config, split="train", streaming=True)
     except Exception as error:  # datasets raises many kinds: no network, no such name, ...

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 class StopForward(Exception):
     """Raised by a hook once all that was wanted has been read; caught by :func:`stops_early`."""
+
+
+def of_this_thread() -> Callable[[], bool]:
+    """Whether the forward pass that runs is one of the thread that calls this now, for hooks to ask.
+
+    What an autograd thread recomputes of a checkpointed block counts as such; a pass that another thread runs does not.
+    """
+    owner = threading.get_ident()
+    return lambda: threading.get_ident() == owner or torch._C._current_graph_task_id() != -1
 
 
 @contextmanager
@@ -19,8 +30,11 @@ def on_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]) ->
 
     Where the module returns a tuple, its first element is meant.
     """
+    mine = of_this_thread()
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if not mine():
+            return None
         tensor = output[0] if isinstance(output, tuple) else output
         changed = function(tensor)
         if changed is None:
@@ -37,8 +51,11 @@ def on_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]) ->
 @contextmanager
 def on_input(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call ``function`` with the module's first input (or ``hidden_states``); what it returns takes its place."""
+    mine = of_this_thread()
 
     def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if not mine():
+            return None
         changed = function(args[0] if args else named["hidden_states"])
         if changed is None:
             return None
@@ -54,7 +71,8 @@ def on_input(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> 
 @contextmanager
 def on_arguments(module: nn.Module, function: Callable[..., None]) -> Iterator[None]:
     """Call ``function`` with everything that the module is called with by place."""
-    handle = module.register_forward_pre_hook(lambda _module, args: function(*args))
+    mine = of_this_thread()
+    handle = module.register_forward_pre_hook(lambda _module, args: function(*args) if mine() else None)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from kedit.errors import ArchitectureError, KEditWarning, PatchMismatchError, Un
 from kedit.models import ARCHITECTURES, ArchSpec, Experts, ModelArch, unwrap
 from kedit.models.fingerprint import has_fingerprint
 from kedit.models.offload import check_held
+from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, LowRankDelta
 from kedit.patch.ledger import WRITABLE, Ledger
 from kedit.utils.files import numbered
@@ -20,8 +21,6 @@ from kedit.utils.files import numbered
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
-
-    from kedit.patch.patch import EditPatch
 
 
 class Attachment:
@@ -49,7 +48,7 @@ class Attachment:
         self.detach()
 
 
-def attach(patch: EditPatch, model: PreTrainedModel, *, force: bool = False) -> Attachment:
+def attach(patch: PatchContent, model: PreTrainedModel, *, force: bool = False) -> Attachment:
     """Add y += L (Rᵀ x) beside every weight that the patch changes, computed in the factors' dtype.
 
     Raises:
@@ -68,7 +67,7 @@ def attach(patch: EditPatch, model: PreTrainedModel, *, force: bool = False) -> 
         experts, number = _expert(model, module, name)
         branch = _Branch(name, delta) if experts is None else _ExpertBranch(name, delta, experts, number)
         weight: Any = getattr(module, "weight", None) if experts is None else experts.weight(number).stored
-        patch.check_shape(name, delta, _shape(module, name) if experts is None else experts.shape)
+        patch.check_shape(name, _shape(module, name) if experts is None else experts.shape)
         if not _plain(weight, delta):
             unknown.append(name)
         elif not force and not has_fingerprint(weight, patch.fingerprints.get(name)):
@@ -90,7 +89,7 @@ def attach(patch: EditPatch, model: PreTrainedModel, *, force: bool = False) -> 
     return attachment
 
 
-def check_not_attached(patch: EditPatch, model: PreTrainedModel) -> None:
+def check_not_attached(patch: PatchContent, model: PreTrainedModel) -> None:
     """Raise :class:`PatchMismatchError` where an update of the patch is a side branch of its layer already."""
     inner = unwrap(model)
     for name, delta in patch.deltas.items():

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta
 from kedit.prompts.predictions import Prediction
 from kedit.utils.terminal import printable
 
-if TYPE_CHECKING:
-    from kedit.patch.patch import EditPatch
-
 _MOST = 20
 
 
-def show(patch: EditPatch) -> str:
+def show(patch: PatchContent) -> str:
     """Who, what, where, norms and scores."""
     known = patch.provenance
     lines = [_who(known), _base(known.get("model", {}))]
@@ -36,7 +34,7 @@ def show(patch: EditPatch) -> str:
     return "\n".join(map(printable, lines))
 
 
-def weights(patch: EditPatch) -> list[dict[str, Any]]:
+def weights(patch: PatchContent) -> list[dict[str, Any]]:
     """Per weight: name, shape, kind, rank, Frobenius and spectral norm, fingerprint, and the error of what made it."""
     config = patch.provenance.get("config", {})
     errors = config.get("errors") if isinstance(config.get("errors"), dict) else {}

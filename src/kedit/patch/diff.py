@@ -17,14 +17,13 @@ from kedit.models import unwrap, weight_of
 from kedit.models.fingerprint import tensor_fingerprint
 from kedit.models.offload import read
 from kedit.patch.checkpoint.read import Checkpoint, stored_experts
+from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, LowRankDelta, check_finite
 from kedit.patch.merge import check_tolerance, choose_rank, from_svd
 from kedit.utils.linalg import is_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from kedit.patch.patch import EditPatch
 
 _SMALL = 1024  # up to this many rows or columns, the whole SVD is taken
 _FIRST_GUESS = 16
@@ -39,7 +38,7 @@ def diff(
     *,
     tolerance: float = 1e-4,
     max_rank: int | None = None,
-) -> EditPatch:
+) -> PatchContent:
     """The patch that leads from ``base`` to ``edited``.
 
     A weight's rank is the smallest with ‖ΔW − L Rᵀ‖ ≤ tolerance · ‖ΔW‖ (Frobenius), or with an error within what
@@ -59,8 +58,6 @@ def diff(
             is named.
         NonFiniteError: a weight holds NaN, or a difference has no norm in float64.
     """
-    from kedit.patch.patch import EditPatch
-
     check_tolerance(tolerance)
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
         raise ConfigError(f"max_rank must be a whole number of at least 1, not {max_rank!r}.")
@@ -86,7 +83,7 @@ def diff(
             "hidden": getattr(config, "hidden_size", None),
         },
     }
-    return EditPatch(deltas, prints, provenance)
+    return PatchContent(deltas, prints, provenance)
 
 
 @dataclass(frozen=True)

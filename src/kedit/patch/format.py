@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kedit.errors import NonFiniteError, PatchError
+from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, DenseDelta, LowRankDelta, check_finite
 from kedit.utils.files import DTYPES, NAME, parse_json, read_header, to_bytes, write_safetensors
 
@@ -38,40 +39,52 @@ _PROVENANCE = {
     "scores": dict,
     "merged": list,
 }
-_Parts = tuple[dict[str, Delta], dict[str, str], dict[str, Any]]
 
 
-def write_patch(
-    path: str | Path, deltas: Mapping[str, Delta], fingerprints: Mapping[str, str], provenance: Mapping[str, Any]
-) -> Path:
+def write_patch(path: str | Path, patch: PatchContent) -> Path:
     """Write a patch file, whole or not at all: factors in float32 (float64 where they are), sorted by name.
 
     Raises:
         PatchError: the file cannot be written, or :func:`read_patch` would refuse it.
     """
+    deltas, fingerprints = patch.deltas, patch.fingerprints
     if not deltas:
         raise PatchError("A patch without updates is not worth a file. Nothing is written.")
-    tensors = {}
     prints = _check_fingerprints(path, {name: fingerprints.get(name) for name in deltas}, deltas)
     for name, delta in deltas.items():
         _check_name(path, name)
         if not all(tensor.numel() for tensor in delta.tensors().values()):
             raise PatchError(f"{path}: the update of {name} has no columns, so it changes nothing. Leave it out.")
-        for suffix, tensor in check_finite(name, delta).tensors().items():
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            tensors[f"{name}.{suffix}"] = tensor.detach().to("cpu", wide).contiguous()
+        check_finite(name, delta)
+    tensors = _stored(deltas)
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "kedit_version": version("kedit"),
         "fingerprints": json.dumps(prints, sort_keys=True),
-        "provenance": json.dumps(check_provenance(path, plain(provenance, path)), sort_keys=True),
+        "provenance": json.dumps(check_provenance(path, plain(patch.provenance, path)), sort_keys=True),
     }
     metadata["checksum"] = checksum(tensors, metadata)
     return write_safetensors(Path(path), tensors, metadata)
 
 
-def read_patch(path: str | Path) -> _Parts:
+def _stored(deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
+    """The tensors of a patch file by name: float32, or float64 where they are."""
+    return {
+        f"{name}.{suffix}": tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+        for name, delta in deltas.items()
+        for suffix, tensor in delta.tensors().items()
+    }
+
+
+def identity(patch: PatchContent) -> str:
+    """SHA-256 of what a patch does and was made for, in hexadecimal digits; its provenance does not count."""
+    prints = {name: patch.fingerprints.get(name, "") for name in patch.deltas}
+    found = checksum(_stored(patch.deltas), {"fingerprints": json.dumps(prints, sort_keys=True)})
+    return found.removeprefix("sha256:")
+
+
+def read_patch(path: str | Path) -> PatchContent:
     """Read a patch file and check all of it.
 
     Raises:
@@ -92,7 +105,7 @@ def read_patch(path: str | Path) -> _Parts:
     provenance = check_provenance(path, plain(_json_object(path, header.metadata, "provenance"), path))
     deltas = _deltas(path, tensors)
     fingerprints = _check_fingerprints(path, _json_object(path, header.metadata, "fingerprints"), deltas)
-    return deltas, fingerprints, provenance
+    return PatchContent(deltas, fingerprints, provenance)
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kedit.errors import ConfigError, NonFiniteError, PatchError, PatchMismatchError
+from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, DenseDelta, LowRankDelta, check_finite, factored_svd
-
-if TYPE_CHECKING:
-    from kedit.patch.patch import EditPatch
 
 _ROUNDING = 1e-12  # relative size of the singular values that float64 makes of nothing
 
 
-def merge(patches: Iterable[EditPatch], *, tolerance: float | None = None) -> EditPatch:
+def merge(patches: Iterable[PatchContent], *, tolerance: float | None = None) -> PatchContent:
     """Several patches as one, which changes a model as they do one after another, in the order given.
 
     Without ``tolerance``, low-rank updates stand side by side, and the merged patch gives the same bits as its parts
@@ -32,8 +30,6 @@ def merge(patches: Iterable[EditPatch], *, tolerance: float | None = None) -> Ed
     Raises:
         PatchMismatchError: the patches are for models of different types or shapes.
     """
-    from kedit.patch.patch import EditPatch
-
     parts = list(patches)
     if not parts:
         raise PatchError("There is nothing to merge: the list of patches is empty.")
@@ -54,7 +50,7 @@ def merge(patches: Iterable[EditPatch], *, tolerance: float | None = None) -> Ed
     provenance["merged"] = [{**patch.provenance, "fingerprints": patch.fingerprints} for patch in parts]
     if tolerance is not None:
         provenance["config"] = {"tolerance": tolerance, "errors": errors}
-    return EditPatch(deltas, fingerprints, provenance)
+    return PatchContent(deltas, fingerprints, provenance)
 
 
 def side_by_side(name: str, deltas: list[Delta]) -> Delta:
@@ -118,7 +114,7 @@ def check_tolerance(tolerance: float | None) -> None:
         raise ConfigError(f"tolerance is a relative error from 0 to below 1, not {tolerance!r}.")
 
 
-def _check_models(patches: list[EditPatch]) -> None:
+def _check_models(patches: list[PatchContent]) -> None:
     models = [patch.provenance.get("model") or {} for patch in patches]
     for key in ("type", "num_layers", "hidden"):
         known = {str(model[key]) for model in models if model.get(key) is not None}

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedit.errors import ArchitectureError, PatchMismatchError
-from kedit.models import ModelArch
+from kedit.models import ModelArch, unwrap
 from kedit.models.fingerprint import has_fingerprint, module_fingerprint, tensor_fingerprint
+from kedit.models.lock import editing
 from kedit.models.offload import check_held
-from kedit.patch.delta import Delta
+from kedit.patch.attach import Attachment, attach, check_not_attached
+from kedit.patch.content import PatchContent
+from kedit.patch.describe import show
+from kedit.patch.diff import diff
 from kedit.patch.format import FORMAT_VERSION as FORMAT_VERSION
 from kedit.patch.format import read_patch, write_patch
 from kedit.patch.ledger import Ledger, check_writable
-from kedit.utils.terminal import printable
+from kedit.patch.merge import merge
+from kedit.patch.peft import to_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kedit.patch.attach import Attachment
 
-
-@dataclass(eq=False)
-class EditPatch:
+class EditPatch(PatchContent):
     """Updates of some weights of one model.
 
     Attributes:
@@ -32,10 +33,6 @@ class EditPatch:
         fingerprints: by parameter name, the hash of the stored weight that the update was made for.
         provenance: editor, its configuration, regularizers, edits, base model: plain JSON values.
     """
-
-    deltas: dict[str, Delta]
-    fingerprints: dict[str, str]
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     # On a model in memory
 
@@ -50,15 +47,14 @@ class EditPatch:
             PatchMismatchError: the model carries this patch already, in its weights or attached, or its weights are
                 other ones.
         """
-        from kedit.patch.attach import check_not_attached
-
-        ledger = Ledger.of(model)
-        if ledger.carries(self):
-            raise PatchMismatchError("The model carries this patch already. Revert it before applying it again.")
-        check_not_attached(self, model)
-        if not force:
-            self.check_base(model)
-        ledger.apply(self, self.deltas)
+        with editing(unwrap(model)):
+            ledger = Ledger.of(model)
+            if ledger.carries(self):
+                raise PatchMismatchError("The model carries this patch already. Revert it before applying it again.")
+            check_not_attached(self, model)
+            if not force:
+                self.check_base(model)
+            ledger.apply(self, self.deltas)
 
     def revert(self, model: PreTrainedModel) -> None:
         """Take the updates away again; without other patches the weights are their originals bit for bit.
@@ -66,15 +62,16 @@ class EditPatch:
         Raises:
             PatchMismatchError: this patch object was not applied to this model in this process.
         """
-        ledger = Ledger.of(model)
-        if not self.deltas:
-            return
-        if not ledger.carries(self):
-            raise PatchMismatchError(
-                "This patch is not applied to this model (or was reverted). Only what was applied in this process can "
-                "be reverted; reload the base model otherwise."
-            )
-        ledger.revert(self)
+        with editing(unwrap(model)):
+            ledger = Ledger.of(model)
+            if not self.deltas:
+                return
+            if not ledger.carries(self):
+                raise PatchMismatchError(
+                    "This patch is not applied to this model (or was reverted). Only what was applied in this process can "
+                    "be reverted; reload the base model otherwise."
+                )
+            ledger.revert(self)
 
     def attach(self, model: PreTrainedModel, *, force: bool = False) -> Attachment:
         """Add the updates as side branches, y += L (Rᵀ x), and leave every weight alone.
@@ -85,42 +82,24 @@ class EditPatch:
             model: the model that the patch was made for, possibly quantized.
             force: do not compare the weights with those that the patch was made for.
         """
-        from kedit.patch.attach import attach
-
         return attach(self, model, force=force)
 
     def check_base(self, model: PreTrainedModel) -> None:
         """Raise :class:`PatchMismatchError` unless the model's weights are those the patch was made for."""
         arch = ModelArch(model)
         check_held(arch.model)
-        for name, delta in self.deltas.items():
+        for name in self.deltas:
             try:
                 weight = arch.weight_of(name)
             except ArchitectureError as error:
                 raise PatchMismatchError(
                     f"The patch changes {name}, which this model does not have as a plain weight. {error}"
                 ) from error
-            self.check_shape(name, delta, tuple(weight.matrix.shape))
+            self.check_shape(name, tuple(weight.matrix.shape))
             if weight.packed:
                 check_writable(weight)
             if not has_fingerprint(weight.stored, self.fingerprints.get(name)):
                 raise self.mismatch(name)
-
-    def check_shape(self, name: str, delta: Delta, shape: tuple[int, ...]) -> None:
-        """Raise unless the update of ``name`` fits a weight of this shape [O, I]."""
-        if delta.shape != shape:
-            raise PatchMismatchError(
-                f"The patch's update of {name} has shape {delta.shape}; this model's weight has {shape} [O, I]. "
-                "The patch was made for another model."
-            )
-
-    def mismatch(self, name: str) -> PatchMismatchError:
-        """The error that says that ``name`` is another weight."""
-        base = printable(str(self.provenance.get("model", {}).get("name") or "another model"))
-        return PatchMismatchError(
-            f"{name} is not the weight that this patch was made for (a {base}, with the patches it carried then). "
-            "Load that model, apply earlier patches first, or force it (force=True, --force) if you know better."
-        )
 
     # As a file
 
@@ -130,7 +109,7 @@ class EditPatch:
         Raises:
             PatchError: the file cannot be written.
         """
-        return write_patch(path, self.deltas, self.fingerprints, self.provenance)
+        return write_patch(path, self)
 
     @classmethod
     def load(cls, path: str | Path) -> EditPatch:
@@ -139,41 +118,33 @@ class EditPatch:
         Raises:
             PatchError: the file is missing, truncated, changed, not a kedit patch, of a newer format, or holds NaN.
         """
-        return cls(*read_patch(path))
+        return cls._of(read_patch(path))
 
     def to_peft(self, folder: str | Path, model: PreTrainedModel) -> Path:
         """Write the patch as a PEFT LoRA adapter for ``model``; see :func:`kedit.patch.peft.to_peft`."""
-        from kedit.patch.peft import to_peft
-
         return to_peft(self, folder, model)
 
     # With other patches
 
     @classmethod
-    def merge(cls, patches: Iterable[EditPatch], *, tolerance: float | None = None) -> EditPatch:
+    def merge(cls, patches: Iterable[PatchContent], *, tolerance: float | None = None) -> EditPatch:
         """Several patches as one; see :func:`kedit.patch.merge.merge`."""
-        from kedit.patch.merge import merge
-
-        return merge(patches, tolerance=tolerance)
+        return cls._of(merge(patches, tolerance=tolerance))
 
     @classmethod
     def diff(
         cls, base: PreTrainedModel | str | Path, edited: PreTrainedModel | str | Path, **options: Any
     ) -> EditPatch:
         """The patch that leads from one model or checkpoint to another; see :func:`kedit.patch.diff.diff`."""
-        from kedit.patch.diff import diff
-
-        return diff(base, edited, **options)
+        return cls._of(diff(base, edited, **options))
 
     def show(self) -> str:
         """Who, what, where, norms and scores: a text for people."""
-        from kedit.patch.describe import show
-
         return show(self)
 
-    def __repr__(self) -> str:
-        ranks = ", ".join(f"{name}: rank {delta.rank}" for name, delta in self.deltas.items())
-        return f"EditPatch({ranks})"
+    @classmethod
+    def _of(cls, content: PatchContent) -> EditPatch:
+        return cls(content.deltas, content.fingerprints, content.provenance)
 
 
 def fingerprints(arch: ModelArch, names: Iterable[str]) -> dict[str, str]:

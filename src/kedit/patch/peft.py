@@ -13,6 +13,7 @@ import torch
 
 from kedit.errors import PatchError, UnsupportedError
 from kedit.models import unwrap, weight_of
+from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, DenseDelta, LowRankDelta, check_finite
 from kedit.patch.merge import recompress
 from kedit.utils.files import open_to_others, sync_folder, write_safetensors
@@ -21,12 +22,10 @@ from kedit.utils.folders import check_new
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kedit.patch.patch import EditPatch
-
 EXACT = 1e-7  # relative error to which a dense update is factored
 
 
-def to_peft(patch: EditPatch, folder: str | Path, model: PreTrainedModel) -> Path:
+def to_peft(patch: PatchContent, folder: str | Path, model: PreTrainedModel) -> Path:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``: W x + B (A x) with B = L, A = Rᵀ, scaling 1.
 
     Layers are named exactly, each with its own rank: ``r`` is the largest of them, ``rank_pattern`` and
@@ -54,7 +53,7 @@ def to_peft(patch: EditPatch, folder: str | Path, model: PreTrainedModel) -> Pat
             raise UnsupportedError(
                 f"{name} is one expert of a fused tensor, which a LoRA adapter of linear layers does not reach. Ship the patch."
             )
-        patch.check_shape(name, delta, tuple(weight.matrix.shape))
+        patch.check_shape(name, tuple(weight.matrix.shape))
         layer = name.removesuffix(".weight")
         low = _low_rank(name, delta)
         ranks[layer] = low.rank
@@ -66,7 +65,7 @@ def to_peft(patch: EditPatch, folder: str | Path, model: PreTrainedModel) -> Pat
         raise PatchError(
             "The patch changes nn.Linear and Conv1D layers at once; one adapter holds one of them. Split it."
         )
-    config = _config(ranks, fan_in_fan_out=conv == {True}, model=patch.provenance.get("model", {}))
+    config = _config(ranks, fan_in_fan_out=conv == {True}, base=_base(patch, model))
     _write(target, tensors, config)
     return target
 
@@ -86,13 +85,22 @@ def _low_rank(name: str, delta: Delta) -> LowRankDelta:
     return low
 
 
-def _config(ranks: dict[str, int], *, fan_in_fan_out: bool, model: dict[str, Any]) -> dict[str, Any]:
+def _base(patch: PatchContent, model: PreTrainedModel) -> str | None:
+    """Where the base model is loaded from: a name on the hub, or the path of a folder."""
+    named = str(patch.provenance.get("model", {}).get("name") or "")
+    source = str(getattr(model.config, "_name_or_path", "") or "")
+    if "/" in named:
+        return named
+    return os.path.abspath(source) if os.path.exists(source) else source or named or None
+
+
+def _config(ranks: dict[str, int], *, fan_in_fan_out: bool, base: str | None) -> dict[str, Any]:
     largest = max(ranks.values())
     pattern = {layer: rank for layer, rank in ranks.items() if rank != largest}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.get("name") or None,
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "r": largest,
         "lora_alpha": largest,

@@ -34,6 +34,7 @@ from kedit.report.html import (
     table,
     trace_html,
 )
+from kedit.utils.files import write_text
 from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
@@ -72,11 +73,7 @@ class Reveal:
 
     def save(self, path: str | Path) -> Path:
         """Write the page: one HTML file that needs nothing else."""
-        target = Path(path)
-        text = page(self)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-        return target
+        return write_text(Path(path), page(self))
 
     def _repr_html_(self) -> str:
         return in_notebook(self, page)

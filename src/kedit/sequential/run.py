@@ -21,6 +21,7 @@ from kedit.sequential.folder import HEADER, entries, held, is_begun, write_json
 from kedit.sequential.head import begin
 from kedit.utils.files import parse_json, reading
 from kedit.utils.progress import Progress, logger
+from kedit.utils.terminal import printable
 from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class JournalResult:
         for refusal in self.refused:
             texts = "; ".join(f"{edit.text} -> {edit.target_new}" for edit in refusal.edits[:3])
             lines.append(f"  refused: {texts}: {refusal.reason}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def run_journal(

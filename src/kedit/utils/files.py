@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kedit.errors import PatchError
+from kedit.utils.texts import kind_of_file
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SIZES = {
@@ -206,21 +207,29 @@ def to_bytes(tensor: Tensor) -> memoryview:
 def write_whole(target: Path, write: Callable[[IO[bytes]], None]) -> Path:
     """Write a file beside its place, make it durable, and move it there: whole or not at all.
 
+    A symbolic link stays: the file that it leads to is written.
+
     Raises:
-        PatchError: the operating system refused; an existing file is as it was.
+        PatchError: something that is no regular file is there, or the operating system refused; an existing file is as it was.
     """
     partial: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        kind = kind_of_file(target)
+        if kind not in (None, "file"):
+            raise PatchError(f"Cannot write {str(target)!r}: it is a {kind}, not a regular file. Name another file.")
+        place = Path(os.path.realpath(target))  # Path.resolve() breaks on links in a circle
+        place.parent.mkdir(parents=True, exist_ok=True)
+        number, name = tempfile.mkstemp(prefix=f".{place.name[:200]}.", suffix=".partial", dir=place.parent)
         partial = Path(name)
         with os.fdopen(number, "wb") as file:
             write(file)
             file.flush()
             open_to_others(partial)
             os.fsync(file.fileno())
-        partial.replace(target)
-        sync_folder(target.parent)
+        partial.replace(place)
+        sync_folder(place.parent)
+    except PatchError:
+        raise
     except (OSError, ValueError) as error:
         raise PatchError(f"Cannot write {str(target)!r}: {error}. Check the folder and the free space.") from error
     finally:
@@ -246,6 +255,16 @@ def open_to_others(path: Path) -> None:
     now = os.umask(0)
     os.umask(now)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~now)
+
+
+def write_text(target: Path, text: str) -> Path:
+    """Write a text file in UTF-8, whole or not at all; see :func:`write_whole`."""
+    data = text.encode("utf-8", "backslashreplace")  # half of a surrogate pair has no UTF-8
+
+    def write(file: IO[bytes]) -> None:
+        file.write(data)
+
+    return write_whole(target, write)
 
 
 def write_safetensors(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

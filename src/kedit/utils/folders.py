@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kedit.errors import PatchError
-from kedit.utils.files import open_to_others
+from kedit.utils.files import open_to_others, sync_folder
 
 
 def check_new(out: Path) -> None:
@@ -36,6 +36,28 @@ def is_within(path: Path, folder: Path) -> bool:
     except (OSError, ValueError):  # no such name can be
         return False
     return one == other or other in one.parents
+
+
+def replace_folder(new: Path, out: Path, stale: Callable[[str], bool] = lambda name: False) -> None:
+    """Move a complete folder to its place: as a whole where nothing is, else file by file.
+
+    Args:
+        new: the complete folder, on the same file system.
+        out: its place: missing, an empty folder, or one whose files of the same names are replaced and others stay.
+        stale: names of files of ``out`` that are removed first, as they would not go with the new ones.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        os.replace(new, out)
+    else:
+        for path in sorted(out.iterdir()):
+            if path.is_file() and stale(path.name):
+                path.unlink()
+        for path in sorted(new.iterdir()):
+            if path.is_dir() and (out / path.name).is_dir():
+                shutil.rmtree(out / path.name)
+            os.replace(path, out / path.name)
+        sync_folder(out)
+    sync_folder(out.parent)
 
 
 @contextmanager

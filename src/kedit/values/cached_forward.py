@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kedit.models import ModelArch, Site
 from kedit.models.compat import cache_argument
-from kedit.models.hooks import by_prompt, on_input, on_output
+from kedit.models.hooks import by_prompt, of_this_thread, on_input, on_output
 from kedit.prompts.tokenize import pad
 from kedit.regularizers.base import Needs
 from kedit.values.forward import Layout, Runner, Wave
@@ -227,9 +227,11 @@ def _right_aligned(stored: Tensor, lengths: Tensor, prefix: int) -> Tensor:
 @contextmanager
 def _passing_through(block: nn.Module, *, as_tuple: bool) -> Iterator[None]:
     """The block returns its input inside."""
-    own = block.__dict__.get("forward")
+    own, before, mine = block.__dict__.get("forward"), block.forward, of_this_thread()
 
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+    def forward(hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        if not mine():
+            return before(hidden_states, *args, **named)
         return (hidden_states, None) if as_tuple else hidden_states
 
     block.forward = forward

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kedit.utils.files import write_text
 from kedit.utils.registry import import_target
 
 
@@ -18,10 +19,7 @@ class AnalysisResult:
 
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-        return target
+        return write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False))
 
     def _repr_html_(self) -> str:
         return str(import_target("kedit.report.html:notebook_html")(self))

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kedit.errors import PatchError, PatchMismatchError
+from kedit.errors import ArchitectureError, PatchError, PatchMismatchError
 from kedit.models.fingerprint import has_fingerprint
-from kedit.patch.checkpoint.manifest import appended, ways_of_running, without
+from kedit.patch.checkpoint.manifest import RECORD, Entry, appended, entries, ways_of_running
 from kedit.patch.checkpoint.read import Checkpoint, weight_in
 from kedit.patch.checkpoint.rewrite import DiskReport, Stage, quiet, write_folder
+from kedit.patch.checkpoint.undo import Step, take_away
+from kedit.patch.content import PatchContent
 from kedit.patch.delta import add_delta, sum_dtype
 from kedit.patch.ledger import cast_checked
-
-if TYPE_CHECKING:
-    from kedit.patch.patch import EditPatch
+from kedit.utils.terminal import printable
 
 
 def apply_to_checkpoint(
     base: str | Path,
-    patches: Sequence[EditPatch],
+    patches: Sequence[PatchContent],
     out: str | Path,
     *,
     force: bool = False,
@@ -61,73 +60,154 @@ def apply_to_checkpoint(
 def revert_checkpoint(
     edited: str | Path,
     base: str | Path,
-    patches: Sequence[EditPatch],
+    patches: Sequence[PatchContent],
     out: str | Path,
     *,
     force: bool = False,
+    drop_others: bool = False,
     link: bool = False,
     on_stage: Stage | None = None,
 ) -> DiskReport:
-    """Write the checkpoint in ``edited`` with the weights that ``patches`` changed as they are in ``base``.
+    """Write the checkpoint in ``edited`` without ``patches``: any of those that it carries, in any order.
 
-    Patches may have been applied in one run or in several: a 16-bit weight is rounded once in each.
+    The weights that ``patches`` changed are made anew: those of ``base`` with the patches that stay, which the folder keeps,
+    in the order and the runs in which they were applied. They have the same bits as if the others had never been applied.
 
     Args:
-        edited: a checkpoint that carries ``patches``, and no others on the same weights.
-        base: the checkpoint that they were applied to, in the same dtype.
-        patches: all of them, in the order of application.
+        edited: a checkpoint that carries ``patches``.
+        base: the checkpoint that its patches were applied to, in the same dtype.
+        patches: those to take away; parts of a merged patch, or several merged since, are found too.
         out: the new folder; must not exist, or be empty.
-        force: do not check that base plus patches is what ``edited`` holds.
+        force: do not compare the weights of ``base`` with those that ``patches`` were made for, where the folder does not
+            keep them.
+        drop_others: go on where a weight holds other changes, which are lost: patches whose files are not kept, or changes
+            that no record names. The report's ``dropped`` names them.
         link: as for :func:`apply_to_checkpoint`.
         on_stage: is called with a word on each thing that was done.
 
     Raises:
         PatchError: a damaged checkpoint, a taken target, or no space.
-        PatchMismatchError: ``edited`` is not ``base`` with the patches, or stores a weight in another dtype or shape.
+        PatchMismatchError: ``edited`` does not carry the patches, holds other changes that would be lost, or stores a weight
+            in another dtype or shape.
     """
     if not patches:
         raise PatchError("There is no patch to take away. Name at least one.")
     source = Checkpoint.open(edited)
     origin = Checkpoint.open(base, described_by=source)
     keys = _keys(source, patches)
-    runs = ways_of_running(source.folder, patches)
+    before = [item.record for item in entries(origin.folder)]
+    known = entries(source.folder)
+    history = [item for item in known if item.record not in before]
+    steps = take_away(history, patches)
+    dropped: list[str] = []
 
-    def original(name: str) -> Tensor:
+    def renewed(name: str) -> Tensor:
         there, here = weight_in(source, name)[0], weight_in(origin, name)[0]
         if source.like(there) != origin.like(here):  # else its bytes would not fit their place
             raise PatchMismatchError(
                 f"{there} is {source.like(there)[0]} in {edited} and {origin.like(here)[0]} in {base}. Give the folder "
                 "that the patches were applied to, in the dtype that it had."
             )
-        if not force:
-            found = source.read(there)
-            _check_carried(found, (partial(_edited, origin, name, patches, runs=way) for way in runs), there)
-        return origin.read(here)
+        refusal = _other_changes(source, origin, name, patches, history, steps, force=force)
+        if refusal is not None and not drop_others:
+            raise refusal
+        if refusal is not None:
+            dropped.append(there)
+        left = [(step.left, step.entry.run) for step in steps or [] if step.left is not None]
+        return _edited(origin, name, [patch for patch, _ in left], force=True, runs=[run for _, run in left])
 
-    changes = {keys[name]: partial(original, name) for name in keys}
-    record = without(source, origin, set(changes))
-    return write_folder(source, changes, Path(out), link=link, record=record, stage=on_stage or quiet)
+    changes = {keys[name]: partial(renewed, name) for name in keys}
+    record = _record_after(source, origin, steps, set(changes))
+    report = write_folder(source, changes, Path(out), link=link, record=record, stage=on_stage or quiet)
+    if dropped:
+        named = [] if steps is not None else _others(history, patches)
+        report.dropped.extend(named or [f"changes of {there} that {RECORD} does not name" for there in dropped])
+    return report
 
 
-def _check_carried(found: Tensor, ways: Iterable[Callable[[], Tensor]], name: str) -> None:
-    """Raise unless a weight is what the patches give in one of the ways in which they may have been applied."""
+def _other_changes(
+    source: Checkpoint,
+    origin: Checkpoint,
+    name: str,
+    patches: Sequence[PatchContent],
+    history: Sequence[Entry],
+    steps: Sequence[Step] | None,
+    *,
+    force: bool,
+) -> PatchMismatchError | None:
+    """What stands against making a weight anew: its present value is not what the patches made of the base's."""
+    there = weight_in(source, name)[0]
+    found = source.read(there)
+    if steps is not None:
+        whole, runs = [step.patch for step in steps], [step.entry.run for step in steps]
+        if torch.equal(found, _edited(origin, name, whole, force=True, runs=runs)):
+            return None
+        return PatchMismatchError(
+            f"{there} in {source.folder} is not what {origin.folder} with the patches on record gives: it carries other "
+            "changes too, which would be lost. Give the folder that the patches were applied to, or add --drop-others "
+            "(drop_others=True) to lose them."
+        )
     refusal: PatchMismatchError | None = None
-    for way in ways:
+    for way in ways_of_running(history, patches):
         try:
-            if torch.equal(found, way()):
-                return
+            if torch.equal(found, _edited(origin, name, patches, force=force, runs=way)):
+                return None
         except PatchMismatchError as error:  # a patch was made for what another way gives
             refusal = refusal or error
-    if refusal is not None:
-        raise refusal
-    raise PatchMismatchError(
-        f"{name} in the edited folder is not what the base with the given patches holds: it carries other changes too, or was "
-        "rounded to its dtype between other patches than kedit.json says. Name all of its patches in their order, or force "
-        "it (--force) to give it the base's weights anyway."
+    others = _others(history, patches)
+    if not others and refusal is not None and not force:
+        return refusal
+    carried = f" On record there: {'; '.join(map(printable, others))}." if others else ""
+    return PatchMismatchError(
+        f"{there} in {source.folder} is not what the base with the given patches holds: it carries other changes too, or was "
+        f"rounded to its dtype between other patches than {RECORD} says.{carried} Name all of its patches in their order, or add "
+        "--drop-others (drop_others=True) to give it the base's weights and lose the other changes."
     )
 
 
-def _keys(source: Checkpoint, patches: Sequence[EditPatch]) -> dict[str, str]:
+def _others(history: Sequence[Entry], patches: Sequence[PatchContent]) -> list[str]:
+    """The patches on record that are not among the given ones, and change one of their weights."""
+    given = [patch.fingerprints for patch in patches]
+    names = {name for patch in patches for name in patch.deltas}
+    return [item.describe() for item in history if item.fingerprints not in given and names & item.fingerprints.keys()]
+
+
+def _record_after(
+    source: Checkpoint, origin: Checkpoint, steps: Sequence[Step] | None, renewed: set[str]
+) -> list[Entry]:
+    """The patches that a checkpoint carries once the tensors ``renewed`` are made anew.
+
+    Where the weights become those of the base alone, a patch stays on record with the weights that still carry it.
+    """
+    known, base = entries(source.folder), entries(origin.folder)
+    shared = [item.record for item in known]
+    before = [item.record for item in base]
+    kept = [
+        item.restricted(name for name in item.fingerprints if _key(origin, name) in renewed)
+        for item in base
+        if item.record not in shared
+    ]
+    left = iter(steps or [])
+    for item in known:
+        if item.record in before:
+            kept.append(item)
+        elif steps is not None:
+            stays = next(left).kept
+            kept += [] if stays is None else [stays]
+        else:
+            kept.append(item.restricted(name for name in item.fingerprints if _key(source, name) not in renewed))
+    return [item for item in kept if item.fingerprints]
+
+
+def _key(checkpoint: Checkpoint, name: str) -> str:
+    """Where a parameter is stored; its own name where it is not."""
+    try:
+        return checkpoint.key_of(name)
+    except (PatchMismatchError, ArchitectureError):
+        return name
+
+
+def _keys(source: Checkpoint, patches: Sequence[PatchContent]) -> dict[str, str]:
     """The stored tensor of every parameter that the patches change.
 
     Raises:
@@ -148,7 +228,7 @@ def _keys(source: Checkpoint, patches: Sequence[EditPatch]) -> dict[str, str]:
 def _edited(
     source: Checkpoint,
     name: str,
-    patches: Sequence[EditPatch],
+    patches: Sequence[PatchContent],
     *,
     force: bool = False,
     runs: Sequence[int] | None = None,
@@ -169,7 +249,7 @@ def _edited(
     for patch, run in zip(patches, runs or [0] * len(patches), strict=True):
         if name not in patch.deltas:
             continue
-        patch.check_shape(name, patch.deltas[name], tuple(weight.matrix.shape))
+        patch.check_shape(name, tuple(weight.matrix.shape))
         if not force and not has_fingerprint(stored, patch.fingerprints.get(name)):
             raise patch.mismatch(f"{key} in {source.folder}")
         if last not in (None, run):

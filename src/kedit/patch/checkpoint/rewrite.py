@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from kedit.errors import PatchError
 from kedit.patch.checkpoint.copy import Copies
+from kedit.patch.checkpoint.manifest import FOLDER, RECORD, Entry, write_record
 from kedit.patch.checkpoint.read import INDEX, Checkpoint
 from kedit.utils.files import sync_folder, to_bytes
 from kedit.utils.folders import check_new, is_within, partial_folder
 from kedit.utils.progress import Progress
 
 Stage = Callable[[str], None]
-RECORD = "kedit.json"
 _WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -50,6 +48,8 @@ class DiskReport:
         kept: shards taken over as they were.
         left_out: files that hold the unedited weights in other forms, and did not travel along.
         passed_over: links to folders, links that lead nowhere, and what is no file: these did not travel along either.
+        applied: the patches that the checkpoint carries, in order.
+        dropped: changes of weights that were lost, where the caller allowed it.
     """
 
     folder: Path
@@ -57,6 +57,8 @@ class DiskReport:
     kept: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
+    applied: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
 
 def write_folder(
@@ -65,7 +67,7 @@ def write_folder(
     out: Path,
     *,
     link: bool,
-    record: dict[str, Any] | None,
+    record: Sequence[Entry],
     stage: Stage,
 ) -> DiskReport:
     """Write a checkpoint folder beside its place, with some tensors changed, and move it there when it is durable.
@@ -76,14 +78,14 @@ def write_folder(
             written before the next.
         out: the new folder.
         link: hard-link shards that do not change.
-        record: what is written to kedit.json; ``None``: no such file.
+        record: the patches that the new checkpoint carries; they go to kedit.json and kedit-patches.
         stage: is called with a word on each thing that was done, always in the same order.
     """
     out = Path(os.path.abspath(out))
     _check_target(source.folder, out)
     edited = dict.fromkeys(map(source.file_of, changes))
     kept = [shard for shard in source.shards if shard not in edited]
-    report = DiskReport(out, sorted(edited), sorted(kept))
+    report = DiskReport(out, sorted(edited), sorted(kept), applied=[item.describe() for item in record])
     stage("checked")
     with _refusals(out), partial_folder(out) as folder:
         stage("begun")
@@ -99,8 +101,7 @@ def write_folder(
                 progress.advance()
                 stage(f"taken {shard}")
         _take_the_rest(source, folder, report)
-        if record is not None:
-            (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(folder, record)
         stage("described")
         _sync(folder)
         stage("durable")
@@ -148,7 +149,8 @@ def _take_the_rest(source: Checkpoint, new: Path, report: DiskReport) -> None:
     """Copy configuration, tokenizer and the like; leave out unedited weights in other forms; note what stays behind."""
     for root, folders, files in os.walk(source.folder):
         here = Path(root)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        top = here == source.folder
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not (top and name == FOLDER))
         # os.walk names links to folders and does not follow them: they may lead anywhere, also in a circle.
         report.passed_over.extend(_place(source, here / name) for name in folders if (here / name).is_symlink())
         for name in sorted(files):

@@ -1,0 +1,67 @@
+"""One thread at a time: a lock for every model, and forward passes of other threads that wait while a model is edited."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _HasModel(Protocol):
+    model: Any
+
+
+S = TypeVar("S", bound=_HasModel)
+
+_GUARD = threading.Lock()
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """The lock of a model, made on first use."""
+    with _GUARD:
+        if model not in _LOCKS:
+            _LOCKS[model] = threading.RLock()
+        return _LOCKS[model]
+
+
+@contextmanager
+def editing(model: nn.Module) -> Iterator[None]:
+    """Hold a model for this thread; another thread that edits it, or begins a forward pass of it, waits until the end.
+
+    A forward pass that another thread began before runs on as it is: kedit's hooks change nothing in it
+    (:func:`kedit.models.hooks.on_output`). Weights may change under it.
+    """
+    lock = lock_of(model)
+    owner = threading.get_ident()
+
+    def wait(_module: nn.Module, _args: Any) -> None:
+        if threading.get_ident() != owner:
+            with lock:
+                pass
+
+    with lock:
+        handle = model.register_forward_pre_hook(wait)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def one_at_a_time(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Hold ``self.model`` while a method runs."""
+
+    @functools.wraps(call)
+    def held(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with editing(self.model):
+            return call(self, *args, **kwargs)
+
+    return held
