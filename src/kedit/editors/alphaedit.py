@@ -51,7 +51,9 @@ class AlphaEdit(NullSpaceEditor):
     def solve(self, problem: LayerProblem) -> Delta:
         """The projected solution of one layer."""
         keys = self.null_space.project(problem.layer, mixed_keys(problem.keys))
-        past = self.null_space.past(problem.layer, self.history.parts(problem.layer), keys.device)
+        past = self.null_space.past(
+            problem.layer, self.history.parts(problem.layer, without=problem.subjects), keys.device
+        )
         weight = self.config.l2
         if self.config.l2_relative:
             weight *= self.null_space.energy(problem.layer, keys)

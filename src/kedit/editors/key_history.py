@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -32,23 +32,31 @@ class KeyHistory:
         self._model = model
         self._loaded: dict[int, Tensor] = {}
         self._by_patch: WeakKeyDictionary[EditPatch, dict[int, Tensor]] = WeakKeyDictionary()
+        self._subjects: WeakKeyDictionary[EditPatch, tuple[str, ...]] = WeakKeyDictionary()
 
-    def add(self, patch: EditPatch, keys: Mapping[int, Tensor]) -> None:
-        """Remember the keys [E, I] that ``patch`` wrote, by layer."""
+    def add(self, patch: EditPatch, keys: Mapping[int, Tensor], subjects: Sequence[str] = ()) -> None:
+        """Remember the keys [E, I] that ``patch`` wrote, by layer, and the ``subjects`` that they belong to."""
         self._by_patch[patch] = dict(keys)
+        self._subjects[patch] = tuple(subjects)
 
     def keys(self, layer: int, width: int) -> Tensor:
         """All remembered keys of a layer, [n, width]; n is 0 at first."""
         parts = self.parts(layer)
         return torch.cat(parts) if parts else torch.empty((0, width))
 
-    def parts(self, layer: int) -> list[Tensor]:
-        """The same in order, those of each patch apart [E, I]; the same objects from call to call."""
-        ledger = Ledger.of(self._model)
-        loaded = [self._loaded[layer]] if layer in self._loaded else []
-        return loaded + [
-            keys[layer] for patch, keys in self._by_patch.items() if layer in keys and ledger.carries(patch)
-        ]
+    def parts(self, layer: int, *, without: Sequence[str] = ()) -> list[Tensor]:
+        """The same in order, those of each patch apart [E, I]; the same objects from call to call.
+
+        Those of the subjects ``without`` are left out: a new fact about a subject has the key of the earlier ones, and cannot be
+        written where that key must keep its value. (Which subjects loaded keys belong to is not known.)
+        """
+        ledger, found = Ledger.of(self._model), [self._loaded[layer]] if layer in self._loaded else []
+        for patch, keys in self._by_patch.items():
+            if layer in keys and ledger.carries(patch):
+                rows = [row for row, subject in enumerate(self._subjects[patch]) if subject in without]
+                rest = [row for row in range(len(keys[layer])) if row not in rows]
+                found += [keys[layer][rest] if rows else keys[layer]] if rest else []
+        return found
 
     @property
     def layers(self) -> list[int]:

@@ -116,7 +116,8 @@ class NullSpaceEditor(MultiLayerEditor):
     def on_applied(self, patch: EditPatch, requests: Sequence[Request]) -> None:
         """Remember the keys of the edits, as the edited model makes them."""
         mixed = {i: mixed_keys(read.request_keys(self.arch, requests, i)) for i in self.config.layers}
-        self.history.add(patch, {layer: each.to(torch.float32).cpu() for layer, each in mixed.items()})
+        subjects = [request.edit.subject for request in requests] if self.config.join_subjects else []
+        self.history.add(patch, {layer: each.to(torch.float32).cpu() for layer, each in mixed.items()}, subjects)
 
     def solving_bytes(self, shape: tuple[int, int], edits: int) -> tuple[int, int]:
         """Used directions and earlier keys are kept; eigenvectors, keys and their system are held meanwhile."""

@@ -33,6 +33,7 @@ class LayerProblem:
         residual: what the MLP's output shall change by on the bare prompt, this layer's share, [E, O].
         weights: W as it is now: one matrix, or one per expert.
         moments: second moments of the edited layers.
+        subjects: of the edits.
     """
 
     layer: int
@@ -40,6 +41,7 @@ class LayerProblem:
     residual: Tensor
     weights: tuple[Weight, ...]
     moments: SecondMoments
+    subjects: tuple[str, ...] = ()
 
     def project(self, keys: Tensor) -> Tensor:
         """W k for each key [n, I], without the bias: [n, O], in the keys' dtype."""
@@ -100,7 +102,8 @@ def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], va
                 residual = values.value[:, 0] - read.request_outputs(arch, requests, site).to(residual.device)
             gain = _gain(arch, site, layer)
             share = residual / (editor.residual_divisor(len(layers) - number) * gain)
-            problem = LayerProblem(layer, keys, share.to(keys.device), arch.weights(layer), editor.moments)
+            subjects = tuple(request.edit.subject for request in requests)
+            problem = LayerProblem(layer, keys, share.to(keys.device), arch.weights(layer), editor.moments, subjects)
             solution = _solve(editor, problem)
             # In the form in which the patch stores them, so that what is read above sees the bits that are written in the end.
             parts = problem.split(solution.to(arch.device(layer), arch.work_dtype))
