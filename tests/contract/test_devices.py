@@ -182,7 +182,8 @@ CLOSED = ("rome", "rrome", "memit", "emmet", "alphaedit")
 
 def solved_on(editor):
     """Return the devices on which an editor keeps its decompositions."""
-    kept = [*editor.moments._factors.values(), *getattr(editor, "_used", {}).values()]
+    used = editor.null_space._used if isinstance(editor, kedit.AlphaEdit) else {}
+    kept = [*editor.moments._factors.values(), *used.values()]
     return {str(tensor.device) for tensor in kept}
 
 
