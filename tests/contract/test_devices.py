@@ -236,7 +236,7 @@ def test_the_fullest_device_decides_how_large_waves_are(monkeypatch, caplog):
         monkeypatch.setattr(
             "kedit.values.scheduler.free_memory", lambda device: 1 << 20 if str(device) == "cuda:1" else 1 << 34
         )
-        editor = make("memit", model)
+        editor = make("memit", model, join_subjects=False)
         editor.apply(EDITS * 4)
     assert editor.engine.used < editor.engine.budget
     assert "MiB that are free" in caplog.text

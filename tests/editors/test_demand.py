@@ -34,7 +34,9 @@ def build(width, dtype):
 def make(name, model, width):
     layers = (1,) if name in ("rome", "emmet", "ft") else (1, 2)
     given = {} if name == "ft" else {"moments": {layer: moments(width, 1).float() for layer in layers}}
-    return kedit.get_editor(name, model, tokenizer(), layers=layers, contexts=CONTEXTS, steps=2, **given)
+    return kedit.get_editor(
+        name, model, tokenizer(), layers=layers, contexts=CONTEXTS, steps=2, join_subjects=False, **given
+    )
 
 
 @pytest.mark.parametrize("edits", [ONE, MANY], ids=["one", "many"])

@@ -23,6 +23,7 @@ def _editor(golden, method: str, run: dict) -> kedit.Editor:
         kl_factor=run["kl"],
         clamp=run["clamp"],
         moment_weight=run["mom2_update_weight"],
+        join_subjects=False,  # the published code gives each of two facts of one subject a value of its own
     )
 
 

@@ -60,7 +60,7 @@ def test_unreadable_files(tmp_path):
     binary.write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ConfigError, match="cannot be read"):
         list(as_corpus(binary, None))
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is a folder, not a regular file"):
         list(as_corpus(tmp_path, None))
 
 

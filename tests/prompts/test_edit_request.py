@@ -86,7 +86,7 @@ def test_jsonl_skips_blank_lines_and_reads_any_script(tmp_path):
     ("line", "words"),
     [
         ('{"prompt": ', ["line 3"]),
-        ('["a list"]', ["line 3", "object with fields", "list"]),
+        ('["a list"]', ["line 3", "must be an object", "a list"]),
         ('{"prompt": "{} is", "subject": "A"}', ["line 3", "missing ['target_new']"]),
         ('{"prompt": "{} is", "subject": "A", "target_new": "b", "tarqet": 1}', ["line 3", "unknown ['tarqet']"]),
         ('{"prompt": "x is", "subject": "A", "target_new": "b"}', ["line 3", "neither"]),
@@ -103,16 +103,16 @@ def test_jsonl_errors_name_file_and_line(tmp_path, line, words):
 
 
 def test_jsonl_missing_empty_or_binary(tmp_path):
-    with pytest.raises(EditError, match="Cannot read"):
+    with pytest.raises(EditError, match="There is no file"):
         Edit.from_jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(EditError, match="Cannot read"):
+    with pytest.raises(EditError, match="is a folder"):
         Edit.from_jsonl(tmp_path)
     empty, binary = tmp_path / "empty.jsonl", tmp_path / "binary.jsonl"
     empty.write_text("\n\n")
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(EditError, match="holds no edits"):
         Edit.from_jsonl(empty)
-    with pytest.raises(EditError, match="Cannot read"):
+    with pytest.raises(EditError, match="is not text in UTF-8"):
         Edit.from_jsonl(binary)
 
 

@@ -23,7 +23,7 @@ from kedit.errors import ConfigError
 from kedit.models import ModelArch, Weight
 from kedit.models.lock import editing, one_at_a_time
 from kedit.models.offload import check_held
-from kedit.models.validate import check_editable, check_model
+from kedit.models.validate import check_editable, check_model, check_takes_effect
 from kedit.patch import EditPatch, fingerprints
 from kedit.patch.delta import Delta, append, concatenate
 from kedit.patch.ledger import Ledger, check_writable
@@ -165,7 +165,8 @@ class Editor(ABC):
         chosen = as_edits(edits)
         with self._call(regularizer) as call:
             check_guard(guard)
-            requests = self._encode_to_write(chosen, call)
+            self._check_weights()
+            requests = self._encode_together(chosen, call)
             self._prepare(call.timer)
             observers = Observers(
                 self.engine, self.tokenizer, chosen, requests, self.config, call.timer, guard=guard, ask=self._asks
@@ -205,7 +206,7 @@ class Editor(ABC):
             PatchMismatchError: the model is not as it was when the patch was made.
         """
         with self._call(regularizer) as call:
-            requests = self._encode_to_write(as_edits(edits), call)
+            requests = self._encode_together(as_edits(edits), call)
             with applied(patch, self.model):
                 self.on_applied(patch, requests)
 
@@ -224,7 +225,7 @@ class Editor(ABC):
     def estimate_memory(self, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> MemoryEstimate:
         """Estimate how much memory :meth:`apply` would take; nothing is written. Contexts and the like are made where missing."""
         with self._call(regularizer) as call:
-            requests = self._encode_to_write(as_edits(edits), call)
+            requests = self._encode_together(as_edits(edits), call)
             self._prepare(call.timer)
             return self.memory_of(requests, call)
 
@@ -380,15 +381,20 @@ class Editor(ABC):
     def _encode(self, edits: Sequence[Edit], call: Call) -> list[Request]:
         return encode_edits(self.arch, self.tokenizer, edits, self.contexts, call.needs)
 
-    def _encode_to_write(self, edits: Sequence[Edit], call: Call) -> list[Request]:
-        """One request per subject, its facts of earlier patches included; raises where the weights cannot be written."""
-        check_consistent(edits, once=self.config.join_subjects)
+    def _check_weights(self) -> None:
+        """Raise where an edited weight cannot be written, or a change of it does not arrive."""
         for weight in self.edited_weights:
             check_writable(weight)
-        requests = self._encode(edits, call)
+        touched = Ledger.of(self.model).touched  # an edit of these has taken effect before
+        fresh = [i for i in self.config.layers if not any(weight.name in touched for weight in self.arch.weights(i))]
+        check_takes_effect(self.arch, fresh)
+
+    def _encode_together(self, edits: Sequence[Edit], call: Call) -> list[Request]:
+        """One request per subject, its facts of earlier patches included; one per edit without ``join_subjects``."""
         if not self.config.join_subjects:
-            return requests
-        return self._with_earlier(join_subjects(requests), edits, call)
+            return self._encode(edits, call)
+        check_consistent(edits)
+        return self._with_earlier(join_subjects(self._encode(edits, call)), edits, call)
 
     def _with_earlier(self, requests: list[Request], edits: Sequence[Edit], call: Call) -> list[Request]:
         """Requests that hold, beside their own facts, those that earlier patches wrote of their subjects."""
@@ -427,5 +433,7 @@ class Editor(ABC):
 
 def _by_edit(logs: Sequence[list[StepLog]], requests: Sequence[Request], edits: Sequence[Edit]) -> list[list[StepLog]]:
     """The log of every edit: that of the request that holds it."""
+    if len(requests) == len(edits):
+        return list(logs)
     place = {(e.subject, e.text): number for number, request in enumerate(requests) for e in request.edits}
     return [logs[place[edit.subject, edit.text]] for edit in edits]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_consistent(edits: Sequence[Edit], *, once: bool) -> None:
-    """Raise where one prompt has two targets; warn where an edit is given twice and counts ``once``.
+def check_consistent(edits: Sequence[Edit]) -> None:
+    """Raise where one prompt has two targets; warn where an edit is given twice.
 
     Raises:
         EditError: two edits contradict each other; both are named by their numbers.
@@ -34,7 +34,7 @@ def check_consistent(edits: Sequence[Edit], *, once: bool) -> None:
             )
         if other != number:
             twice.append(number)
-    if twice and once:
+    if twice:
         named = ", ".join(map(str, twice[:5])) + (", ..." if len(twice) > 5 else "")
         warn_user(f"{len(twice)} of {len(edits)} edits are given more than once and count once (numbers {named}).")
 
@@ -68,7 +68,7 @@ def warn_of_alike(edits: Sequence[Edit], before: Sequence[Prediction]) -> None:
     seen: dict[tuple[str, str], Edit] = {}
     for edit, prediction in zip(edits, before, strict=True):
         other = seen.setdefault((edit.subject, prediction.first_choice.strip()), edit)
-        if other.target_new != edit.target_new:
+        if other.target_new != edit.target_new and other.text != edit.text:
             warn_user(
                 f"{other.text!r} → {other.target_new!r} and {edit.text!r} → {edit.target_new!r} may contradict each other: before "
                 f"the edit the model answers both with {prediction.first_choice!r}. If they mean the same, leave one."

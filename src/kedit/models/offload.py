@@ -77,8 +77,16 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Raises:
         ArchitectureError: a tensor is on the meta device and kept nowhere.
     """
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        yield name, read(model, name, tensor)
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+        if isinstance(value, Tensor):
+            yield name, read(model, name, value)
+        else:  # torch's quantized layers store what they have packed as a tuple
+            parts = value if isinstance(value, tuple) else ()
+            yield from ((f"{name}.{i}", _plain(part)) for i, part in enumerate(parts) if isinstance(part, Tensor))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.int_repr() if tensor.is_quantized else tensor
 
 
 def read(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -114,7 +122,9 @@ def device_of(module: nn.Module, leaf: str = "weight") -> torch.device:
     """Where a module computes with its parameter; with the first that it has, where it has none of that name."""
     tensor = getattr(module, leaf, None)
     if not isinstance(tensor, Tensor):
-        tensor = next(itertools.chain(module.parameters(), module.buffers()))
+        tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if tensor is None:  # torch's dynamically quantized layers hold packed objects, and run on the CPU
+        return torch.device("cpu")
     device: torch.device = tensor.device
     if device.type != "meta":
         return device

@@ -44,10 +44,16 @@ def check_model(model: Any) -> None:
 
     Raises:
         ArchitectureError: it is no module.
-        UnsupportedError: PEFT puts virtual tokens in front of every prompt.
+        UnsupportedError: PEFT puts virtual tokens in front of every prompt, or torch has quantized layers dynamically.
     """
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"Expected a causal language model of transformers, and found {type(model).__name__}.")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise UnsupportedError(
+                f"{name} is a {type(module).__name__} that torch has quantized: no gradient passes it, so no value can be "
+                "optimised below it. Edit the model in full precision, and quantize it afterwards."
+            )
     adapter = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise UnsupportedError(
@@ -87,3 +93,37 @@ def _adds(wrapper: nn.Module, inner: nn.Module) -> bool:
     error = (after - before - moved[0]).float().norm() / moved[0].float().norm()
     tolerance = max(1e-4, 16 * torch.finfo(dtype).eps)
     return len(seen) == 1 and torch.equal(seen[0], given) and bool(error <= tolerance)
+
+
+@torch.no_grad()
+def check_takes_effect(arch: ModelArch, layers: Sequence[int]) -> None:
+    """Raise where a change of the weight does not change what its layer gives, as where that computes with a copy.
+
+    One row of the weight is changed for one forward pass of the layer alone, and put back bit for bit.
+
+    Raises:
+        UnsupportedError: the layer gives the same as before.
+    """
+    for layer in layers:
+        if arch.experts(layer) is not None:
+            continue
+        down, [weight] = arch.down(layer), arch.weights(layer)
+        if weight.away is not None or weight.parameter.is_meta:
+            continue
+        stored = weight.stored
+        row = stored[:1]
+        given = torch.ones((1, 1, weight.matrix.shape[1]), dtype=stored.dtype, device=stored.device)
+        kept = row.clone()
+        with evaluating(down):
+            try:
+                before = down(given)
+                row.add_(row.abs().max() + 1)
+                after = down(given)
+            finally:
+                row.copy_(kept)
+        if torch.equal(before, after):
+            raise UnsupportedError(
+                f"A change of {weight.name} does not reach the forward pass: {type(down).__name__} computes with a copy of it, "
+                "as some quantized layers do. Attach the edit beside the weight instead (editor.propose(edit) and "
+                "patch.attach(model)), or load the model in full precision."
+            )

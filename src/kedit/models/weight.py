@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kedit.models.offload import Offloaded
 
@@ -43,7 +44,12 @@ class Weight:
     def writable(self) -> bool:
         """Whether the weight is stored as plain numbers, in memory or offloaded: not quantized, not left out."""
         plain = self.parameter.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        return plain and (self.away is not None or not self.parameter.is_meta)
+        return plain and not self.wrapped and (self.away is not None or not self.parameter.is_meta)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the tensor stands for others, as torchao's and quanto's quantized ones do: a copy of its values is written."""
+        return is_traceable_wrapper_subclass(self.parameter)
 
     @property
     def packed(self) -> bool:

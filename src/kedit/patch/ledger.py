@@ -285,7 +285,9 @@ def check_writable(weight: Weight) -> None:
     """Raise :class:`PatchMismatchError` where a weight is not stored as numbers that can be changed in place."""
     if weight.writable:
         return
-    place = "packed, as quantization leaves it," if weight.packed else f"in {weight.parameter.dtype}"
+    place = f"in {weight.parameter.dtype}"
+    if weight.packed or weight.wrapped:
+        place = "packed, as quantization leaves it,"
     raise PatchMismatchError(
         f"{weight.name} is stored {place} and cannot be written in place. Attach the edit instead (editor.propose(edit) and "
         "patch.attach(model)), or load the model in full precision."

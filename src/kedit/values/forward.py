@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kedit.errors import CaptureError
+from kedit.errors import CaptureError, UnsupportedError
 from kedit.models import ModelArch, Site
 from kedit.models.hooks import by_prompt, inference_state, on_output
 from kedit.prompts.encode import Prompt, Role
@@ -338,3 +338,17 @@ class Runner:
     def _read_hidden(self, layer: int, output: Tensor) -> None:
         layout = self._layout.on(output.device)
         self._hidden[layer] = output[torch.arange(len(layout.last), device=output.device), layout.last]
+
+
+def check_gradient(logits: Tensor) -> None:
+    """Raise where logits do not depend on δ.
+
+    Raises:
+        UnsupportedError: a layer on the way was computed without gradient.
+    """
+    if not logits.requires_grad:
+        raise UnsupportedError(
+            "No gradient of the loss reaches the value, so it cannot be optimised: a layer above the edit is computed without "
+            "gradient, as quantized layers of some backends are. Load the model in full precision, edit it there, and quantize "
+            "the edited model."
+        )

@@ -15,7 +15,7 @@ from torch.nn.functional import log_softmax
 from kedit.models import ModelArch, Site
 from kedit.regularizers.base import Needs
 from kedit.utils.device_memory import LivePeak
-from kedit.values.forward import Runner, Wave
+from kedit.values.forward import Runner, Wave, check_gradient
 
 # Copies of the logits alive in the backward pass: as the head gives them, as log-probabilities in float32, and their
 # gradients by way of the target and of the KL term, with the sum of the two.
@@ -87,6 +87,7 @@ class UnitCosts:
         delta = torch.zeros(shape, dtype=arch.work_dtype, device=arch.input_device, requires_grad=True)
         with runner.installed(), LivePeak(arch.model) as seen:
             reading = runner.run(delta)
+            check_gradient(reading.logits)
             log_probs = log_softmax(reading.logits.to(arch.work_dtype), -1)
             token, subject = log_probs.gather(1, runner.reads.last[:, None]), log_probs[runner.reads.subject]
             (token.sum() + subject.sum()).backward()

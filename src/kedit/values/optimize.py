@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div, log_softmax
 from kedit.errors import NonFiniteError
 from kedit.regularizers.base import ForwardRecord, Regularizer, score
 from kedit.utils.progress import Progress
-from kedit.values.forward import Reading, Runner
+from kedit.values.forward import Reading, Runner, check_gradient
 
 StepLog = dict[str, float]
 
@@ -106,6 +106,7 @@ def optimize(
     with runner.installed():
         for step in range(objective.steps * max(state.facts.tolist())):
             reading = runner.run(state.delta[state.active])
+            check_gradient(reading.logits)
             terms = state.terms(reading, step, objective, regularizers)
             total = torch.stack(list(terms.values())).sum(0)
             state.record(step, total, terms)
