@@ -236,7 +236,7 @@ def test_what_is_no_causal_language_model():
 def test_a_tokenizer_larger_than_the_model():
     model = tiny_model("llama")
     model.resize_token_embeddings(97)
-    with pytest.raises(EditError, match=r"Edit 0: the tokenizer gives token \d+, and the model knows 97 tokens"):
+    with pytest.raises(EditError, match=r"The tokenizer gives token \d+, and the model knows 97 tokens"):
         make("rome", model).apply(FRENCH)
 
 

@@ -11,7 +11,7 @@ from kedit.edit import SLOT
 from kedit.errors import ConfigError, NonFiniteError
 from kedit.models import ModelArch
 from kedit.models.hooks import inference_state
-from kedit.prompts.tokenize import Text, encode, pad
+from kedit.prompts.tokenize import Text, check_known, encode, pad, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +56,9 @@ def generate_contexts(
     generator = torch.Generator().manual_seed(seed)
     contexts = [BARE]
     for length, count in lengths:
-        rows = _sample(model, _starts(tokenizer, count), length, top_k, generator, device)
+        starts = _starts(tokenizer, count)
+        check_known([token for row in starts for token in row], vocabulary_size(model))
+        rows = _sample(model, starts, length, top_k, generator, device)
         for text in tokenizer.batch_decode(rows, skip_special_tokens=True):
             contexts.append(_as_template(text))
     return tuple(dict.fromkeys(contexts))

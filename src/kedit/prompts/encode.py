@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kedit.edit import Edit
 from kedit.errors import EditError
 from kedit.models import ModelArch
-from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode, rewrite_texts
+from kedit.prompts.tokenize import (
+    Text,
+    TokenizedPrompt,
+    check_known,
+    context_limit,
+    encode,
+    rewrite_texts,
+    vocabulary_size,
+)
 from kedit.regularizers.base import Needs
+from kedit.utils.warning import warn_user
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,26 +134,33 @@ def encode_edits(
     Raises:
         EditError: an edit does not fit the tokenizer or the context window; its number is named.
     """
-    table: Any = arch.model.get_input_embeddings().weight
-    limit, size = context_limit(arch.model), int(table.shape[0])
+    limit, size = context_limit(arch.model), vocabulary_size(arch.model)
     requests = []
     for number, edit in enumerate(edits):
         texts = rewrite_texts(edit, contexts)
-        texts += [Text.fill(template, edit.subject) for template in (SUBJECT_PROMPT, *needs.prompts)]
+        texts += [Text.fill(template, edit.subject) for template in (SUBJECT_PROMPT, *needs.prompts, edit.prompt)]
         try:
             rows = encode(tokenizer, texts, limit=limit)
+            check_known([token for row in rows for token in row.ids], size)
         except EditError as error:
             if len(edits) == 1:
                 raise
             raise type(error)(f"Edit {number}: {error}") from error
-        if (largest := max(max(row.ids) for row in rows)) >= size:
-            raise EditError(
-                f"Edit {number}: the tokenizer gives token {largest}, and the model knows {size} tokens. Use the model's own "
-                "tokenizer."
-            )
         count = len(contexts)
-        requests.append(Request((edit,), tuple(rows[:count]), rows[count], tuple(rows[count + 1 :])))
+        _warn_of_joint(edit, rows[0], rows[-1])
+        requests.append(Request((edit,), tuple(rows[:count]), rows[count], tuple(rows[count + 1 : -1])))
     return requests
+
+
+def _warn_of_joint(edit: Edit, whole: TokenizedPrompt, alone: TokenizedPrompt) -> None:
+    """Warn where the prompt, typed alone, has other tokens than before its target."""
+    before = whole.ids[: whole.target]
+    if alone.ids != before:
+        reason = "It ends with a space: leave that out" if edit.text[-1:].isspace() else "Write its end in another way"
+        warn_user(
+            f"The prompt {edit.text!r} has other tokens when it stands alone than before its target {edit.target_new!r}, so the edit "
+            f"may not hold for the prompt as it is typed. {reason}."
+        )
 
 
 def join_subjects(requests: Sequence[Request]) -> list[Request]:

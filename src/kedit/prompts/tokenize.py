@@ -229,6 +229,19 @@ def context_limit(model: Any) -> int | None:
     return int(limit) if limit else None
 
 
+def vocabulary_size(model: Any) -> int:
+    """How many tokens the model has an embedding for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def check_known(tokens: Sequence[int], size: int) -> None:
+    """Raise ``EditError`` where a token is not one of the ``size`` that the model knows."""
+    if (largest := max(tokens, default=0)) >= size:
+        raise EditError(
+            f"The tokenizer gives token {largest}, and the model knows {size} tokens. Use the model's own tokenizer."
+        )
+
+
 def rewrite_texts(edit: Edit, contexts: Sequence[str]) -> list[Text]:
     """The edit's prompt with its target, in every context (templates with one ``{}`` each)."""
     return [Text.fill(context.replace(SLOT, edit.prompt), edit.subject, edit.target_new) for context in contexts]
