@@ -158,8 +158,8 @@ def _warn_of_joint(edit: Edit, whole: TokenizedPrompt, alone: TokenizedPrompt) -
     if alone.ids != before:
         reason = "It ends with a space: leave that out" if edit.text[-1:].isspace() else "Write its end in another way"
         warn_user(
-            f"The prompt {edit.text!r} has other tokens when it stands alone than before its target {edit.target_new!r}, so the edit "
-            f"may not hold for the prompt as it is typed. {reason}."
+            f"The prompt {edit.text!r} has other tokens when it stands alone than before its target {edit.target_new!r}, so the "
+            f"edit may not hold for the prompt as it is typed. {reason}."
         )
 
 
