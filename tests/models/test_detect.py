@@ -132,7 +132,7 @@ def mixture(kind, **own):
 def test_an_expert_that_is_shared_is_not_taken_for_the_mlp(kind):
     """The only linear layer that ends an MLP there is the shared expert's; the others are in fused tensors beside it."""
     own, experts = SHARED[kind]
-    with pytest.raises(ArchitectureError, match=f"'{kind}'.*block 0 adds more than.*{experts}.*shared expert"):
+    with pytest.raises(ArchitectureError, match=f"'{kind}'.*several parts of block 0.*{experts}.*shared expert"):
         ModelArch(mixture(kind, **own))
 
 

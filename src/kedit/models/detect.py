@@ -110,8 +110,9 @@ def _verified(spec: ArchSpec, calls: Sequence[Call], kind: str) -> ArchSpec:
         if extra := others(call, ends, spec.attention):
             raise refused(
                 kind,
-                f"block {number} adds more than its attention and the down-projection {spec.down!r}: what {', '.join(extra)} "
-                "gives reaches its output too, as in mixtures with a shared expert (which need an entry)",
+                f"several parts of block {number} beside its attention add to its output ({', '.join([*extra, spec.down])}), so which "
+                "of them is the MLP's down-projection is not certain, as in mixtures with a shared expert or with inputs of their "
+                "own for every layer (which need an entry)",
             )
         gains.append(_gain(call, ends[0], number, kind))
     known = [gain for gain in gains if gain is not None]
