@@ -111,8 +111,8 @@ def _verified(spec: ArchSpec, calls: Sequence[Call], kind: str) -> ArchSpec:
             raise refused(
                 kind,
                 f"several parts of block {number} beside its attention add to its output "
-                f"({', '.join([*extra, spec.down])}), so which of them is the MLP's down-projection is not certain, as in mixtures with a shared expert or with inputs of their "
-                "own for every layer (which need an entry)",
+                f"({', '.join([*extra, spec.down])}), so which of them is the MLP's down-projection is not "
+                "certain, as in mixtures with a shared expert or with inputs of their own for every layer (which need an entry)",
             )
         gains.append(_gain(call, ends[0], number, kind))
     known = [gain for gain in gains if gain is not None]
