@@ -189,7 +189,10 @@ def solved_on(editor):
 
 @pytest.mark.parametrize(
     ("name", "model_type"),
-    [*((name, "llama") for name in CLOSED), ("memit", "mixtral"), ("alphaedit", "mixtral")],
+    [
+        *((name, "llama") for name in CLOSED),
+        *(pytest.param(name, "mixtral", marks=pytest.mark.slow) for name in ("memit", "alphaedit")),
+    ],
 )
 def test_closed_forms_are_solved_on_the_layers_device_if_it_has_room(name, model_type):
     with sdpa_kernel(SDPBackend.MATH):
@@ -262,7 +265,7 @@ PLACES = [["cuda:0", "cpu", "cuda:1"], ["cuda:0", "disk", "cuda:1"], ["cpu", "cu
 
 
 @pytest.mark.parametrize("places", PLACES, ids=", ".join)
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mixtral"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_devices_memory_and_disk_together(model_type, places, tmp_path):
     plain = model_of(model_type)
     _, wanted = edited(plain, "memit")

@@ -10,7 +10,8 @@ from kedit.embedded import load_world
 from kedit.errors import EditError, KEditWarning
 from kedit.patch.ledger import Ledger
 
-VALUE_EDITORS = ("rome", "rrome", "memit", "pmet", "emmet", "alphaedit")
+SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in ("rrome", "pmet", "emmet"))
+VALUE_EDITORS = ("rome", "memit", "alphaedit", *SLOW)
 MISSED = {"pmet": 2, "rrome": 1}  # of 14 at most: the closed form of these writes the value not quite
 
 
@@ -56,9 +57,9 @@ def test_ft_says_both_facts(embedded):
 @pytest.mark.filterwarnings("ignore::kedit.errors.KEditWarning")
 def test_published_form_forgets_the_first(embedded):
     """Without the joint value, what is written last prevails: the reason why it is the default."""
-    editor = kedit.ROME(*embedded, join_subjects=False)
-    result = editor.apply(_edits(7))
-    assert sum(check.after.said for check in result.checks) < 14
+    editor = kedit.MEMIT(*embedded, join_subjects=False)
+    result = editor.apply(_edits(3))
+    assert sum(check.after.said for check in result.checks) < 6
     result.revert()
 
 
