@@ -141,3 +141,15 @@ def test_a_paraphrase_with_another_target_is_noticed(embedded):
     with pytest.warns(KEditWarning) as caught:
         kedit.ROME(*embedded).apply(edits).revert()
     assert any("may contradict each other" in str(warning.message) for warning in caught)
+
+
+def test_a_foreign_patch_may_say_anything(embedded):
+    edit = _edits(1)[0]
+    editor = kedit.ROME(*embedded)
+    first = editor.apply(_edits(1)[1])
+    first.patch.provenance["edits"] = ["nonsense", {"subject": edit.subject}, {"subject": edit.subject, "prompt": 5}]
+    result = editor.apply(edit)
+    assert result.checks[0].after.said
+    first.patch.provenance["edits"] = "nonsense"
+    result.revert()
+    editor.apply(edit).revert()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from kedit.edit import Edit
@@ -47,10 +48,12 @@ def earlier_facts(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Edit]:
     subjects = {edit.subject for edit in edits}
     found: dict[tuple[str, str], Edit] = {}
     for patch in Ledger.of(model).owners:
-        for record in patch.provenance.get("edits", []) if isinstance(patch, EditPatch) else []:
+        records = patch.provenance.get("edits") if isinstance(patch, EditPatch) else None
+        for record in records if isinstance(records, list) else []:
             if isinstance(record, dict) and record.get("subject") in subjects:
-                edit = Edit.from_dict(record)
-                found[edit.subject, edit.text] = edit
+                with suppress(EditError):  # a foreign patch may say anything
+                    edit = Edit.from_dict(record)
+                    found[edit.subject, edit.text] = edit
     for edit in edits:
         old = found.pop((edit.subject, edit.text), None)
         if old is not None and old.target_new != edit.target_new:
