@@ -73,7 +73,7 @@ def request_outputs(arch: ModelArch, requests: Sequence[Request], site: Site) ->
     """:func:`outputs` of every edit's bare prompt, [E, H]; of several facts of one subject, their mean."""
     found = outputs(arch, [row for request in requests for row in request.bare], site)
     parts = found.split([len(request.edits) for request in requests])
-    return torch.stack([part.mean(0) if len(part) > 1 else part[0] for part in parts])
+    return torch.stack([part.mean(0) for part in parts])
 
 
 def routing(arch: ModelArch, rows: Sequence[TokenizedPrompt], layer: int) -> Routing:

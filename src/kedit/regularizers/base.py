@@ -63,6 +63,13 @@ class Needs:
         )
 
 
+def mean_by_edit(values: Tensor, edit: Tensor, num_edits: int) -> Tensor:
+    """Mean of values [P, ...] over the prompts of each edit, by the edit [P] of every prompt: [E, ...]."""
+    total = values.new_zeros(num_edits, *values.shape[1:]).index_add(0, edit, values)
+    counts = torch.bincount(edit, minlength=num_edits).clamp(min=1)
+    return total / counts.view(-1, *[1] * (values.ndim - 1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """The activations of P prompts, read at each prompt's last token.
@@ -87,8 +94,7 @@ class Activations:
 
     def mean_per_edit(self, values: Tensor, num_edits: int) -> Tensor:
         """Mean of one value per prompt [P] over the prompts of each edit: [E]."""
-        total = values.new_zeros(num_edits).index_add(0, self.edit, values)
-        return total / torch.bincount(self.edit, minlength=num_edits).clamp(min=1)
+        return mean_by_edit(values, self.edit, num_edits)
 
     def detach(self) -> Activations:
         """The same without gradient."""

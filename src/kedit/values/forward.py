@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from kedit.errors import CaptureError, UnsupportedError
@@ -22,7 +21,7 @@ from kedit.models import ModelArch, Site
 from kedit.models.hooks import by_prompt, inference_state, on_output
 from kedit.prompts.encode import Prompt, Role
 from kedit.prompts.tokenize import pad
-from kedit.regularizers.base import Activations, Needs
+from kedit.regularizers.base import Activations, Needs, mean_by_edit
 
 if TYPE_CHECKING:
     from kedit.capture import AttentionCapture
@@ -38,10 +37,10 @@ class Wave:
     @property
     def facts(self) -> Tensor:
         """Number of facts of each edit, [E]."""
-        counts = torch.ones(self.num_edits, dtype=torch.int64)
+        counts = [1] * self.num_edits
         for prompt in self.prompts:
-            counts[prompt.edit] = max(int(counts[prompt.edit]), prompt.fact + 1)
-        return counts
+            counts[prompt.edit] = max(counts[prompt.edit], prompt.fact + 1)
+        return torch.tensor(counts)
 
     def select(self, keep: Sequence[int]) -> tuple[Wave, list[int]]:
         """The wave of the edits ``keep`` (renumbered in order), and the indices of the prompts that stay."""
@@ -275,8 +274,7 @@ class Runner:
         logits, rows, initial = self.forward(delta)
         roles, edit = self._layout.roles, self._layout.edit[self._layout.bare]
         if len(edit) > self.wave.num_edits:
-            total = initial.new_zeros(self.wave.num_edits, *initial.shape[1:]).index_add(0, edit, initial)
-            initial = total / rearrange(torch.bincount(edit), "e -> e 1 1")
+            initial = mean_by_edit(initial, edit, self.wave.num_edits)
         return Reading(logits, rows.take(roles[Role.REWRITE]), rows.take(roles[Role.EXTRA]), initial)
 
     def forward(self, delta: Tensor) -> tuple[Tensor, Activations, Tensor]:
