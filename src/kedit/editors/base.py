@@ -399,6 +399,8 @@ class Editor(ABC):
     def _with_earlier(self, requests: list[Request], edits: Sequence[Edit], call: Call) -> list[Request]:
         """Requests that hold, beside their own facts, those that earlier patches wrote of their subjects."""
         earlier = earlier_facts(self.model, edits) if self.config.join_subjects else []
+        if not earlier:
+            return requests
         kept = self._encode(earlier, call)
         return [join_subjects([own, *(r for r in kept if r.edit.subject == own.edit.subject)])[0] for own in requests]
 

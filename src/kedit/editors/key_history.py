@@ -50,12 +50,16 @@ class KeyHistory:
         Those of the subjects ``without`` are left out: a new fact about a subject has the key of the earlier ones, and cannot be
         written where that key must keep its value. (Which subjects loaded keys belong to is not known.)
         """
-        ledger, found = Ledger.of(self._model), [self._loaded[layer]] if layer in self._loaded else []
+        ledger, left_out = Ledger.of(self._model), set(without)
+        found = [self._loaded[layer]] if layer in self._loaded else []
         for patch, keys in self._by_patch.items():
-            if layer in keys and ledger.carries(patch):
-                rows = [row for row, subject in enumerate(self._subjects[patch]) if subject in without]
-                rest = [row for row in range(len(keys[layer])) if row not in rows]
-                found += [keys[layer][rest] if rows else keys[layer]] if rest else []
+            if layer not in keys or not ledger.carries(patch):
+                continue
+            subjects = self._subjects[patch]
+            if left_out.isdisjoint(subjects):
+                found.append(keys[layer])
+            elif rest := [row for row, subject in enumerate(subjects) if subject not in left_out]:
+                found.append(keys[layer][rest])
         return found
 
     @property

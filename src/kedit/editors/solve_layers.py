@@ -93,6 +93,7 @@ def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], va
         The updates by parameter name, in the work dtype.
     """
     arch, layers = editor.arch, editor.config.layers
+    subjects = tuple(request.edit.subject for request in requests)
     found: dict[str, Delta] = {}
     with Ledger.of(arch.model).provisional() as provisional:
         for number, layer in enumerate(layers):
@@ -102,7 +103,6 @@ def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], va
                 residual = values.value[:, 0] - read.request_outputs(arch, requests, site).to(residual.device)
             gain = _gain(arch, site, layer)
             share = residual / (editor.residual_divisor(len(layers) - number) * gain)
-            subjects = tuple(request.edit.subject for request in requests)
             problem = LayerProblem(layer, keys, share.to(keys.device), arch.weights(layer), editor.moments, subjects)
             solution = _solve(editor, problem)
             # In the form in which the patch stores them, so that what is read above sees the bits that are written in the end.
