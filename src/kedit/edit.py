@@ -59,16 +59,16 @@ class Edit:
         """Make an edit from a mapping with the fields' names; unknown or missing fields raise ``EditError``."""
         known = {"prompt", "subject", "target_new", "target_true"}
         if not isinstance(record, Mapping):
-            found = (
+            given = (
                 "a list (a JSON file of many edits needs one object per line)"
                 if isinstance(record, list)
                 else repr(record)
             )
-            raise EditError(f"An edit record must be an object like {_EXAMPLE}, not {found:.80}.")
+            raise EditError(f"An edit record must be an object like {_EXAMPLE}, not {given:.80}.")
         unknown, missing = set(record) - known, {"prompt", "subject", "target_new"} - set(record)
         if unknown or missing:
-            found = f"unknown {sorted(unknown)}" if unknown else f"missing {sorted(missing)}"
-            raise EditError(f"An edit record has fields {sorted(known)}; found {found}.")
+            given = f"unknown {sorted(unknown)}" if unknown else f"missing {sorted(missing)}"
+            raise EditError(f"An edit record has fields {sorted(known)}; found {given}.")
         return cls(**record)
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,13 +120,13 @@ def as_edits(edits: Edit | Iterable[Edit]) -> list[Edit]:
     """One edit or many, as a list; anything else raises ``EditError``."""
     if not isinstance(edits, Edit | Iterable):
         raise EditError(f"Expected a kedit.Edit or a list of them, found {type(edits).__name__}.")
-    found = [edits] if isinstance(edits, Edit) else list(edits)
-    if not found:
+    listed = [edits] if isinstance(edits, Edit) else list(edits)
+    if not listed:
         raise EditError("There is nothing to edit: the list of edits is empty.")
-    for item in found:
+    for item in listed:
         if not isinstance(item, Edit):
             raise EditError(f"Expected kedit.Edit objects, found {type(item).__name__}. Make one with kedit.Edit(...).")
-    return found
+    return listed
 
 
 def _with_slot(prompt: str, subject: str) -> str:
@@ -135,13 +135,13 @@ def _with_slot(prompt: str, subject: str) -> str:
         return prompt
     if slots > 1:
         raise EditError(f"The prompt {prompt!r} holds {slots} '{{}}'. Leave one, the place of the subject.")
-    found = prompt.count(subject)
-    if found == 0:
+    count = prompt.count(subject)
+    if count == 0:
         raise EditError(
             f"The prompt {prompt!r} holds neither '{{}}' nor the subject {subject!r}. Put '{{}}' where the subject stands."
         )
-    if found > 1:
+    if count > 1:
         raise EditError(
-            f"The subject {subject!r} stands {found} times in the prompt {prompt!r}. Put '{{}}' in the place that is meant."
+            f"The subject {subject!r} stands {count} times in the prompt {prompt!r}. Put '{{}}' in the place that is meant."
         )
     return prompt.replace(subject, SLOT)

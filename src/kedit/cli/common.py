@@ -215,7 +215,7 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int,
 
 def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:
     """``KEY=VALUE`` options as hyper-parameters: numbers, lists of them, True, False, None; else text."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or not key:
@@ -226,8 +226,8 @@ def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:
             value = text
         if not isinstance(value, bool | int | float | str | list | tuple | None):
             raise ConfigError(f"{option} {key} is a number, a text or a list like [3,4], not {text}.")
-        found[key] = tuple(value) if isinstance(value, list) else value
-    return found
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return values
 
 
 def save_figures(folder: str, drawn: Mapping[str, Figure]) -> list[Path]:

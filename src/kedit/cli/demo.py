@@ -268,8 +268,8 @@ def _own_scene(
 
 
 def _first_word(text: str) -> str:
-    found = re.search(r"\w+", text)
-    return found[0] if found else ""
+    word = re.search(r"\w+", text)
+    return word[0] if word else ""
 
 
 def _holds(text: str, wanted: str) -> bool:

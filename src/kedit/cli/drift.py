@@ -73,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
 def _compared(plain: DriftResult, restrained: DriftResult) -> str:
     """Describe the drift without and with the regularizer, or why it cannot be compared."""
     try:
-        found = plain.against(restrained)
+        mean_drift = plain.against(restrained)
     except EditError as error:
         return str(error)
     return (
-        f"In the heads that over-attend under {plain.label}, the mean drift is {found['here'].value:.3f} nats; "
-        f"under {restrained.label} it is {found['other'].value:.3f}."
+        f"In the heads that over-attend under {plain.label}, the mean drift is {mean_drift['here'].value:.3f} nats; "
+        f"under {restrained.label} it is {mean_drift['other'].value:.3f}."
     )
 
 

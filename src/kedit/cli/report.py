@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = common.load_model(args)
     compared = regularizers or ("sadr" if args.model is None and (args.editor or "").lower() != "ft" else None)
     editor = common.make_editor(args, model, tokenizer)
-    found = reveal(model, tokenizer, cases, editor, compared, samples=args.samples, seed=args.seed)
-    path = found.save(args.out)
-    common.say(found.summary(), "", f"page: {path}")
+    overview = reveal(model, tokenizer, cases, editor, compared, samples=args.samples, seed=args.seed)
+    path = overview.save(args.out)
+    common.say(overview.summary(), "", f"page: {path}")
     return 0

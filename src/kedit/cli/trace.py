@@ -96,9 +96,9 @@ def _known(model: PreTrainedModel) -> str:
     from kedit.models import ModelArch
 
     arch = ModelArch(model)
-    found = presets.find("rome", arch)
-    if found is not None:
-        return f"kedit's preset of ROME for this model: layers={found.values['layers']}."
+    preset = presets.find("rome", arch)
+    if preset is not None:
+        return f"kedit's preset of ROME for this model: layers={preset.values['layers']}."
     return f"kedit has no preset of ROME for this model; its rule by depth would be layers={presets.layer_rule(arch)}."
 
 

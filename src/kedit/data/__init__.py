@@ -92,19 +92,19 @@ def recognise(records: Sequence[Any], source: str = "The file") -> str:
             for fields, name in _MARKS:
                 if fields <= record.keys():
                     return name
-    found = next((sorted(map(str, record)) for record in records if isinstance(record, Mapping)), None)
-    if found is None:
+    names = next((sorted(map(str, record)) for record in records if isinstance(record, Mapping)), None)
+    if names is None:
         said = (
             f"its first record is {str(records[0])[:60]!r}, not an object with fields"
             if records
             else "it holds no records"
         )
     else:
-        said = f"its first record has the fields {', '.join(found) or '(none)'}"
+        said = f"its first record has the fields {', '.join(names) or '(none)'}"
     if records and isinstance(records[0], str) and records[0].startswith("not JSON"):
         said = f"its first line is {records[0][:80]}"
     edits = ""
-    if found is not None and {"prompt", "subject", "target_new"} <= set(found):
+    if names is not None and {"prompt", "subject", "target_new"} <= set(names):
         edits = ' These are edits: as cases, write each as {"edit": {...}}; kedit edit --edits takes them as they are.'
     raise EditError(f"{source} is in no known form: {said}.{edits} Known forms (--format): {', '.join(FORMATS)}.")
 

@@ -88,17 +88,17 @@ def read_records(path: Path) -> list[Any]:
     if path.suffix == ".jsonl":
         return list(_lines(text))
     try:
-        found = json.loads(text)
+        records = json.loads(text)
     except (ValueError, RecursionError) as error:
         if not text.lstrip().startswith(("{", "[")):
             raise EditError(f"{path} is {text_form(path, text)}. Give {ACCEPTED}.") from error
         raise EditError(f"{path} is not JSON: {error}. JSON lines need the suffix .jsonl.") from error
-    if isinstance(found, dict):  # some files wrap their list: {"data": [...]}
-        lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if len(lists) == 1 else [found]
-    if not isinstance(found, list):
-        raise EditError(f"{path} holds {json.dumps(found)[:60]} alone. Give {ACCEPTED}.")
-    return found
+    if isinstance(records, dict):  # some files wrap their list: {"data": [...]}
+        lists = [value for value in records.values() if isinstance(value, list)]
+        records = lists[0] if len(lists) == 1 else [records]
+    if not isinstance(records, list):
+        raise EditError(f"{path} holds {json.dumps(records)[:60]} alone. Give {ACCEPTED}.")
+    return records
 
 
 def _lines(text: str) -> Iterator[Any]:

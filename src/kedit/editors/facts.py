@@ -46,21 +46,21 @@ def earlier_facts(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Edit]:
     An update of a subject's value would overwrite them: they have the same key.
     """
     subjects = {edit.subject for edit in edits}
-    found: dict[tuple[str, str], Edit] = {}
+    earlier: dict[tuple[str, str], Edit] = {}
     for patch in Ledger.of(model).owners:
         records = patch.provenance.get("edits") if isinstance(patch, EditPatch) else None
         for record in records if isinstance(records, list) else []:
             if isinstance(record, dict) and record.get("subject") in subjects:
                 with suppress(EditError):  # a foreign patch may say anything
                     edit = Edit.from_dict(record)
-                    found[edit.subject, edit.text] = edit
+                    earlier[edit.subject, edit.text] = edit
     for edit in edits:
-        old = found.pop((edit.subject, edit.text), None)
+        old = earlier.pop((edit.subject, edit.text), None)
         if old is not None and old.target_new != edit.target_new:
             logger.info("%s → %s replaces → %s.", edit.text, edit.target_new, old.target_new)
-    for edit in found.values():
+    for edit in earlier.values():
         logger.info("Kept with the new facts about %s: %s → %s.", edit.subject, edit.text, edit.target_new)
-    return list(found.values())
+    return list(earlier.values())
 
 
 def warn_of_alike(edits: Sequence[Edit], before: Sequence[Prediction]) -> None:

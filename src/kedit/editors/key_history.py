@@ -51,21 +51,21 @@ class KeyHistory:
         written where that key must keep its value. (Which subjects loaded keys belong to is not known.)
         """
         ledger, left_out = Ledger.of(self._model), set(without)
-        found = [self._loaded[layer]] if layer in self._loaded else []
+        matrices = [self._loaded[layer]] if layer in self._loaded else []
         for patch, keys in self._by_patch.items():
             if layer not in keys or not ledger.carries(patch):
                 continue
             subjects = self._subjects[patch]
             if left_out.isdisjoint(subjects):
-                found.append(keys[layer])
+                matrices.append(keys[layer])
             elif rest := [row for row, subject in enumerate(subjects) if subject not in left_out]:
-                found.append(keys[layer][rest])
-        return found
+                matrices.append(keys[layer][rest])
+        return matrices
 
     @property
     def layers(self) -> list[int]:
         """The layers of which keys are remembered."""
-        known = {layer for found in self._by_patch.values() for layer in found} | set(self._loaded)
+        known = {layer for by_layer in self._by_patch.values() for layer in by_layer} | set(self._loaded)
         return sorted(layer for layer in known if self.parts(layer))
 
     @property
@@ -103,7 +103,7 @@ class KeyHistory:
         header, arch = read_header(path), ModelArch(self._model)
         if header.metadata.get("format") != FORMAT:
             raise PatchError(f"{path} is no key history. Give a file that editor.history.save wrote.")
-        found = {}
+        loaded = {}
         for name in header.tensors:
             number = name.removeprefix("keys.")
             if not number.isdecimal() or int(number) >= arch.num_layers:
@@ -111,6 +111,6 @@ class KeyHistory:
             keys, width = header.read(name), arch.memory_width(int(number))
             if keys.ndim != 2 or keys.shape[1] != width or not is_finite(keys):
                 raise PatchError(f"{path}: the keys of layer {number} are not a finite matrix [n, {width}].")
-            found[int(number)] = keys
-        for layer, keys in found.items():
+            loaded[int(number)] = keys
+        for layer, keys in loaded.items():
             self._loaded[layer] = torch.cat([self._loaded[layer], keys]) if layer in self._loaded else keys

@@ -132,14 +132,14 @@ class _Place:
 
 def _places(arch: ModelArch, requests: Sequence[Request], layers: Sequence[int]) -> list[_Place]:
     routed = routing.shares(arch, requests, layers, contexts=True)  # keys are averaged over contexts
-    found = []
+    places = []
     for layer in layers:
         weights = arch.weights(layer)
         served = {expert for shares in routed.get(layer, []) for expert in shares}
         outer, inner = weights[0].matrix.shape
         stored = weights[0].stored.element_size()
-        found.append(_Place(layer, len(served) or len(weights), len(weights), outer, inner, stored))
-    return found
+        places.append(_Place(layer, len(served) or len(weights), len(weights), outer, inner, stored))
+    return places
 
 
 def _estimate(

@@ -94,7 +94,7 @@ def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], va
     """
     arch, layers = editor.arch, editor.config.layers
     subjects = tuple(request.edit.subject for request in requests)
-    found: dict[str, Delta] = {}
+    updates: dict[str, Delta] = {}
     with Ledger.of(arch.model).provisional() as provisional:
         for number, layer in enumerate(layers):
             keys = read.request_keys(arch, requests, layer)
@@ -108,11 +108,11 @@ def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], va
             # In the form in which the patch stores them, so that what is read above sees the bits that are written in the end.
             parts = problem.split(solution.to(arch.device(layer), arch.work_dtype))
             deltas = {name: concatenate([check_finite(name, delta)]) for name, delta in parts.items()}
-            found |= deltas
+            updates |= deltas
             if layer != layers[-1]:
                 provisional.add(deltas)
         _note_written(values, residual, gain * _change_at(solution, keys[:, 0]).to(residual))
-    return found
+    return updates
 
 
 def _solve(editor: ClosedForm, problem: LayerProblem) -> Delta:

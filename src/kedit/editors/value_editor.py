@@ -117,12 +117,12 @@ class ValueEditor(Editor):
     def updates_of_each(self, requests: Sequence[Request], call: Call) -> list[dict[str, Delta]]:
         """The updates that write each request alone; the values are optimised together."""
         values, site = self._optimize(requests, call), self.sites()[0]
-        found = []
+        updates = []
         with Progress(len(requests), "solving") as progress:
             for number, request in enumerate(requests):
-                found.append(solve_layers(self, site, [request], values.only(number)))
+                updates.append(solve_layers(self, site, [request], values.only(number)))
                 progress.advance()
-        return found
+        return updates
 
     def _optimize(self, requests: Sequence[Request], call: Call) -> Values:
         objective = self.config.objective

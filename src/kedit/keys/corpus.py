@@ -88,17 +88,17 @@ def _file(path: Path) -> Corpus:
         raise ConfigError(f"The corpus {path} is a {kind}, not a regular file. Give a text or JSONL file.")
     try:
         with path.open("rb") as file:
-            found = hashlib.sha256()
+            digest = hashlib.sha256()
             form = binary_form(file.read(1 << 20))
             if form is not None:
                 raise ConfigError(f"The corpus {path} is {form}. Give a text or JSONL file.")
             file.seek(0)
             while part := file.read(1 << 20):
-                found.update(part)
+                digest.update(part)
     except OSError as error:
         raise ConfigError(f"The corpus {path} cannot be read ({error}). Give a text or JSONL file.") from error
     kind, read = ("records", _records) if path.suffix == ".jsonl" else ("paragraphs", _paragraphs)
-    return Corpus(str(path), f"{kind}:sha256:{found.hexdigest()}", lambda: read(path))
+    return Corpus(str(path), f"{kind}:sha256:{digest.hexdigest()}", lambda: read(path))
 
 
 @contextmanager
@@ -164,9 +164,9 @@ def _column(name: str, data: Iterable[Any]) -> Iterator[str]:
                 f"The data set {name!r} cannot be read on ({error}). Try again, or give a text or JSONL file."
             ) from error
         if not isinstance(record, Mapping) or not isinstance(record.get("text"), str):
-            found = f"columns {', '.join(map(str, record))}" if isinstance(record, Mapping) else type(record).__name__
+            content = f"columns {', '.join(map(str, record))}" if isinstance(record, Mapping) else type(record).__name__
             raise ConfigError(
-                f"The data set {name!r} has no text in a column 'text' (found {found}). Write its texts to a file: plain "
+                f"The data set {name!r} has no text in a column 'text' (found {content}). Write its texts to a file: plain "
                 "text with a document per paragraph, or JSONL with a 'text' per line."
             )
         yield record["text"]

@@ -74,23 +74,23 @@ def estimate_moments(
     texts = as_corpus(corpus, arch.model)
     budget = tokens if tokens is not None else KEYS_PER_DIMENSION * max(map(arch.memory_width, wanted))
     paths = _cache_paths(arch, tokenizer, texts, budget, ridge, wanted) if cache and texts.key else {}
-    found = {layer: moment for layer, path in paths.items() if (moment := _read(path)) is not None}
+    moments = {layer: moment for layer, path in paths.items() if (moment := _read(path)) is not None}
     group = current_group()
-    missing = sorted({layer for each in group.gather([i for i in wanted if i not in found]) for layer in each})
+    missing = sorted({layer for each in group.gather([i for i in wanted if i not in moments]) for layer in each})
     if missing:
         logger.info("Second moments of layers %s from %s tokens of %s.", missing, f"{budget:,}", texts.name)
         checkpoint = _checkpoint_path([paths[layer] for layer in missing], group) if paths else None
         for layer, accumulator in accumulate(arch, tokenizer, missing, texts, budget, checkpoint).items():
             made = accumulator.moment(layer, ridge)
-            found[layer] = replace(made, matrix=made.matrix.cpu())  # as one that is read from the cache
+            moments[layer] = replace(made, matrix=made.matrix.cpu())  # as one that is read from the cache
             if layer in paths and group.leads:
-                _write(paths[layer], found[layer])
+                _write(paths[layer], moments[layer])
         if checkpoint is not None:
             with suppress(OSError):
                 checkpoint.unlink(missing_ok=True)
-    for layer, moment in found.items():
+    for layer, moment in moments.items():
         moment.warn_if_scarce(layer)
-    return SecondMoments(found)
+    return SecondMoments(moments)
 
 
 def accumulate(

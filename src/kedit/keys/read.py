@@ -46,24 +46,24 @@ def keys(arch: ModelArch, rows: Sequence[TokenizedPrompt], layer: int) -> Tensor
     """
     experts = arch.experts(layer)
     if experts is None:
-        [found] = _read(arch, rows, arch.down(layer), on_input)
-        return found.to(arch.work_dtype)
+        [inputs] = _read(arch, rows, arch.down(layer), on_input)
+        return inputs.to(arch.work_dtype)
     routed = routing(arch, rows, layer)
     return experts.keys(routed.hidden, routed.chosen, routed.weights, arch.work_dtype)
 
 
 def outputs(arch: ModelArch, rows: Sequence[TokenizedPrompt], site: Site) -> Tensor:
     """The site's output at the subject's last token of every row, [P, H], in the work dtype."""
-    [found] = _read(arch, rows, arch.site(site), on_output)
-    return found.to(arch.work_dtype)
+    [vectors] = _read(arch, rows, arch.site(site), on_output)
+    return vectors.to(arch.work_dtype)
 
 
 def request_keys(arch: ModelArch, requests: Sequence[Request], layer: int) -> Tensor:
     """:func:`keys` of every edit in every context, [E, C, I]; of several facts of one subject, their mean."""
-    found = keys(arch, [row for request in requests for row in request.rewrite], layer)
+    vectors = keys(arch, [row for request in requests for row in request.rewrite], layer)
     if all(len(request.edits) == 1 for request in requests):
-        return rearrange(found, "(e c) i -> e c i", e=len(requests))
-    parts = found.split([len(request.rewrite) for request in requests])
+        return rearrange(vectors, "(e c) i -> e c i", e=len(requests))
+    parts = vectors.split([len(request.rewrite) for request in requests])
     return torch.stack(
         [reduce(p, "(f c) i -> c i", "mean", f=len(r.edits)) for p, r in zip(parts, requests, strict=True)]
     )
@@ -71,8 +71,8 @@ def request_keys(arch: ModelArch, requests: Sequence[Request], layer: int) -> Te
 
 def request_outputs(arch: ModelArch, requests: Sequence[Request], site: Site) -> Tensor:
     """:func:`outputs` of every edit's bare prompt, [E, H]; of several facts of one subject, their mean."""
-    found = outputs(arch, [row for request in requests for row in request.bare], site)
-    parts = found.split([len(request.edits) for request in requests])
+    vectors = outputs(arch, [row for request in requests for row in request.bare], site)
+    parts = vectors.split([len(request.edits) for request in requests])
     return torch.stack([part.mean(0) for part in parts])
 
 
@@ -92,7 +92,7 @@ def _read(
     Later tokens cannot change it, so rows end there; the pass ends at the module.
     """
     device = arch.input_device
-    found: list[list[Tensor]] = []
+    batches: list[list[Tensor]] = []
     with inference_state(arch.model):
         for part in packed(rows, TOKENS_PER_PASS):
             ids, mask = pad([row.ids[: row.subject_last + 1] for row in part])
@@ -100,18 +100,18 @@ def _read(
 
             def take(*tensors: Tensor, last: Tensor = last) -> None:
                 where = torch.arange(len(last))
-                found.append([by_prompt(tensor, len(last))[where, last.to(tensor.device)] for tensor in tensors])
+                batches.append([by_prompt(tensor, len(last))[where, last.to(tensor.device)] for tensor in tensors])
                 raise StopForward
 
-            seen = len(found)
+            seen = len(batches)
             with hook(module, take), stops_early():
                 arch.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-            if len(found) == seen:
+            if len(batches) == seen:
                 raise ArchitectureError(
                     f"{type(arch.model).__name__} does not call its {type(module).__name__} as a module, so kedit cannot read "
                     "there. (A Bloom model with slow_but_exact, say: switch it off.)"
                 )
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 def packed(rows: Sequence[TokenizedPrompt], tokens: int) -> list[list[TokenizedPrompt]]:

@@ -69,9 +69,9 @@ def check(
     after = shares(arch, requests, before)
     lowest = next((i for i in range(arch.num_layers) if any(w.name in changed for w in arch.weights(i))), -1)
     routes = []
-    for layer, found in before.items():
+    for layer, routes_before in before.items():
         written = {weight.index for weight in arch.weights(layer) if weight.name in changed}
-        for edit, old in enumerate(found):
+        for edit, old in enumerate(routes_before):
             now = after[layer][edit]
             own = set(old) if layer == lowest else {*old, *now}
             routes.append(Route(layer, edit, old, now, frozenset(own & written)))
@@ -85,5 +85,5 @@ def check(
     return routes
 
 
-def _listed(found: Shares) -> str:
-    return ", ".join(f"expert {expert} ({share:.2f})" for expert, share in found.items())
+def _listed(used: Shares) -> str:
+    return ", ".join(f"expert {expert} ({share:.2f})" for expert, share in used.items())

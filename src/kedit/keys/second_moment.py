@@ -126,8 +126,8 @@ class SecondMoments(Mapping[int, Moment]):
 
     def matrix(self, layer: int, expert: int, device: torch.device | None) -> Tensor:
         """C [I, I] on ``device`` (where it is, if none), or in main memory if that has no room to decompose it."""
-        found = self.matrices(layer)[expert]
-        return found.to(device_with_room(device or found.device, COPIES * found.numel() * torch.float64.itemsize))
+        moment = self.matrices(layer)[expert]
+        return moment.to(device_with_room(device or moment.device, COPIES * moment.numel() * torch.float64.itemsize))
 
     def _factor(self, layer: int, expert: int, device: torch.device | None) -> Tensor:
         key = (layer, expert)
@@ -143,7 +143,7 @@ class SecondMoments(Mapping[int, Moment]):
         Raises:
             ConfigError: a file is not such a statistic.
         """
-        found: dict[int, Moment | Tensor] = {}
+        moments: dict[int, Moment | Tensor] = {}
         for layer, path in paths.items():
             try:
                 with np.load(path, allow_pickle=False) as file:
@@ -154,8 +154,8 @@ class SecondMoments(Mapping[int, Moment]):
                 ) from error
             if total.ndim != 2 or count < 1 or not np.isfinite(total).all():
                 raise ConfigError(f"{path}: mom2.mom2 is not a finite matrix of at least one key.")
-            found[layer] = Moment(torch.from_numpy(total / np.float32(count)), count)
-        return cls(found)
+            moments[layer] = Moment(torch.from_numpy(total / np.float32(count)), count)
+        return cls(moments)
 
     def check(self, arch: ModelArch, layers: tuple[int, ...]) -> None:
         """Raise :class:`ConfigError` unless every layer has a symmetric matrix of its keys' width."""

@@ -167,8 +167,8 @@ class Block:
         given: dict[nn.Module, Tensor] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            found = next(value for value in (*args, *named.values()) if isinstance(value, Tensor))
-            given[module] = found.reshape(-1, found.shape[-1]).clone()
+            tensor = next(value for value in (*args, *named.values()) if isinstance(value, Tensor))
+            given[module] = tensor.reshape(-1, tensor.shape[-1]).clone()
 
         def hooks(stack: ExitStack) -> None:
             for module in self.names:

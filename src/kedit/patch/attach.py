@@ -60,7 +60,7 @@ def attach(patch: PatchContent, model: PreTrainedModel, *, force: bool = False) 
         raise PatchMismatchError("The model carries this patch in its weights already. Revert it before attaching it.")
     check_not_attached(patch, model)
     check_held(unwrap(model))
-    found: list[tuple[nn.Module, _Branch]] = []
+    branches: list[tuple[nn.Module, _Branch]] = []
     unknown = []
     for name, delta in patch.deltas.items():
         module = _module(model, name)
@@ -72,7 +72,7 @@ def attach(patch: PatchContent, model: PreTrainedModel, *, force: bool = False) 
             unknown.append(name)
         elif not force and not has_fingerprint(weight, patch.fingerprints.get(name)):
             raise patch.mismatch(name)
-        found.append((module, branch))
+        branches.append((module, branch))
     if unknown and not force:
         warnings.warn(
             f"{', '.join(unknown)}: stored quantized or elsewhere, so kedit cannot check that the patch was made for it.",
@@ -81,7 +81,7 @@ def attach(patch: PatchContent, model: PreTrainedModel, *, force: bool = False) 
         )
     attachment = Attachment([])
     try:
-        for module, branch in found:
+        for module, branch in branches:
             attachment._handles.append(module.register_forward_hook(branch))
     except BaseException:
         attachment.detach()

@@ -26,10 +26,10 @@ class PatchContent:
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise :class:`PatchMismatchError` unless the update of ``name`` fits a weight of this shape [O, I]."""
-        found = self.deltas[name].shape
-        if found != shape:
+        update_shape = self.deltas[name].shape
+        if update_shape != shape:
             raise PatchMismatchError(
-                f"The patch's update of {name} has shape {found}; this model's weight has {shape} [O, I]. "
+                f"The patch's update of {name} has shape {update_shape}; this model's weight has {shape} [O, I]. "
                 "The patch was made for another model."
             )
 

@@ -88,11 +88,13 @@ def _base(model: dict[str, Any]) -> str:
 def _edits(edits: list[dict[str, Any]], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
     """The edits, with what the model said before and after where the patch tells."""
     lines = [f"edits: {len(edits)}"]
-    states = [(name, found) for name, found in (("before", before), ("after", after)) if len(found) == len(edits)]
+    states = [(name, answers) for name, answers in (("before", before), ("after", after)) if len(answers) == len(edits)]
     for number, edit in enumerate(edits[:_MOST]):
         text, target = str(edit.get("prompt", "?")).replace("{}", str(edit.get("subject", "?"))), edit.get("target_new")
         lines.append(f"  {text!r} -> {str(target or '?')!r}")
-        lines += [f"    {name}: {Prediction.from_dict(found[number]).describe(str(target))}" for name, found in states]
+        lines += [
+            f"    {name}: {Prediction.from_dict(answers[number]).describe(str(target))}" for name, answers in states
+        ]
     if len(edits) > _MOST:
         lines.append(f"  and {len(edits) - _MOST} more")
     return lines

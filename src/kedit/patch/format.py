@@ -80,8 +80,8 @@ def _stored(deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
 def identity(patch: PatchContent) -> str:
     """SHA-256 of what a patch does and was made for, in hexadecimal digits; its provenance does not count."""
     prints = {name: patch.fingerprints.get(name, "") for name in patch.deltas}
-    found = checksum(_stored(patch.deltas), {"fingerprints": json.dumps(prints, sort_keys=True)})
-    return found.removeprefix("sha256:")
+    digest = checksum(_stored(patch.deltas), {"fingerprints": json.dumps(prints, sort_keys=True)})
+    return digest.removeprefix("sha256:")
 
 
 def read_patch(path: str | Path) -> PatchContent:
@@ -140,15 +140,15 @@ def _check_name(path: str | Path, name: str) -> None:
         raise PatchError(f"{path}: {name[:80]!r} cannot be the name of a parameter. The patch is damaged or malicious.")
 
 
-def _check_fingerprints(path: str | Path, found: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+def _check_fingerprints(path: str | Path, prints: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     """The fingerprints, one for each of the weights that a patch changes and of no others."""
-    known = all(isinstance(value, str) and _FINGERPRINT.fullmatch(value) for value in found.values())
-    if set(found) != set(names) or not known:
+    known = all(isinstance(value, str) and _FINGERPRINT.fullmatch(value) for value in prints.values())
+    if set(prints) != set(names) or not known:
         raise PatchError(
             f"{path}: the fingerprints (sha256:...) are not those of the weights that the patch changes. It is damaged, or "
             "was not made by kedit; kedit.patch.fingerprints gives those of a model."
         )
-    return dict(found)
+    return dict(prints)
 
 
 def _json_object(path: str | Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
@@ -184,14 +184,14 @@ def _deltas(path: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Delta]
         name, _, suffix = key.rpartition(".")
         parts.setdefault(name, {})[suffix] = tensor
     deltas: dict[str, Delta] = {}
-    for name, found in parts.items():
+    for name, part in parts.items():
         try:
-            if set(found) == {"left", "right"}:
-                deltas[name] = check_finite(name, LowRankDelta(found["left"], found["right"]))
-            elif set(found) == {"dense"}:
-                deltas[name] = check_finite(name, DenseDelta(found["dense"]))
+            if set(part) == {"left", "right"}:
+                deltas[name] = check_finite(name, LowRankDelta(part["left"], part["right"]))
+            elif set(part) == {"dense"}:
+                deltas[name] = check_finite(name, DenseDelta(part["dense"]))
             else:
-                raise PatchError(f"the update of {name} has the parts {sorted(found)}. It is damaged.")
+                raise PatchError(f"the update of {name} has the parts {sorted(part)}. It is damaged.")
         except (PatchError, NonFiniteError) as error:
             raise PatchError(f"{path}: {error}") from error
     if not deltas:

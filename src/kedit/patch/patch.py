@@ -149,9 +149,9 @@ class EditPatch(PatchContent):
 
 def fingerprints(arch: ModelArch, names: Iterable[str]) -> dict[str, str]:
     """The hashes of some weights as they are now, by name; of a packed one, that of all that its layer stores."""
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for name in names:
         weight = arch.weight_of(name)
         layer = arch.model.get_submodule(name.rpartition(".")[0])
-        found[name] = module_fingerprint(layer) if weight.packed else tensor_fingerprint(weight.stored)
-    return found
+        hashes[name] = module_fingerprint(layer) if weight.packed else tensor_fingerprint(weight.stored)
+    return hashes

@@ -24,13 +24,13 @@ def check_contexts(contexts: Sequence[str]) -> tuple[str, ...]:
     """Return ``contexts`` as a tuple; raise :class:`ConfigError` unless each has one ``{}`` and the first is ``"{}"``."""
     if isinstance(contexts, str) or not all(isinstance(context, str) for context in contexts):
         raise ConfigError(f"contexts is a list of templates, each a text with one '{{}}'; found {contexts!r}.")
-    found = tuple(contexts)
-    if not found or found[0] != BARE:
-        raise ConfigError(f"The first context must be '{{}}', the bare prompt; found {found[:1]}.")
-    for context in found:
+    templates = tuple(contexts)
+    if not templates or templates[0] != BARE:
+        raise ConfigError(f"The first context must be '{{}}', the bare prompt; found {templates[:1]}.")
+    for context in templates:
         if context.count(SLOT) != 1:
             raise ConfigError(f"A context holds exactly one '{{}}', the place of the prompt; found {context!r}.")
-    return found
+    return templates
 
 
 def generate_contexts(

@@ -65,7 +65,7 @@ def continue_rows(
         seed: of the sampling; a prompt's draws depend on the seed and the prompt alone.
         tokens: padded tokens per forward pass at most.
     """
-    found: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    continuations: list[tuple[str, bool]] = [("", False)] * len(prompts)
     wanted = [length] * len(prompts) if isinstance(length, int) else list(length)
     limit = context_limit(arch.model)
     rooms = [n if limit is None else max(0, min(n, limit - len(ids))) for n, ids in zip(wanted, prompts, strict=True)]
@@ -73,8 +73,8 @@ def continue_rows(
         decoding = _Decoding(arch, tokenizer, [prompts[i] for i in batch], top_k, seed)
         rows = decoding.run([rooms[i] for i in batch])
         for i, (ids, ended) in zip(batch, rows, strict=True):
-            found[i] = (str(tokenizer.decode(ids, skip_special_tokens=True)), ended)
-    return found
+            continuations[i] = (str(tokenizer.decode(ids, skip_special_tokens=True)), ended)
+    return continuations
 
 
 def _batches(lengths: Sequence[int], rooms: Sequence[int], limit: int | None, tokens: int) -> Iterator[list[int]]:
@@ -164,8 +164,8 @@ class _Decoding:
 
 def _end_tokens(arch: ModelArch, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     given = getattr(getattr(arch.model, "generation_config", None), "eos_token_id", None)
-    found = {given} if isinstance(given, int) else set(given or ())
-    return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+    ids = {given} if isinstance(given, int) else set(given or ())
+    return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 
 
 def _seed_of(seed: int, ids: Sequence[int]) -> int:

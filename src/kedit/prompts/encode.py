@@ -70,8 +70,8 @@ class Prompt:
     def reads(self) -> list[int]:
         """Positions whose logits are wanted, ascending."""
         stop = len(self.row.ids) - 1 if self.role is Role.REWRITE else self.last + 1
-        found = list(range(self.last, stop))
-        return [self.row.subject_last, *found] if self.subject and self.row.subject_last < self.last else found
+        positions = list(range(self.last, stop))
+        return [self.row.subject_last, *positions] if self.subject and self.row.subject_last < self.last else positions
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ def score_rows(
     for batch in _pack([len(ids) for ids in inputs], reads, tokens, places_per_pass(arch, logits)):
         numbers = [number for source in batch for number in by_source[source]]
         place = {source: i for i, source in enumerate(batch)}
-        found = _forward(arch, [inputs[source] for source in batch], [readings[n] for n in numbers], place)
-        for number, answer in zip(numbers, found, strict=True):
+        scored = _forward(arch, [inputs[source] for source in batch], [readings[n] for n in numbers], place)
+        for number, answer in zip(numbers, scored, strict=True):
             answers[number] = answer
     return [answer for answer in answers if answer is not None]
 
@@ -180,6 +180,6 @@ def _read(logits: Tensor, number: Tensor, labels: Tensor) -> tuple[list[float], 
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     normaliser = wide.logsumexp(-1)
     nll = normaliser[number] - wide[number, labels]
-    found: list[float] = nll.double().tolist()
+    nlls: list[float] = nll.double().tolist()
     choices: list[int] = wide.argmax(-1)[number].tolist()
-    return found, choices
+    return nlls, choices

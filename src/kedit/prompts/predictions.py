@@ -61,8 +61,8 @@ class Prediction:
         """JSON values; a number that is none is left out."""
         fields = {"probability": self.probability, "nll": self.nll}
         finite = {name: value for name, value in fields.items() if math.isfinite(value)}
-        found = {**finite, "said": self.said, "first_choice": self.first_choice}
-        return found if self.text is None else {**found, "text": self.text}
+        record = {**finite, "said": self.said, "first_choice": self.first_choice}
+        return record if self.text is None else {**record, "text": self.text}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Prediction:
@@ -94,8 +94,8 @@ class EditCheck:
     def lines(self) -> list[str]:
         """Before and after, a line each."""
         verdict = "" if self.after.said else "; NOT what was asked for"
-        found = [] if self.before is None else [f"before: {self.before.describe(self.edit.target_new)}"]
-        return [*found, f"after:  {self.after.describe(self.edit.target_new)}{verdict}"]
+        lines = [] if self.before is None else [f"before: {self.before.describe(self.edit.target_new)}"]
+        return [*lines, f"after:  {self.after.describe(self.edit.target_new)}{verdict}"]
 
 
 def predict(
@@ -120,13 +120,13 @@ def predict(
     with inference_state(arch.model), Progress(len(edits), "checking") as progress:
         while True:
             try:
-                found: list[Prediction] = []
+                predictions: list[Prediction] = []
                 for chunk in _chunks(rows):
                     answers = score_rows(arch, chunk, tokens=tokens, logits=_LOGITS)
                     said = _continued(arch, tokenizer, chunk, tokens) if continued else [None] * len(chunk)
-                    found += [_prediction(tokenizer, *pair) for pair in zip(answers, said, strict=True)]
+                    predictions += [_prediction(tokenizer, *pair) for pair in zip(answers, said, strict=True)]
                     progress.advance(len(chunk))
-                return found
+                return predictions
             except torch.OutOfMemoryError:
                 if tokens <= max(len(row.ids) for row in rows):
                     raise

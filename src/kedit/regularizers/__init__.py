@@ -56,10 +56,10 @@ def make(name: str, gamma: float | None = None) -> Any:
 def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
     """The parameters of a class or function that can be given by name, where Python can tell."""
     try:
-        found = inspect.signature(kind).parameters
+        parameters = inspect.signature(kind).parameters
     except (TypeError, ValueError):
         return {}
-    return {key: one for key, one in found.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    return {key: one for key, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
 
 
 def resolve(choice: Choice) -> list[Regularizer]:
@@ -73,7 +73,7 @@ def resolve(choice: Choice) -> list[Regularizer]:
         return []
     if isinstance(choice, str | type | Regularizer) or not isinstance(choice, Iterable):
         choice = [choice]
-    found: list[Regularizer] = []
+    regularizers: list[Regularizer] = []
     for item in choice:
         made = make(item) if isinstance(item, str) else item
         if isinstance(made, type):
@@ -87,10 +87,10 @@ def resolve(choice: Choice) -> list[Regularizer]:
                 f"A regularizer cannot be called {made.name!r}: its name is its column in the log, beside "
                 f"{', '.join(sorted(RESERVED))}."
             )
-        if any(made.name == other.name for other in found):
+        if any(made.name == other.name for other in regularizers):
             raise ConfigError(f"Two regularizers are called {made.name!r}. Give each one a name of its own.")
-        found.append(made)
-    return found
+        regularizers.append(made)
+    return regularizers
 
 
 def describe(regularizer: Regularizer) -> dict[str, Any]:

@@ -246,8 +246,8 @@ def score(
     needs = needs_of([regularizer], sites)
     penalty = regularizer.penalty(now.only(needs, asked), before.only(needs, asked))
     if not isinstance(penalty, Tensor) or penalty.shape != (now.num_edits,):
-        found = f"shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
+        given = f"shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
         raise ConfigError(
-            f"The penalty of {regularizer.name!r} must be one number per edit, shape ({now.num_edits},); found {found}."
+            f"The penalty of {regularizer.name!r} must be one number per edit, shape ({now.num_edits},); found {given}."
         )
     return penalty

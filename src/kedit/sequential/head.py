@@ -48,8 +48,8 @@ def begin(where: Path, editor: Editor, regularizer: Choice, guard: Guard | None,
 
 def _history(editor: Editor) -> KeyHistory | None:
     """The keys of earlier edits, where the editor remembers any."""
-    found = getattr(editor, "history", None)
-    return found if isinstance(found, KeyHistory) else None
+    history = getattr(editor, "history", None)
+    return history if isinstance(history, KeyHistory) else None
 
 
 def _header(editor: Editor, regularizer: Choice, guard: Guard | None, batch_size: int) -> dict[str, Any]:
@@ -71,13 +71,13 @@ def _header(editor: Editor, regularizer: Choice, guard: Guard | None, batch_size
         "regularizers": [describe(item) for item in resolve(regularizer)],
         "contexts": list(editor.contexts),
         "moments": {str(layer): tensor_fingerprint(moments[layer].matrix) for layer in moments},
-        "keys": {layer: tensor_fingerprint(found) for layer, found in keys.items()},
+        "keys": {layer: tensor_fingerprint(matrix) for layer, matrix in keys.items()},
         "batch_size": batch_size,
         "budget": editor.engine.budget,
         "guard": limits,
     }
-    found: dict[str, Any] = json.loads(json.dumps(header))
-    return found
+    record: dict[str, Any] = json.loads(json.dumps(header))
+    return record
 
 
 def _read(where: Path) -> dict[str, Any] | None:

@@ -71,8 +71,8 @@ class JournalResult:
     def report(self) -> str:
         """How many edits were kept and what was refused: a text for people."""
         edits = sum(len(patch.provenance.get("edits", [])) for patch in self.patches)
-        found = f", {self.resumed} step(s) of them from the journal" if self.resumed else ""
-        lines = [f"{edits} edit(s) kept in {len(self.patches)} step(s), {len(self.refused)} step(s) refused{found}"]
+        resumed = f", {self.resumed} step(s) of them from the journal" if self.resumed else ""
+        lines = [f"{edits} edit(s) kept in {len(self.patches)} step(s), {len(self.refused)} step(s) refused{resumed}"]
         if self.checks:
             said = sum(check.after.said for check in self.checks)
             lines.append(f"  in the end the model says {said} of {len(self.checks)} target(s)")
@@ -195,7 +195,7 @@ def _write(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", IneffectiveEditWarning)  # said once, at the end, of all edits
-            found = editor.apply(step, regularizer, guard=guard)
+            applied = editor.apply(step, regularizer, guard=guard)
     except (GuardError, NonFiniteError) as error:
         scores = error.report.scores if isinstance(error, GuardError) else {}
         finite = {name: value for name, value in scores.items() if value - value == 0}
@@ -204,8 +204,8 @@ def _write(
         logger.info("Step %d refused: %s", number, error)
         result.refused.append(Refusal(step, str(error), finite))
         return
-    result.patches.append(found.patch)  # before it is durable: what fails takes it back from the model too
-    found.patch.save(where / f"{number:06}.safetensors")
+    result.patches.append(applied.patch)  # before it is durable: what fails takes it back from the model too
+    applied.patch.save(where / f"{number:06}.safetensors")
 
 
 @contextmanager

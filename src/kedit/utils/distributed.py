@@ -67,11 +67,11 @@ class Group:
             mine = call(), None
         except KEditError as error:
             mine = None, error
-        found = self.gather(mine)
-        for _, failure in found:
+        outcomes = self.gather(mine)
+        for _, failure in outcomes:
             if failure is not None:
                 raise failure
-        return [result for result, _ in found]  # type: ignore[misc]
+        return [result for result, _ in outcomes]  # type: ignore[misc]
 
     def broadcast(self, mine: T) -> T:
         """The value of process 0, in every process; raises as :meth:`gather`."""

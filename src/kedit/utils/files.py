@@ -93,8 +93,8 @@ class Header:
         data = bytearray(info.stop - info.start)
         with reading(self.path), open(self.path, "rb") as file:
             file.seek(info.start)
-            found = file.readinto(data)
-        if found != len(data):
+            num_bytes = file.readinto(data)
+        if num_bytes != len(data):
             raise PatchError(f"{self.path} ends inside {name}: it changed while it was read. Is it complete?")
         if not data:
             return torch.empty(info.shape, dtype=DTYPES[info.dtype])
@@ -160,10 +160,10 @@ def parse_json(raw: bytes | str, what: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    record = dict(pairs)
+    if len(record) != len(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return record
 
 
 def _number(text: str) -> float:

@@ -66,16 +66,16 @@ class ChunkedForward(Runner):
 
     def _passes(self, delta: Tensor) -> list[Tensor]:
         """One pass of every part: the logits, and what was captured, of all prompts."""
-        found: list[list[Tensor]] = []
+        passes: list[list[Tensor]] = []
         initial: list[Tensor] = []
         for part in self.parts:
             with part.installed():
                 logits, rows, start = part.forward(delta)
             self._captured_names = [(kind, layer) for kind in _KINDS for layer in getattr(rows, kind)]
-            found.append([logits, *self._captured_of(rows)])
+            passes.append([logits, *self._captured_of(rows)])
             initial.append(start)
         self._initial_value = torch.cat(initial)  # of the part that holds the bare prompt; the others give none
-        return [torch.cat(tensors) for tensors in zip(*found, strict=True)]
+        return [torch.cat(tensors) for tensors in zip(*passes, strict=True)]
 
     def backward_chunks(self) -> None:
         """Each part runs again, and takes its share of the gradient on to δ."""

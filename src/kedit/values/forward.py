@@ -306,8 +306,8 @@ class Runner:
         """Attention rows [P, A, Tk] and the subject's keys [P, A / G, D] of the last pass, by block."""
         if self._capture is None:
             return {}, {}
-        found = self._capture.rows.items()
-        rows = {layer: rows[:, :, 0].to(self.device) for layer, rows in found if layer in self.needs.attention}
+        captured = self._capture.rows.items()
+        rows = {layer: rows[:, :, 0].to(self.device) for layer, rows in captured if layer in self.needs.attention}
         keys = self._capture.keys
         missing = [layer for layer in self._layers(self.needs.keys) if layer not in keys]
         if missing:

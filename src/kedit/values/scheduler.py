@@ -258,12 +258,12 @@ def _alike(requests: Sequence[Request], order: Sequence[int], fixed: int) -> lis
     for i, span in enumerate(spans):
         choices = ((best[j][0] + fixed + span * sum(rows[j : i + 1]), j) for j in range(i + 1))
         best.append(min(choices))
-    found, end = [], len(groups)
+    waves, end = [], len(groups)
     while end:
         start = best[end][1]
-        found.append([number for group in groups[start:end] for number in group])
+        waves.append([number for group in groups[start:end] for number in group])
         end = start
-    return found[::-1]
+    return waves[::-1]
 
 
 def _by_span(requests: Sequence[Request]) -> list[int]:

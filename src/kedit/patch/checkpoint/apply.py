@@ -137,10 +137,10 @@ def _other_changes(
 ) -> PatchMismatchError | None:
     """What stands against making a weight anew: its present value is not what the patches made of the base's."""
     there = weight_in(source, name)[0]
-    found = source.read(there)
+    present = source.read(there)
     if steps is not None:
         whole, runs = [step.patch for step in steps], [step.entry.run for step in steps]
-        if torch.equal(found, _edited(origin, name, whole, force=True, runs=runs)):
+        if torch.equal(present, _edited(origin, name, whole, force=True, runs=runs)):
             return None
         return PatchMismatchError(
             f"{there} in {source.folder} is not what {origin.folder} with the patches on record gives: it carries other "
@@ -150,7 +150,7 @@ def _other_changes(
     refusal: PatchMismatchError | None = None
     for way in ways_of_running(history, patches):
         try:
-            if torch.equal(found, _edited(origin, name, patches, force=force, runs=way)):
+            if torch.equal(present, _edited(origin, name, patches, force=force, runs=way)):
                 return None
         except PatchMismatchError as error:  # a patch was made for what another way gives
             refusal = refusal or error

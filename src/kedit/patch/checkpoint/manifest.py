@@ -102,8 +102,8 @@ def entries(folder: Path) -> list[Entry]:
     known = content.get("patches") if isinstance(content, dict) else None
     if not isinstance(known, list) or not all(map(_is_record, known)):
         raise PatchError(f"{path} is not a record that kedit wrote. Remove or repair it.")
-    found: list[dict[str, Any]] = plain(known, str(path))
-    return [_entry(folder, item) for item in found]
+    records: list[dict[str, Any]] = plain(known, str(path))
+    return [_entry(folder, item) for item in records]
 
 
 def _is_record(item: Any) -> bool:
@@ -151,8 +151,8 @@ def ways_of_running(known: Sequence[Entry], patches: Sequence[PatchContent]) -> 
     left = iter(known)
     recorded = []
     for patch in patches:
-        found = next((item for item in left if item.fingerprints == patch.fingerprints), None)
-        if found is None:
+        entry = next((item for item in left if item.fingerprints == patch.fingerprints), None)
+        if entry is None:
             return ways
-        recorded.append(found.run)
+        recorded.append(entry.run)
     return [recorded, *ways]

@@ -127,14 +127,14 @@ class Checkpoint:
         fused, number = numbered(parameter)
         if number is not None:
             return self._key_of_expert(fused, number)
-        found = self._keys_like(parameter)
-        if len(found) != 1:
-            what = f"several that could be it ({', '.join(sorted(found)[:3])})" if found else "nothing of that name"
+        keys = self._keys_like(parameter)
+        if len(keys) != 1:
+            what = f"several that could be it ({', '.join(sorted(keys)[:3])})" if keys else "nothing of that name"
             raise PatchMismatchError(
                 f"The patch changes {parameter}, and {self.folder} holds {what}. The patch was made for another model, or the "
                 "checkpoint stores its layers otherwise; load it, apply the patch and use save_pretrained."
             )
-        return found[0]
+        return keys[0]
 
     @cached_property
     def _experts(self) -> dict[str, list[str]]:
@@ -142,11 +142,11 @@ class Checkpoint:
         return {}
 
     def _keys_of_experts(self, fused: str) -> list[str]:
-        found = self._keys_like(fused)
-        if not found:
+        keys = self._keys_like(fused)
+        if not keys:
             return [key for name in stored_experts(self.model, fused) for key in self._keys_like(name)]
-        if len(found) == 1 and len(shape := self.like(found[0])[1]) == 3:
-            return [f"{found[0]}[{number}]" for number in range(shape[0])]
+        if len(keys) == 1 and len(shape := self.like(keys[0])[1]) == 3:
+            return [f"{keys[0]}[{number}]" for number in range(shape[0])]
         return []
 
     def _key_of_expert(self, fused: str, number: int) -> str:

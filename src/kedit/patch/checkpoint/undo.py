@@ -90,11 +90,11 @@ def subtract(whole: PatchContent, part: PatchContent) -> PatchContent | None:
     for name, delta in part.deltas.items():
         if name not in deltas:
             return None
-        found = _without_columns(deltas[name], delta)
-        if found is None:
+        rest = _without_columns(deltas[name], delta)
+        if rest is None:
             return None
-        if found.tensors() and found.rank:
-            deltas[name] = found
+        if rest.tensors() and rest.rank:
+            deltas[name] = rest
         else:
             del deltas[name]
     fingerprints = {name: whole.fingerprints.get(name, "") for name in deltas}
@@ -120,12 +120,12 @@ def _without_columns(whole: Delta, part: Delta) -> LowRankDelta | None:
 
 def _provenance(known: dict[str, Any], part: PatchContent) -> dict[str, Any]:
     """The provenance of a merged patch without one of its parts; scores and answers were those of the whole."""
-    found = {key: value for key, value in known.items() if key not in ("before", "after", "scores")}
+    kept = {key: value for key, value in known.items() if key not in ("before", "after", "scores")}
     lost = part.provenance
     for key, items in (("edits", lost.get("edits", [])), ("merged", [{**lost, "fingerprints": part.fingerprints}])):
-        if key in found:
-            found[key] = list(found[key])
+        if key in kept:
+            kept[key] = list(kept[key])
             for item in items:
-                if item in found[key]:
-                    found[key].remove(item)
-    return found
+                if item in kept[key]:
+                    kept[key].remove(item)
+    return kept
