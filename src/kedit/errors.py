@@ -1,4 +1,4 @@
-"""What kedit raises: sentences that say what was found, what was expected and what to do next."""
+"""Exceptions and warnings of kedit: sentences that say what was found, what was expected and what to do next."""
 
 from __future__ import annotations
 

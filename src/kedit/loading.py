@@ -116,7 +116,7 @@ def _refusal(name: str | Path, said: str, advice: str = _FOLDER_OR_NAME) -> Arch
 
 
 def _find(name: str | Path, options: dict[str, Any]) -> tuple[str, str | None]:
-    """Where the files are: a folder or a name on the hub, and the GGUF file in it, if it is one."""
+    """Find the files: a folder or a name on the hub, and the GGUF file in it, if it is one."""
     path, gguf = os.path.expanduser(name), options.get("gguf_file")
     if gguf is None and os.path.isfile(path):
         gguf, path = _gguf_file(name, path), os.path.dirname(path) or "."
@@ -146,7 +146,7 @@ def _say_version() -> None:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a string that names nothing on this machine was meant as a path, and not as a name on the hub."""
+    """Return whether a string that names nothing on this machine was meant as a path, and not as a name on the hub."""
     return (
         not name.strip()
         or os.path.isabs(name)
@@ -207,7 +207,7 @@ def _gguf_in(name: str | Path, folder: Path) -> str | None:
 
 
 def _is_encoder_decoder(name: str, where: dict[str, Any]) -> bool:
-    """Whether a configuration says so; not where it cannot be read."""
+    """Return whether a configuration says so; not where it cannot be read."""
     from transformers import AutoConfig
 
     with suppress(Exception):

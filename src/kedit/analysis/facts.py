@@ -73,7 +73,7 @@ def as_facts(
 
 
 def known(arch: ModelArch, facts: Sequence[Fact]) -> list[bool]:
-    """Whether every token of a fact's answer is the model's first choice."""
+    """Tell whether every token of a fact's answer is the model's first choice."""
     return [answer.accuracy == 1.0 for answer in score_rows(arch, [fact.row for fact in facts])]
 
 

@@ -1,4 +1,4 @@
-"""How scores become attention: everything besides queries and keys that decides an attention row."""
+"""Turn scores into attention: everything besides queries and keys that decides an attention row."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def gather_queries(tensor: Tensor, positions: Tensor) -> Tensor:
 
 
 def visible(rule: Rule, positions: Tensor, num_queries: int, num_keys: int) -> Tensor:
-    """Which keys each captured row sees, as the masks, causality and the window say: bool, [B, A|1, R, Tk]."""
+    """Mark the keys that each captured row sees, as the masks, causality and the window say: bool, [B, A|1, R, Tk]."""
     seen = (positions >= 0)[:, None, :, None].expand(-1, 1, -1, num_keys)
     key = torch.arange(num_keys, device=positions.device)
     at = (positions + rule.first(num_queries, num_keys))[:, None, :, None]

@@ -81,7 +81,7 @@ class _AttentionAndRows(torch.autograd.Function):
 
 
 def _keeps_graph() -> bool:
-    """Whether the running backward pass was asked to retain its graph; if torch does not say, assume so."""
+    """Return whether the running backward pass was asked to retain its graph; if torch does not say, assume so."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
 

@@ -1,4 +1,4 @@
-"""Which implementation computes the rows: chosen once, logged, never changed silently."""
+"""Choose the implementation that computes the rows: once, logged, never changed silently."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, interpreted: bool) -> str | None:
-    """Why the kernel cannot run, or ``None``."""
+    """Return why the kernel cannot run, or ``None``."""
     if dtype not in KERNEL_DTYPES:
         return f"it computes in float32, and the queries are {dtype}"
     if importlib.util.find_spec("triton") is None:

@@ -1,4 +1,4 @@
-"""How far attention rows have moved, with the gradient in closed form."""
+"""Measure how far attention rows have moved, with the gradient in closed form."""
 
 from __future__ import annotations
 

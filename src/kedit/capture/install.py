@@ -22,7 +22,7 @@ from kedit.models.compat import uses_interface
 
 @dataclass
 class Installation:
-    """How often a model is switched, and what puts it back."""
+    """Counts how often a model is switched, and holds what puts it back."""
 
     users: int = 0
     undo: list[Callable[[], None]] = field(default_factory=list)
@@ -33,7 +33,7 @@ _INSTALLED: WeakKeyDictionary[nn.Module, Installation] = WeakKeyDictionary()
 
 @cache
 def follows_interface(file: str) -> bool:
-    """Whether attention modules of a Python module can be switched by name, and nothing else there depends on the name."""
+    """Return whether attention modules of a Python module can be switched by name, and nothing else there depends on the name."""
     home = sys.modules.get(file)
     try:
         source = inspect.getsource(home) if home else ""

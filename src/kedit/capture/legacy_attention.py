@@ -124,7 +124,7 @@ def _overheard(module: nn.Module, original: Callable[..., Any]) -> Callable[...,
 
 
 def _num_heads(module: nn.Module) -> int:
-    """How many heads a module whose scores hold prompts and heads in one axis has."""
+    """Return the number of heads of a module whose scores hold prompts and heads in one axis."""
     count = getattr(module, "num_heads", None)
     if not isinstance(count, int):
         raise CaptureError(

@@ -78,6 +78,6 @@ class OpenContexts(Generic[Context]):
 
 
 def recomputing() -> bool:
-    """Whether a backward pass runs in this thread: a forward seen now only recomputes a checkpointed block."""
+    """Return whether a backward pass runs in this thread: a forward seen now only recomputes a checkpointed block."""
     task: int = torch._C._current_graph_task_id()
     return task != -1

@@ -74,7 +74,7 @@ class AttentionRecord(AttentionCapture):
 
 
 def _device(attention: nn.Module) -> torch.device:
-    """Where an attention module computes, be its weights offloaded."""
+    """The device on which an attention module computes, be its weights offloaded."""
     parts = ((part, leaf) for part in attention.modules() for leaf, _ in part.named_parameters(recurse=False))
     return device_of(*next(parts))
 

@@ -139,5 +139,5 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _upcast(q: Tensor) -> bool:
-    """Whether to multiply in float32: the interpreter computes bfloat16 wrongly, and it alone runs on a CPU."""
+    """Return whether to multiply in float32: the interpreter computes bfloat16 wrongly, and it alone runs on a CPU."""
     return q.device.type != "cuda"

@@ -178,7 +178,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def _is_part_of_a_model(name: str) -> bool:
-    """Whether a file holds weights, or says how they are loaded: beside another model's it would be read with it."""
+    """Return whether a file holds weights, or says how they are loaded: beside another model's it would be read with it."""
     ends = (".safetensors", ".bin", ".index.json", ".gguf", ".pt", ".pth", ".h5", ".msgpack")
     return name.endswith(ends) or name in ("kedit.json", "generation_config.json", "chat_template.jinja")
 

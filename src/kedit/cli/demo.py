@@ -73,7 +73,7 @@ class Question:
 
 @dataclass
 class Scene:
-    """What the demo does.
+    """Holds what the demo edits, asks and shows.
 
     Attributes:
         title: the first line of the output.
@@ -273,7 +273,7 @@ def _first_word(text: str) -> str:
 
 
 def _holds(text: str, wanted: str) -> bool:
-    """Whether words stand in a text, whole."""
+    """Return whether words stand in a text, whole."""
     return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, re.IGNORECASE) is not None
 
 
@@ -307,7 +307,7 @@ def _give_moments(args: argparse.Namespace, editor: ValueEditor, notes: list[str
 
 
 def _sentence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> tuple[str, float]:
-    """What the model says up to the full stop, word by likeliest word, and how likely that is."""
+    """Continue a text up to the full stop, word by likeliest word; also return how likely each is."""
     import torch
 
     ids, probability = list(prompt), 1.0

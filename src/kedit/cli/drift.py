@@ -83,7 +83,7 @@ def _compared(plain: DriftResult, restrained: DriftResult) -> str:
 
 
 def _path(out: str, number: int) -> Path:
-    """Where the plain editor's figures are written (the first), and those with a regularizer beside it."""
+    """Return where the plain editor's figures are written (the first), and those with a regularizer beside it."""
     path = Path(out)
     return path if number == 1 else path.with_name(f"{path.stem}-regularized{path.suffix}")
 

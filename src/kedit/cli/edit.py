@@ -186,7 +186,7 @@ def _check(args: argparse.Namespace, edits: Sequence[Edit]) -> None:
 
 
 def _is_of_this_journal(args: argparse.Namespace, edits: Sequence[Edit]) -> bool:
-    """Whether ``--out`` is a patch of the journal that goes on: a longer one loses nothing of it."""
+    """Return whether ``--out`` is a patch of the journal that goes on: a longer one loses nothing of it."""
     from kedit.patch import EditPatch
     from kedit.sequential import is_begun
 

@@ -91,7 +91,7 @@ def _proposal(result: TraceResult) -> str:
 
 
 def _known(model: PreTrainedModel) -> str:
-    """What kedit would edit without tracing."""
+    """Name the layers that kedit would edit without tracing."""
     from kedit.editors import presets
     from kedit.models import ModelArch
 

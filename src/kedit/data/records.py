@@ -74,7 +74,7 @@ def parse(records: Iterable[Any], parser: Parser, format: str, *, strict: bool =
 
 
 def _reason(error: Exception, format: str) -> str:
-    """What is wrong with a record, for people: Python's own words speak of types that are not in the file."""
+    """Say what is wrong with a record, for people: Python's own words speak of types that are not in the file."""
     if isinstance(error, KeyError):
         return f"field {error} is missing"
     if isinstance(error, EditError) or type(error) is ValueError:

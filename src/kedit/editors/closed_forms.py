@@ -161,7 +161,7 @@ class Past:
 
     @property
     def device(self) -> torch.device | None:
-        """Where they are; ``None`` where there are none."""
+        """The device of the matrices; ``None`` where there are none."""
         held = self.keys if self.gram is None else self.gram
         return None if held is None else held.device
 

@@ -70,11 +70,11 @@ class KeyHistory:
 
     @property
     def count(self) -> int:
-        """How many keys are remembered, of the layer with the most."""
+        """The number of remembered keys, of the layer with the most."""
         return max((sum(map(len, self.parts(layer))) for layer in self.layers), default=0)
 
     def begins_with(self, path: str | Path) -> bool:
-        """Whether the keys in a file are the first of those remembered, but for rounding: nothing is lost by writing there.
+        """Return whether the keys in a file are the first of those remembered, but for rounding: nothing is lost by writing there.
 
         Raises:
             PatchError: the file is no key history of this model.

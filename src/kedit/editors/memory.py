@@ -120,7 +120,7 @@ def dense_memory(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one layer is written: how many matrices [O, I] of how many, and the bytes of a stored number."""
+    """A layer that is written: how many matrices [O, I] of how many, and the bytes of a stored number."""
 
     layer: int
     touched: int

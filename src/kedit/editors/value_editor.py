@@ -67,7 +67,7 @@ class ValueEditor(Editor):
     # What a child may replace
 
     def sites(self) -> tuple[Site, ...]:
-        """Where values are optimised, the residual being measured at the first: the MLP's output of the last edited block."""
+        """Name the sites at which values are optimised: the MLP's output of the last edited block. The first is the residual's."""
         return (Site(self.config.layers[-1], "mlp"),)
 
     def residual_divisor(self, remaining: int) -> float:

@@ -1,4 +1,4 @@
-"""Where the last token looks: attention to the edited subject, and how far its rows have moved."""
+"""Measure where the last token looks: attention to the edited subject, and how far its rows have moved."""
 
 from __future__ import annotations
 

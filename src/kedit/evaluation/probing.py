@@ -242,7 +242,7 @@ def _subject(case: EditCase, probe: Probe) -> tuple[int, int] | None:
 
 
 def _longer(tokenizer: PreTrainedTokenizerBase, accepted: Sequence[str]) -> int:
-    """How many tokens the longest accepted answer may have beyond the first."""
+    """Return how many tokens the longest accepted answer may have beyond the first."""
     if len(accepted) == 1:
         return 0
     lengths = [len(ids) for ids in tokenizer(list(accepted), add_special_tokens=False)["input_ids"]]

@@ -61,7 +61,7 @@ class EvalReport:
 
     @property
     def failures(self) -> dict[str, str]:
-        """Why edits failed, by case."""
+        """The reasons why edits failed, by case."""
         return {record.id: record.failure for record in self.records if record.failure}
 
     @property

@@ -88,7 +88,7 @@ class Tally:
 
 
 def case_weights(cases: int, resamples: int = RESAMPLES, seed: int = SEED) -> Floats:
-    """How often each case is drawn in each resample, [B, C]; the same for every metric of a run, so pairs stay pairs."""
+    """Draw how often each case counts in each resample, [B, C]; the same for every metric of a run, so pairs stay pairs."""
     drawn = np.random.default_rng(seed).multinomial(cases, np.full(cases, 1 / cases), size=resamples)
     return drawn.astype(np.float64)
 

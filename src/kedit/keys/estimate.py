@@ -252,7 +252,7 @@ def _by_length(rows: list[list[int]], *, halve: bool) -> Iterator[list[list[int]
 
 
 def cache_folder() -> Path:
-    """Where kedit keeps what is costly to compute: ``KEDIT_CACHE``, or ``~/.cache/kedit``."""
+    """Return the folder in which kedit keeps what is costly to compute: ``KEDIT_CACHE``, or ``~/.cache/kedit``."""
     return Path(os.environ.get("KEDIT_CACHE") or Path.home() / ".cache" / "kedit")
 
 

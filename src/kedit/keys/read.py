@@ -21,7 +21,7 @@ TOKENS_PER_PASS = 16_384
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts serve some tokens.
+    """The experts that serve some tokens.
 
     Attributes:
         hidden: what the experts see, [P, H].
@@ -77,7 +77,7 @@ def request_outputs(arch: ModelArch, requests: Sequence[Request], site: Site) ->
 
 
 def routing(arch: ModelArch, rows: Sequence[TokenizedPrompt], layer: int) -> Routing:
-    """Which experts of a mixture serve the subject's last token of every row."""
+    """Find the experts of a mixture that serve the subject's last token of every row."""
     experts = arch.experts(layer)
     assert experts is not None, "only mixtures route"
     return Routing(*_read(arch, rows, experts.module, on_arguments))

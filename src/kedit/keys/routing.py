@@ -1,4 +1,4 @@
-"""Which experts serve the edited facts, before and after an edit."""
+"""Follow which experts serve the edited facts, before and after an edit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shares = dict[int, float]  # the router's weight of every chosen expert, by its 
 
 @dataclass(frozen=True)
 class Route:
-    """How the router treats the subject's last token in an edit's bare prompt.
+    """The router's weights for the subject's last token in an edit's bare prompt.
 
     Attributes:
         layer: the block.

@@ -29,7 +29,7 @@ SiteKind = Literal["mlp", "block", "attention"]
 
 @dataclass(frozen=True)
 class Site:
-    """Where a value is written: the output of a block's MLP, of its attention, or of the whole block.
+    """The place at which a value is written: the output of a block's MLP, of its attention, or of the whole block.
 
     The MLP's output is what its down-projection gives (in a mixture, the experts' together), before the block normalises,
     scales or adds it.
@@ -145,7 +145,7 @@ class ModelArch:
         return float(getattr(self.config, scale) if isinstance(scale, str) else scale)
 
     def output_site(self, layer: int) -> Site:
-        """Where a block's contribution is written: its output, or its MLP's where the block normalises that.
+        """Return the site of a block's contribution: its output, or its MLP's where the block normalises that.
 
         A wanted change of a normalised output is no change of the MLP's that could be solved for, so there the value is
         optimised at the MLP's output itself.
@@ -230,7 +230,7 @@ class ModelArch:
         return tuple(self.weight_of(name) for name in experts.names)
 
     def memory_width(self, layer: int) -> int:
-        """How many numbers a key of a block has: I, or the experts' widths together (:mod:`kedit.models.experts`)."""
+        """Return how many numbers a key of a block has: I, or the experts' widths together (:mod:`kedit.models.experts`)."""
         experts = self.experts(layer)
         return self.shape(layer)[1] * (1 if experts is None else experts.count)
 

@@ -1,4 +1,4 @@
-"""Where the parts of each model type are: data, one frozen entry per type."""
+"""List where the parts of each model type are: data, one frozen entry per type."""
 
 from __future__ import annotations
 

@@ -54,12 +54,12 @@ def head_of(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def has_gate(experts: nn.Module) -> bool:
-    """Whether experts multiply their up-projection with a gate."""
+    """Return whether experts multiply their up-projection with a gate."""
     return bool(getattr(experts, "has_gate", True))
 
 
 def uses_interface(source: str) -> bool:
-    """Whether a model's code looks its attention function up by the name in its configuration."""
+    """Return whether a model's code looks its attention function up by the name in its configuration."""
     return any(call in source for call in _LOOKUPS)
 
 

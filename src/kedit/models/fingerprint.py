@@ -35,7 +35,7 @@ def tensor_fingerprint(tensor: Tensor) -> str:
 
 
 def has_fingerprint(tensor: Tensor, expected: str | None) -> bool:
-    """Whether a weight is the one that ``expected`` was taken of, be it in another dtype that holds the same numbers.
+    """Return whether a weight is the one that ``expected`` was taken of, be it in another dtype that holds the same numbers.
 
     A bfloat16 checkpoint and the same checkpoint loaded in float32 are the same weights; a float32 weight rounded to
     bfloat16 is another one.

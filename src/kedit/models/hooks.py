@@ -16,7 +16,7 @@ class StopForward(Exception):
 
 
 def of_this_thread() -> Callable[[], bool]:
-    """Whether the forward pass that runs is one of the thread that calls this now, for hooks to ask.
+    """Return whether the forward pass that runs is one of the thread that calls this now, for hooks to ask.
 
     What an autograd thread recomputes of a checkpointed block counts as such; a pass that another thread runs does not.
     """

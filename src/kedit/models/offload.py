@@ -51,7 +51,7 @@ class Offloaded:
 
 
 def offloaded(module: nn.Module, leaf: str) -> Offloaded | None:
-    """How a module's parameter is kept elsewhere; ``None`` where it is not, or not by accelerate.
+    """Return how a module's parameter is kept elsewhere; ``None`` where it is not, or not by accelerate.
 
     Accelerate's ``align_module_device`` reads a module as a whole and drops what is written to it; so single weights are
     found here by the hook that loads them.
@@ -119,7 +119,7 @@ def _kept(model: nn.Module, name: str) -> Offloaded:
 
 
 def device_of(module: nn.Module, leaf: str = "weight") -> torch.device:
-    """Where a module computes with its parameter; with the first that it has, where it has none of that name."""
+    """Return where a module computes with its parameter; with the first that it has, where it has none of that name."""
     tensor = getattr(module, leaf, None)
     if not isinstance(tensor, Tensor):
         tensor = next(itertools.chain(module.parameters(), module.buffers()), None)

@@ -252,7 +252,7 @@ def others(call: Call, ends: Sequence[nn.Module], attention: str) -> list[str]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    """Whether a module has a parameter of its own with two dimensions or more."""
+    """Return whether a module has a parameter of its own with two dimensions or more."""
     return any(sum(size > 1 for size in own.shape) > 1 for own in module.parameters(recurse=False))
 
 

@@ -70,7 +70,7 @@ def _down(arch: ModelArch, layer: int) -> nn.Module:
 
 @torch.no_grad()
 def _adds(wrapper: nn.Module, inner: nn.Module) -> bool:
-    """Whether a change of what the layer inside gives arrives unchanged, for an input that reaches it unchanged."""
+    """Return whether a change of what the layer inside gives arrives unchanged, for an input that reaches it unchanged."""
     if len(getattr(wrapper, "lora_magnitude_vector", ())):
         return False  # DoRA: depends on the weight itself, also where its factors are still 1
     device = device_of(inner)

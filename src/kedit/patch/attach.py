@@ -112,7 +112,7 @@ class _Branch:
         self._there: dict[torch.device, Delta] = {}
 
     def adds(self, name: str, delta: Delta) -> bool:
-        """Whether the branch is this update, also where both were loaded from one file."""
+        """Return whether the branch is this update, also where both were loaded from one file."""
         mine, other = self._delta.tensors(), delta.tensors()
         alike = self._leaf == name.rpartition(".")[2] and mine.keys() == other.keys()
         return alike and all(torch.equal(mine[key], other[key].to(mine[key])) for key in mine)
@@ -194,7 +194,7 @@ def _shape(module: nn.Module, name: str) -> tuple[int, int]:
 
 
 def _plain(weight: Any, delta: Delta) -> bool:
-    """Whether a weight is stored as numbers that a fingerprint can be taken of."""
+    """Return whether a weight is stored as numbers that a fingerprint can be taken of."""
     if not isinstance(weight, Tensor) or weight.is_meta or weight.dtype not in WRITABLE:
         return False
     return tuple(weight.shape) in (delta.shape, delta.shape[::-1])

@@ -14,7 +14,7 @@ _MOST = 20
 
 
 def show(patch: PatchContent) -> str:
-    """Who, what, where, norms and scores."""
+    """Describe who made a patch, of what and where, with norms and scores."""
     known = patch.provenance
     lines = [_who(known), _base(known.get("model", {}))]
     config = ", ".join(

@@ -1,4 +1,4 @@
-"""What lies between two models: a patch, where the difference is low-rank."""
+"""Compute the difference of two models as a patch, where it is low-rank."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _matrices(name: str, count: int | None) -> list[str]:
 
 
 def _is_fused(model: PreTrainedModel, name: str) -> bool:
-    """Whether a parameter is the matrices of a mixture's experts in one tensor."""
+    """Return whether a parameter is the matrices of a mixture's experts in one tensor."""
     try:
         weight_of(model, f"{name}[0]")
     except KEditError:

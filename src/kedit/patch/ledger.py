@@ -1,4 +1,4 @@
-"""Which patches a model carries: the only place that writes weights.
+"""Keep the list of the patches that a model carries: the only place that writes weights.
 
 A weight is always ``cast(W₀ + Σ deltas)``, summed in the order of application in float32 (float64 for float64
 weights; :func:`kedit.patch.delta.add_delta`). W₀ is kept once per touched weight, so any patch can be taken back, in any
@@ -89,11 +89,11 @@ class Ledger:
 
     @property
     def owners(self) -> list[Hashable]:
-        """Whose deltas are applied, in the order of application."""
+        """The owners of the applied deltas, in the order of application."""
         return list(dict.fromkeys(owner for entry in self._entries.values() for owner in entry.deltas))
 
     def carries(self, owner: Hashable) -> bool:
-        """Whether deltas of ``owner`` are applied."""
+        """Return whether deltas of ``owner`` are applied."""
         return any(owner in entry.deltas for entry in self._entries.values())
 
     def original(self, name: str) -> Tensor | None:

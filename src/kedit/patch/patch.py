@@ -139,7 +139,7 @@ class EditPatch(PatchContent):
         return cls._of(diff(base, edited, **options))
 
     def show(self) -> str:
-        """Who, what, where, norms and scores: a text for people."""
+        """Describe who made the patch, of what and where, with norms and scores: a text for people."""
         return show(self)
 
     @classmethod

@@ -86,7 +86,7 @@ def _low_rank(name: str, delta: Delta) -> LowRankDelta:
 
 
 def _base(patch: PatchContent, model: PreTrainedModel) -> str | None:
-    """Where the base model is loaded from: a name on the hub, or the path of a folder."""
+    """Return where the base model is loaded from: a name on the hub, or the path of a folder."""
     named = str(patch.provenance.get("model", {}).get("name") or "")
     source = str(getattr(model.config, "_name_or_path", "") or "")
     if "/" in named:

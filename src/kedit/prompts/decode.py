@@ -21,7 +21,7 @@ STOPS = ".!?;\n"
 
 
 def says(text: str, answers: Sequence[str], *, ended: bool) -> bool:
-    """Whether a greedy continuation is exactly one of the answers, up to its first natural stop.
+    """Return whether a greedy continuation is exactly one of the answers, up to its first natural stop.
 
     A natural stop is the end of the text (``ended``), or one of ``. ! ? ;`` or a line break right after the answer;
     case and runs of white space do not count.

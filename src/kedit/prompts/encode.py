@@ -30,7 +30,7 @@ SUBJECT_PROMPT = "{} is a"  # where the model's idea of the subject is held in p
 
 
 class Role(IntEnum):
-    """Why a prompt runs."""
+    """The reason why a prompt runs."""
 
     REWRITE = 0  # the edit's prompt with its target, in one context
     KL = 1  # "{subject} is a", read at the subject's last token

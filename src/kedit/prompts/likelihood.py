@@ -67,7 +67,7 @@ def pair_text(prompt: str, continuation: str, subject: tuple[int, int] | None = 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Where one row's answer is read: forward row, first place, and the labels."""
+    """The place at which one row's answer is read: forward row, first position, and the labels."""
 
     source: int
     start: int
@@ -164,7 +164,7 @@ def places_per_pass(arch: ModelArch, logits: int = LOGITS_PER_FORWARD) -> int:
 
 
 def prompts_per_pass(arch: ModelArch, length: int, read: int, tokens: int = TOKENS_PER_FORWARD) -> int:
-    """How many prompts run in one forward pass: of ``length`` tokens each, with logits at ``read`` of them."""
+    """Return how many prompts run in one forward pass: of ``length`` tokens each, with logits at ``read`` of them."""
     return max(1, min(tokens // length, places_per_pass(arch) // (read if arch.keeps_logits else length)))
 
 

@@ -45,7 +45,7 @@ def separator(prompt: str, target: str) -> str:
 
 
 def _opens(prompt: str) -> bool:
-    """Whether the last character of the prompt belongs to what follows."""
+    """Return whether the last character of the prompt belongs to what follows."""
     last, before = prompt[-1], prompt[-2:-1]
     after_space = not before or before.isspace()
     if last in _QUOTES:
@@ -56,7 +56,7 @@ def _opens(prompt: str) -> bool:
 
 
 def _closes(target: str) -> bool:
-    """Whether the first character of the target belongs to what stands before it."""
+    """Return whether the first character of the target belongs to what stands before it."""
     first, second = target[0], target[1:2]
     if first in ".-–" and second.isdigit():
         return False
@@ -230,7 +230,7 @@ def context_limit(model: Any) -> int | None:
 
 
 def vocabulary_size(model: Any) -> int:
-    """How many tokens the model has an embedding for."""
+    """Return how many tokens the model has an embedding for."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 

@@ -27,7 +27,7 @@ Choice = str | Regularizer | Iterable[str | Regularizer] | None
 
 
 def takes_gamma(name: str) -> bool:
-    """Whether the regularizer called ``name`` can be made with a γ; raises ``UnknownNameError`` where there is none."""
+    """Return whether the regularizer called ``name`` can be made with a γ; raises ``UnknownNameError`` where there is none."""
     return "gamma" in _parameters(REGULARIZERS[name])
 
 

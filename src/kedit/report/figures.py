@@ -216,7 +216,7 @@ def drift_maps(results: Sequence[DriftResult], name: str = "kl") -> Figure:
 
 @styled
 def attention_maps(probe: DriftProbe, states: Mapping[str, Floats]) -> Figure:
-    """Where the last token looks, highest head of every block: a panel per state of the model ([L, T] each)."""
+    """Plot where the last token looks, highest head of every block: a panel per state of the model ([L, T] each)."""
     blocks = len(next(iter(states.values())))
     figure = _new(max(8, 2.2 + _TOKEN_WIDTH * len(probe.tokens)), 1.6 + len(states) * (0.6 + 0.26 * min(blocks, 24)))
     axes = figure.subplots(len(states), 1, sharex=True, squeeze=False)[:, 0]
@@ -255,7 +255,7 @@ def correlation_plot(result: DriftResult, measure: str = "drift") -> Figure:
 
 @styled
 def patching_bars(result: PatchingResult) -> Figure:
-    """How much of the damage each exchange undoes or does: all blocks at once and chosen heads, with intervals."""
+    """Plot how much of the damage each exchange undoes or does: all blocks at once and chosen heads, with intervals."""
     chosen = [(i, one) for i, one in enumerate(result.conditions) if i > EDITED and one.centre is None]
     shares = [(one, result.share(i)) for i, one in chosen]
     kept = [(one, share) for one, share in shares if share is not None]
@@ -281,7 +281,7 @@ def patching_bars(result: PatchingResult) -> Figure:
 
 @styled
 def patching_windows(result: PatchingResult) -> Figure:
-    """How much of the damage each exchange undoes or does, window by window."""
+    """Plot how much of the damage each exchange undoes or does, window by window."""
     ways = [way for way in (RESTORE, CONTAMINATE) if any(one.direction == way for one in result.conditions)]
     figure, axes = _panels(len(ways), 2.2 + 5 * len(ways), 4.8)
     drawn = []

@@ -103,7 +103,7 @@ def page(result: Reveal) -> str:
 
 
 def _absent(reason: str, what: str = "Not") -> str:
-    """Why a part is not on the page."""
+    """Say why a part is not on the page."""
     return f"<p>{escape(what)} available: {escape(reason)}</p>"
 
 

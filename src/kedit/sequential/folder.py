@@ -20,7 +20,7 @@ _LEFT_BEHIND = re.compile(rf"\.(journal\.json|start\.safetensors|{_ENTRY.pattern
 
 
 def is_begun(folder: str | Path) -> bool:
-    """Whether there is a journal in a folder, so that a run there goes on."""
+    """Return whether there is a journal in a folder, so that a run there goes on."""
     return os.path.isfile(os.path.join(folder, HEADER))
 
 

@@ -69,7 +69,7 @@ class JournalResult:
         return merged
 
     def report(self) -> str:
-        """How many edits were kept and what was refused: a text for people."""
+        """Describe how many edits were kept and what was refused: a text for people."""
         edits = sum(len(patch.provenance.get("edits", [])) for patch in self.patches)
         resumed = f", {self.resumed} step(s) of them from the journal" if self.resumed else ""
         lines = [f"{edits} edit(s) kept in {len(self.patches)} step(s), {len(self.refused)} step(s) refused{resumed}"]
@@ -210,7 +210,7 @@ def _write(
 
 @contextmanager
 def _all_or_nothing(editor: Editor, result: JournalResult) -> Iterator[None]:
-    """Where a run breaks off, give the model its original weights back; the journal keeps what was done."""
+    """Give the model its original weights back where a run breaks off; the journal keeps what was done."""
     try:
         yield
     except BaseException:

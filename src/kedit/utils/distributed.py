@@ -125,7 +125,7 @@ def alone() -> Iterator[None]:
 
 
 def launched() -> int:
-    """How many processes a launcher (``accelerate launch``, ``torchrun``) has started; 1 without one."""
+    """Return how many processes a launcher (``accelerate launch``, ``torchrun``) has started; 1 without one."""
     count = os.environ.get("WORLD_SIZE", "1")
     return int(count) if count.isdigit() else 1
 

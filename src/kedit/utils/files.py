@@ -67,7 +67,7 @@ class Header:
     metadata: dict[str, str]
 
     def info(self, name: str) -> TensorInfo:
-        """What a tensor is and where; with ``[n]`` at the end of its name, the n-th part of it along its first axis."""
+        """Describe a tensor and its place; with ``[n]`` at the end of its name, the n-th part of it along its first axis."""
         if name in self.tensors:
             return self.tensors[name]
         whole_name, number = numbered(name)

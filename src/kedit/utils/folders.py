@@ -30,7 +30,7 @@ def check_new(out: Path) -> None:
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Whether ``path`` is ``folder`` or lies in it, links followed as far as they lead."""
+    """Return whether ``path`` is ``folder`` or lies in it, links followed as far as they lead."""
     try:
         one, other = (Path(os.path.realpath(item)) for item in (path, folder))  # resolve() breaks on links in a circle
     except (OSError, ValueError):  # no such name can be

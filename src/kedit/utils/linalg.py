@@ -9,7 +9,7 @@ from kedit.errors import SingularMomentError
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; both show in its extremes, which cost no second tensor."""
+    """Return whether a tensor holds neither NaN nor infinity; both show in its extremes, which cost no second tensor."""
     return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
 
 

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached: without network, its libraries try again for a minute."""
+"""Ask whether the Hugging Face hub can be reached: without network, its libraries try again for a minute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNREACHABLE = "the Hugging Face hub cannot be reached (no network, or offline mo
 
 
 def hub_is_reachable(timeout: float = 2.0) -> bool:
-    """Whether the hub takes a connection within ``timeout`` seconds; behind a proxy, which may do so, always True."""
+    """Return whether the hub takes a connection within ``timeout`` seconds; behind a proxy, which may do so, always True."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

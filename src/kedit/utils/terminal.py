@@ -80,7 +80,7 @@ class Output(io.TextIOBase):
                 self.error = error
 
     def isatty(self) -> bool:
-        """Whether a terminal reads the stream."""
+        """Return whether a terminal reads the stream."""
         return self.error is None and self._stream.isatty()
 
     def fileno(self) -> int:
@@ -94,7 +94,7 @@ class Output(io.TextIOBase):
 
     @property
     def failure(self) -> str | None:
-        """Why output was lost; ``None`` where none was, or where the reader did not want more (``| head``)."""
+        """The reason why output was lost; ``None`` where none was, or where the reader did not want more (``| head``)."""
         if self.error is None or (isinstance(self.error, OSError) and self.error.errno == errno.EPIPE):
             return None
         return str(self.error)

@@ -35,7 +35,7 @@ _DATA_FILES = (
 
 
 def kind_of_file(path: str | Path) -> str | None:
-    """What is at a path, links followed: "file", "folder", "device", "pipe", "socket"; ``None`` where nothing is.
+    """Tell what is at a path, links followed: "file", "folder", "device", "pipe", "socket"; ``None`` where nothing is.
 
     Raises:
         OSError: the operating system cannot say, as for links in a circle.
@@ -82,7 +82,7 @@ def read_text(path: str | Path, accepted: str, error: type[KEditError]) -> str:
 
 
 def binary_form(data: bytes) -> str | None:
-    """What a file is by its first bytes; ``None`` where it may be text."""
+    """Name the form of a file by its first bytes; ``None`` where it may be text."""
     for magic, form in _BINARY.items():
         if data.startswith(magic):
             return form
@@ -95,7 +95,7 @@ def binary_form(data: bytes) -> str | None:
 
 
 def text_form(path: str | Path, text: str) -> str:
-    """What a text that is no JSON seems to be, and its first line."""
+    """Describe what a text that is no JSON seems to be, and its first line."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     shown = line if len(line) <= 60 else line[:57] + "..."
     suffix = Path(path).suffix.lower()
@@ -105,7 +105,7 @@ def text_form(path: str | Path, text: str) -> str:
 
 
 def names_a_file(name: str) -> bool:
-    """Whether a text that names nothing on this machine was meant as a file, and not as a data set on the hub."""
+    """Return whether a text that names nothing on this machine was meant as a file, and not as a data set on the hub."""
     return (
         name.lower().endswith(_DATA_FILES)
         or name.startswith((".", "~"))

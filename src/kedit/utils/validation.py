@@ -10,12 +10,12 @@ from kedit.errors import ConfigError
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value is an ``int``; ``True`` and ``1.0`` are not."""
+    """Return whether a value is an ``int``; ``True`` and ``1.0`` are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a finite ``int`` or ``float``; ``True`` is not."""
+    """Return whether a value is a finite ``int`` or ``float``; ``True`` is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

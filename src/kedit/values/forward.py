@@ -69,7 +69,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Reads:
-    """Which of the N read positions is what.
+    """Indices of the N read positions, by what each is read for.
 
     Attributes:
         target: the positions that predict target tokens, as indices into N; the next four belong to these.

@@ -37,7 +37,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 @dataclass
 class Engine:
-    """How the value optimisation of one model runs.
+    """Settings of a model's value optimisation.
 
     Attributes:
         arch: the model.
@@ -217,7 +217,7 @@ class Engine:
         return waves
 
     def _check(self, sites: Sequence[Site], wave: Wave) -> bool:
-        """Whether prefix-cached passes give the logits of full ones on the wave's first edit, with a δ of some size."""
+        """Return whether prefix-cached passes give the logits of full ones on the wave's first edit, with a δ of some size."""
         first, _ = wave.select([0])
         generator = torch.Generator().manual_seed(0)
         shape = (1, len(sites), self.arch.hidden)

@@ -67,7 +67,7 @@ class DriftProbe:
 
     @property
     def loss(self) -> float:
-        """How much probability the right answer lost."""
+        """The probability that the right answer lost."""
         return self.right_before - self.right_after
 
     def measure(self, name: str) -> float:

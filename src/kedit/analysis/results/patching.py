@@ -127,7 +127,7 @@ class PatchingResult(AnalysisResult):
         return "score" if self.damage("score") > 0 else "probability"
 
     def share(self, condition: int, *, of: str | None = None) -> Estimate | None:
-        """How much of the damage an exchange undoes (``restore``) or does (``contaminate``), as a share of all of it.
+        """Return how much of the damage an exchange undoes (``restore``) or does (``contaminate``), as a share of all of it.
 
         0 is nothing, 1 is all: (exchanged - edited) / (original - edited), or its complement.
 

@@ -215,7 +215,7 @@ class TraceResult(AnalysisResult):
 
 
 def _supported(effect: Floats) -> npt.NDArray[np.bool_]:
-    """Where an effect (mean, low, high) [3, L] is above 0 with its interval; [L]."""
+    """Mark where an effect (mean, low, high) [3, L] is above 0 with its interval; [L]."""
     mean, low = effect[0], effect[1]
     return np.asarray((mean > 0) & ((low > 0) | np.isnan(low)))
 

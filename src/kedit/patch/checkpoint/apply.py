@@ -135,7 +135,7 @@ def _other_changes(
     *,
     force: bool,
 ) -> PatchMismatchError | None:
-    """What stands against making a weight anew: its present value is not what the patches made of the base's."""
+    """Explain why a weight cannot be made anew: its present value is not what the patches made of the base's."""
     there = weight_in(source, name)[0]
     present = source.read(there)
     if steps is not None:
@@ -200,7 +200,7 @@ def _record_after(
 
 
 def _key(checkpoint: Checkpoint, name: str) -> str:
-    """Where a parameter is stored; its own name where it is not."""
+    """Return the name under which a parameter is stored; its own where it is not."""
     try:
         return checkpoint.key_of(name)
     except (PatchMismatchError, ArchitectureError):

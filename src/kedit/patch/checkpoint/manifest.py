@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What is written to the record."""
+        """Return the entry as it is written to the record."""
         file = {} if self.file is None else {"file": self.file}
         return {"run": self.run, **file, "provenance": self.provenance, "fingerprints": self.fingerprints}
 
@@ -145,7 +145,7 @@ def write_record(folder: Path, known: Sequence[Entry]) -> None:
 
 
 def ways_of_running(known: Sequence[Entry], patches: Sequence[PatchContent]) -> list[list[int]]:
-    """How ``patches`` may have been put onto a checkpoint, by patch the run: as recorded, in one, each in its own."""
+    """List how ``patches`` may have been put onto a checkpoint, by patch the run: as recorded, in one, each in its own."""
     number = len(patches)
     ways = [[0] * number, list(range(number))]
     left = iter(known)

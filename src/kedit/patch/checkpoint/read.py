@@ -101,7 +101,7 @@ class Checkpoint:
         return self.shards[self.file_of(key)].read(key)
 
     def same_bytes(self, name: str, other: Checkpoint, step: int = 1 << 24) -> bool:
-        """Whether a tensor of the same size has the same bytes in another checkpoint."""
+        """Return whether a tensor of the same size has the same bytes in another checkpoint."""
         mine, theirs = self.shards[self.files[name]], other.shards[other.files[name]]
         one, two = mine.tensors[name], theirs.tensors[name]
         with reading(mine.path), open(mine.path, "rb") as a, open(theirs.path, "rb") as b:
@@ -221,7 +221,7 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
 
 
 def stored_experts(model: PreTrainedModel, fused: str) -> list[str]:
-    """What checkpoints of a model's type call the matrices that are fused into one tensor, in order.
+    """Name the matrices that are fused into one tensor as checkpoints of a model's type do, in order.
 
     Empty where a checkpoint holds the fused tensor, or the matrices in another form. transformers says what it does to a
     tensor when it saves it; a small tensor of known numbers shows whether that is to take it apart and nothing else.

@@ -40,7 +40,7 @@ _WEIGHTS = (
 
 @dataclass(frozen=True)
 class DiskReport:
-    """What was done on disk.
+    """Reports the changes made on disk.
 
     Attributes:
         folder: the finished checkpoint.

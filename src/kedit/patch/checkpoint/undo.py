@@ -1,4 +1,4 @@
-"""Which of the patches on record go, and what is left of them: whole patches, and parts of merged ones."""
+"""Take patches off the record: whole patches, and parts of merged ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Step:
 
 
 def take_away(known: Sequence[Entry], patches: Sequence[PatchContent]) -> list[Step] | None:
-    """What is left of the patches on record once ``patches`` are taken away.
+    """Return what is left of the patches on record once ``patches`` are taken away.
 
     A given patch is one on record, a part of a merged one, or several on record that were merged since. ``None`` where one
     is none of these, or where the file of a patch on record is not at hand.
