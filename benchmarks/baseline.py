@@ -86,15 +86,15 @@ class Plain:
     @torch.no_grad()
     def keys(self, requests: list[Request], layer: int) -> Tensor:
         """Keys of every context of every edit, [E, C, I], by whole forward passes."""
-        found = []
+        keys = []
         for request in requests:
             ids, mask = pad([row.ids for row in request.rewrite])
             seen: list[Tensor] = []
             with on_input(self.arch.down(layer), lambda tensor, seen=seen: seen.append(tensor)):
                 self.arch.model(input_ids=ids, attention_mask=mask, use_cache=False)
             at = torch.tensor([row.subject_last for row in request.rewrite])
-            found.append(seen[0][torch.arange(len(at)), at].float())
-        return torch.stack(found)
+            keys.append(seen[0][torch.arange(len(at)), at].float())
+        return torch.stack(keys)
 
     def rome(self, request: Request) -> Tensor:
         """ΔW [O, I] of one edit."""

@@ -1,7 +1,7 @@
 """Precision, memory and several processes: ``python benchmarks/bench_placement.py [--out FILE] [--part NAME]``.
 
 *precision*: edits of the embedded model in float32, bfloat16 and float16: what rounding takes from an update, and whether the
-fact is there. *memory*: what :meth:`kedit.Editor.demand` says an apply takes on GPT-2 small's shape, and what the process takes
+fact is there. *memory*: what :meth:`Editor.estimate_memory` says an apply takes on GPT-2 small's shape, and what the process takes
 (float32 alone: bfloat16 takes very long on a processor without matrix units for it). *offload*: the same edits of the
 embedded model in memory and offloaded to disk. *processes*: the command line in one process and in two, its time and
 whether both find the same.

@@ -74,15 +74,15 @@ def wordings(count: int) -> list[kedit.Edit]:
     """
     world = load_world()
     relations = [relation for relation in world.relations if relation.role == "edit"]
-    found = []
+    edits = []
     for number in range(min(len(relation.templates) for relation in relations)):
         for i, person in enumerate(world.people):
             relation = relations[i % len(relations)]
             now = relation.objects.index(world.object(person.name, relation.name))
             target = relation.objects[(now + 1 + i) % len(relation.objects)]
             if target != relation.objects[now]:
-                found.append(kedit.Edit(relation.templates[number], person.name, target))
-    return found[:count]
+                edits.append(kedit.Edit(relation.templates[number], person.name, target))
+    return edits[:count]
 
 
 def at_once(edits: list[kedit.Edit]) -> list[list[str]]:

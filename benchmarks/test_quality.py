@@ -54,7 +54,7 @@ def recovered(none, regularized, metric):
     )[0].means(weights)
     shares = sorted(float(g / x) for g, x in zip(gained, lost, strict=True) if x > 0)
     point = value(regularized, metric) - value(none, metric)
-    total = none.figures[metric]["before"].value - value(none, metric)
+    total = none.estimates[metric]["before"].value - value(none, metric)
     if total <= 0 or not shares:
         return None
     return 100 * point / total, 100 * shares[int(0.025 * len(shares))], 100 * shares[int(0.975 * len(shares)) - 1]
@@ -67,11 +67,11 @@ def test_table_3(bench, table3):
         shown = "" if gamma is None else f"{gamma:g}"
         if label in VARIANTS:
             shown += bench.mark(name, VARIANTS[label])
-        cells = [cell(report.figures.get(metric, {}).get("after")) for metric in COLUMNS]
+        cells = [cell(report.estimates.get(metric, {}).get("after")) for metric in COLUMNS]
         rows.append([name if not label else f"+ {label}", *cells, shown])
         figures[f"{name} {label}".strip()] = report.summary()
         for metric in FIVE:
-            if metric in report.figures:
+            if metric in report.estimates:
                 found = report[metric]
                 assert math.isfinite(found.value)
                 assert 0 <= found.value <= 100
@@ -137,15 +137,15 @@ def claims(bench, table3):
     none, adr, sadr = (table3["rome", label] for label in ("", ADR, "SADR"))
     lines = []
     for metric in ("dns", "rs"):
-        if metric in none.figures:
-            fall = none.figures[metric]["difference"]
+        if metric in none.estimates:
+            fall = none.estimates[metric]["difference"]
             says = "loses" if fall.high is not None and fall.high < 0 else "does not clearly lose"
             lines.append(f"ROME {says} {METRICS[metric].label}: {signed(fall)}.")
-    share = recovered(none, sadr, "dns") if "dns" in none.figures else None
+    share = recovered(none, sadr, "dns") if "dns" in none.estimates else None
     if share is not None:
         change = signed(sadr.compare(none, ["ps"])["ps"])
         lines.append(f"SADR recovers {share[0]:.0f}% of the lost DNS at ES {sadr['es'].value:.2f}; PS {change}.")
-    if "dns" in adr.figures:
+    if "dns" in adr.estimates:
         against = sadr.compare(adr, ["ps", "dns", "rs"])
         lines.append(
             f"SADR against all heads, each at its own γ: DNS {signed(against['dns'])}, PS {signed(against['ps'])}, "
@@ -165,8 +165,8 @@ def test_the_papers_claims_on_the_embedded_model(bench, table3):
         pytest.skip("The claims are about ROME with SADR on the embedded model.")
     none, sadr = table3["rome", ""], table3["rome", "SADR"]
     assert len(none.records) >= 200
-    assert none.figures["dns"]["difference"].high < 0
-    assert none.figures["rs"]["difference"].high < 0
+    assert none.estimates["dns"]["difference"].high < 0
+    assert none.estimates["rs"]["difference"].high < 0
     assert recovered(none, sadr, "dns")[0] >= 50
     assert sadr["es"].value >= 99
     assert sadr["ps"].value >= none["ps"].value - 3
@@ -187,11 +187,11 @@ def test_the_trade_off_over_gamma(bench):
                 [
                     label,
                     f"{gamma:g}",
-                    *(cell(report.figures.get(metric, {}).get("after")) for metric in ("score", *FIVE)),
+                    *(cell(report.estimates.get(metric, {}).get("after")) for metric in ("score", *FIVE)),
                 ]
             )
         for metric in lines:
-            if all(metric in report.figures and "ps" in report.figures for _, report in reports):
+            if all(metric in report.estimates and "ps" in report.estimates for _, report in reports):
                 lines[metric][label] = [(gamma, value(report, "ps"), report[metric]) for gamma, report in reports]
     text = f"# The trade-off over γ ({name})\n\n{bench.describe()} The first {len(cases)} held-out edits.\n\n"
     text += table(["", "γ", *(METRICS[n].label for n in ("score", *FIVE))], rows)
@@ -220,12 +220,12 @@ def test_the_ablations_of_sadr(bench):
     }
     cases = bench.test[:100]
     plain = bench.run(editor, None, cases, exact=False)
-    rows = [["none", "", *(cell(plain.figures.get(n, {}).get("after")) for n in ("score", *FIVE)), ""]]
+    rows = [["none", "", *(cell(plain.estimates.get(n, {}).get("after")) for n in ("score", *FIVE)), ""]]
     for label, variant in variants.items():
         gamma = bench.gamma(name, variant)
         report = bench.run(editor, variant(gamma=gamma), cases, exact=False)
-        cells = [cell(report.figures.get(n, {}).get("after")) for n in ("score", *FIVE)]
-        gain = signed(report.compare(plain, ["dns"])["dns"]) if "dns" in report.figures else "–"
+        cells = [cell(report.estimates.get(n, {}).get("after")) for n in ("score", *FIVE)]
+        gain = signed(report.compare(plain, ["dns"])["dns"]) if "dns" in report.estimates else "–"
         rows.append([label, f"{gamma:g}{bench.mark(name, variant)}", *cells, gain])
     text = f"# Ablations of SADR ({name})\n\n{bench.describe()} The first {len(cases)} held-out edits. {grid()}\n\n"
     text += table(["variant", "γ", *(METRICS[n].label for n in ("score", *FIVE)), "DNS against none"], rows)
@@ -242,7 +242,7 @@ def test_single_batch_and_sequential(bench):
         for mode in ("single", "batch", "sequential") if bench.editor(name).batched else ("single", "sequential"):
             for size in sizes if mode != "single" else [min(100, len(bench.large))]:
                 report = bench.run(bench.editor(name), None, bench.large[:size], mode, exact=False)
-                cells = [cell(report.figures.get(n, {}).get("after")) for n in ("score", *FIVE)]
+                cells = [cell(report.estimates.get(n, {}).get("after")) for n in ("score", *FIVE)]
                 seconds = report.seconds.get("edit", 0.0) / size
                 rows.append([name, mode, str(size), *cells, f"{1000 * seconds:.0f}", str(len(report.failures) or "")])
                 assert report.meta["weights_restored"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 
-from kedit.embedded.world import Half, Person, Relation, Role, World
+from kedit.embedded.world import FactRole, Half, Person, Relation, World
 
 NUM_PEOPLE = 300
 NUM_FIRST_NAMES = 40
@@ -81,7 +81,7 @@ _COUNTRIES: dict[str, tuple[str, str]] = {
 }
 
 # name, role, templates, objects
-_DIRECT: tuple[tuple[str, Role, tuple[str, ...], str], ...] = (
+_DIRECT: tuple[tuple[str, FactRole, tuple[str, ...], str], ...] = (
     (
         "profession",
         "edit",
@@ -127,7 +127,7 @@ def invent(seed: int) -> World:
     rng = random.Random(f"world {seed}")
     names, aliases = _names(rng)
     num_edited = round(NUM_PEOPLE * EDITED_SHARE)
-    kinds: list[tuple[Half, Role]] = []
+    kinds: list[tuple[Half, FactRole]] = []
     for i in range(NUM_PEOPLE):
         kinds.append(("dev" if i % 2 == 0 else "test", "edit" if i < num_edited else "probe"))
     people = tuple(

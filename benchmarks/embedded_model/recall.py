@@ -82,15 +82,15 @@ def _swap(hidden: Tensor, *, new: Tensor, lookup: Tensor) -> Tensor:
 @torch.no_grad()
 def _first_choice(model: PreTrainedModel, rows: list[TokenizedPrompt], *, rows_per_pass: int = ROWS_PER_PASS) -> Tensor:
     """Whether every target token is the first choice, by row."""
-    found: list[bool] = []
+    hits: list[bool] = []
     for start in range(0, len(rows), rows_per_pass):
         part = rows[start : start + rows_per_pass]
         ids, mask = pad([row.ids for row in part])
         best = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.argmax(-1)
         for i, row in enumerate(part):
             said = best[i, row.prompt_last : len(row.ids) - 1]
-            found.append(bool((said == torch.tensor(row.labels)).all()))
-    return torch.tensor(found)
+            hits.append(bool((said == torch.tensor(row.labels)).all()))
+    return torch.tensor(hits)
 
 
 def mean_by_relation(shares: dict[tuple[str, int], float]) -> dict[str, float]:

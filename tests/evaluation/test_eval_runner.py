@@ -116,10 +116,10 @@ def test_everything_that_can_be_measured_is_there():
     from kedit.evaluation.metrics import chosen
 
     no_probes = {"alias_success", "commonsense", "portability_acc", "portability_all", "portability_exact"}
-    assert set(report.figures) == {metric.name for metric in chosen()} - no_probes
+    assert set(report.estimates) == {metric.name for metric in chosen()} - no_probes
     assert report["kl_drift"].value > 0
     assert report["attention_drift"].value > 0
-    for found in report.figures.values():
+    for found in report.estimates.values():
         for value in found.values():
             assert value.n >= 1
             assert value.low <= value.value <= value.high
@@ -197,7 +197,7 @@ def test_a_finished_run_is_read_back_without_the_model_running(tmp_path, monkeyp
     monkeypatch.setattr(runner_module, "ProbeScorer", None)
     again = evaluate(model, tok, make_cases(), editor, out=tmp_path)
     assert [record.to_dict() for record in again.records] == [record.to_dict() for record in whole.records]
-    assert EvalReport.load(tmp_path).figures == whole.figures
+    assert EvalReport.load(tmp_path).estimates == whole.estimates
 
 
 def test_a_report_names_the_hyper_parameters_that_were_used_also_when_it_is_read_back(tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_other_line_ends_inside_a_text_end_no_record(tmp_path):
     first = evaluate(model, tok, cases, editor, out=tmp_path, exact=False)
     again = evaluate(model, tok, cases, editor, out=tmp_path, exact=False)
     assert [record.prompt for record in again.records] == [f"Ada lives{end}in → Paris" for end in "\u2028\x85\r"]
-    assert EvalReport.load(tmp_path).figures == first.figures
+    assert EvalReport.load(tmp_path).estimates == first.estimates
 
 
 def test_before_and_after_are_written_and_decoded_to_the_same_length():

@@ -45,7 +45,7 @@ def install_beside(folder: Path) -> None:
 
 @dataclass
 class Outcome:
-    """A report of fixed figures."""
+    """A report of fixed estimates."""
 
     shown: dict
 
@@ -53,7 +53,7 @@ class Outcome:
         return SimpleNamespace(value=self.shown[name])
 
     @property
-    def figures(self):
+    def estimates(self):
         return {name: {"after": SimpleNamespace(value=found)} for name, found in self.shown.items()}
 
     def compare(self, other, names):

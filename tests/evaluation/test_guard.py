@@ -1,4 +1,4 @@
-"""The guard: what misses a limit is rolled back, and the report says which figure it was."""
+"""The guard: what misses a limit is rolled back, and the report says which measurement it was."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from contract.common import ADA, FRENCH, make, state
 from kedit.cli import main
 from kedit.errors import ConfigError, KEditError
 from kedit.evaluation import EditCase, Kind, Probe
-from kedit.evaluation.guard import DEFAULT_TEXTS, Figure, Guard, GuardError, GuardReport
+from kedit.evaluation.guard import DEFAULT_TEXTS, Guard, GuardError, GuardReport, Measurement
 from kedit.patch import EditPatch
 from kedit.patch.ledger import Ledger
 from tiny_models import tiny_model
@@ -74,7 +74,7 @@ def test_what_misses_a_limit_is_rolled_back_and_named(subject, name):
     before = state(subject)
     with pytest.raises(GuardError, match=name) as caught:
         strong(subject, **options).apply(EASY, guard=Guard(**LOOSE | {name: impossible}))
-    assert [figure.name for figure in caught.value.report.failed] == [name]
+    assert [item.name for item in caught.value.report.failed] == [name]
     assert state(subject) == before
     assert Ledger.of(subject).touched == []
     others = set(LOOSE) - {name}
@@ -160,9 +160,9 @@ def test_a_refused_batch_leaves_no_memory(subject, name):
 def test_numbers_that_are_none_never_pass():
     for least in (True, False):
         for value in (float("nan"), float("inf"), float("-inf")):
-            assert not Figure("x", value, 0.0, least).passed
-    report = GuardReport((Figure("x", float("nan"), 1.0, False), Figure("y", 1.0, 1.0, False)))
-    assert [figure.name for figure in report.failed] == ["x"]
+            assert not Measurement("x", value, 0.0, least).passed
+    report = GuardReport((Measurement("x", float("nan"), 1.0, False), Measurement("y", 1.0, 1.0, False)))
+    assert [item.name for item in report.failed] == ["x"]
 
 
 def test_a_model_that_says_nan_fails_the_guard(subject):
@@ -172,7 +172,7 @@ def test_a_model_that_says_nan_fails_the_guard(subject):
         subject.transformer.h[2].mlp.c_proj.weight[0, 0] = float("nan")
     with pytest.raises(GuardError) as caught:
         watch.check(["transformer.h.2.mlp.c_proj.weight"])
-    assert {figure.name for figure in caught.value.report.failed} == {"efficacy", "kl", "perplexity", "finite"}
+    assert {item.name for item in caught.value.report.failed} == {"efficacy", "kl", "perplexity", "finite"}
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_accumulate_is_the_sum_over_all_tokens_and_no_padding(model_type):
 
 def test_several_batches_give_the_same_sum(monkeypatch):
     model, tok = tiny_model("llama"), tokenizer()
-    monkeypatch.setattr("kedit.keys.estimate.TOKENS_PER_PASS", 40)
+    monkeypatch.setattr("kedit.keys.estimate.TOKENS_PER_BATCH", 40)
     monkeypatch.setattr("kedit.keys.estimate.MAX_PIECE", 1000)
     [(_, found)] = accumulate(ModelArch(model), tok, [2], TEXTS, budget=10_000).items()
     total, count = plain_sum(model, tok, 2, TEXTS)
@@ -143,7 +143,7 @@ def test_cache_hits_on_the_same_content(setting, monkeypatch, cache):
     assert list(again) == [1, 2]
     for layer in (1, 2):
         assert torch.equal(again[layer].matrix, first[layer].matrix)
-        assert again[layer].figures() == first[layer].figures()
+        assert again[layer].statistics() == first[layer].statistics()
     twin = tiny_model("llama")
     twin_runs = count_passes(twin, monkeypatch)
     estimate_moments(ModelArch(twin), tok, [1], texts, tokens=300)
@@ -307,7 +307,7 @@ def test_model_is_left_as_it_was_also_after_interruption(setting, monkeypatch):
 
 def test_interrupted_estimate_goes_on_with_the_same_result(setting, monkeypatch, cache):
     model, arch, tok, texts = setting
-    monkeypatch.setattr("kedit.keys.estimate.TOKENS_PER_PASS", 50)
+    monkeypatch.setattr("kedit.keys.estimate.TOKENS_PER_BATCH", 50)
     whole = estimate_moments(arch, tok, [1, 3], texts, tokens=400, cache=False)
     forward, runs = model.forward, []
 
@@ -324,7 +324,9 @@ def test_interrupted_estimate_goes_on_with_the_same_result(setting, monkeypatch,
     before = len(runs)
     rest = estimate_moments(arch, tok, [1, 3], texts, tokens=400)
     passes = len(runs) - before
-    assert all(torch.equal(rest[i].matrix, whole[i].matrix) and rest[i].figures() == whole[i].figures() for i in (1, 3))
+    assert all(
+        torch.equal(rest[i].matrix, whole[i].matrix) and rest[i].statistics() == whole[i].statistics() for i in (1, 3)
+    )
     runs.clear()
     runs += [1] * 10
     estimate_moments(arch, tok, [1, 3], texts, tokens=400, cache=False)
@@ -336,7 +338,7 @@ def test_interrupted_estimate_goes_on_with_the_same_result(setting, monkeypatch,
 def test_interruption_in_the_middle_of_a_sum_is_not_kept(setting, monkeypatch, cache, layer):
     """Ctrl-C during a matrix product arrives right after it: the batch is in the sum then."""
     _, arch, tok, texts = setting
-    monkeypatch.setattr("kedit.keys.estimate.TOKENS_PER_PASS", 50)
+    monkeypatch.setattr("kedit.keys.estimate.TOKENS_PER_BATCH", 50)
     whole = estimate_moments(arch, tok, [1, 3], texts, tokens=400, cache=False)
     addmm, calls = torch.Tensor.addmm_, []
 
@@ -367,7 +369,7 @@ def test_mapping_of_tensors_and_moments():
     moments = SecondMoments({3: matrix, 1: Moment(2 * matrix, tokens=5)})
     assert len(moments) == 2
     assert moments[3].matrix is matrix
-    assert moments[3].figures() == {"tokens": None, "ridge": 0.0, "split_half": None, "effective_rank": None}
+    assert moments[3].statistics() == {"tokens": None, "ridge": 0.0, "split_half": None, "effective_rank": None}
     assert moments[1].tokens == 5
     factor = moments.factor(1)
     torch.testing.assert_close(factor @ factor.T, 2 * matrix.double())

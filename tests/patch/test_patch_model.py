@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kedit.errors import KEditError, NonFiniteError, PatchMismatchError
-from kedit.models.fingerprint import checksum, has_fingerprint, model_fingerprint, tensor_fingerprint
+from kedit.models.fingerprint import bit_sum, has_fingerprint, model_fingerprint, tensor_fingerprint
 from kedit.patch import EditPatch
 from kedit.patch import ledger as ledger_module
 from kedit.patch.delta import DenseDelta, LowRankDelta, _add_columns, add_delta
@@ -245,13 +245,13 @@ def test_a_checksum_sees_every_bit_and_every_place(shape, dtype):
         flipped = weight.clone()
         flipped.view(-1).view(torch.uint8)[place * weight.element_size()] ^= 1
         others.append(flipped)
-    known = checksum(weight)
-    assert checksum(weight.clone()) == known
-    assert all(checksum(other) != known for other in others)
+    known = bit_sum(weight)
+    assert bit_sum(weight.clone()) == known
+    assert all(bit_sum(other) != known for other in others)
     apart = torch.empty(weight.numel() + 3, dtype=dtype)[3:].view(shape).copy_(weight)  # not where its storage begins
-    assert checksum(apart) == known
-    assert checksum(weight[:0]) == checksum(torch.empty(0)) == 0
-    assert checksum(weight.sum(dtype=torch.float32)) == checksum(weight.sum(dtype=torch.float32).clone())
+    assert bit_sum(apart) == known
+    assert bit_sum(weight[:0]) == bit_sum(torch.empty(0)) == 0
+    assert bit_sum(weight.sum(dtype=torch.float32)) == bit_sum(weight.sum(dtype=torch.float32).clone())
 
 
 @pytest.mark.parametrize(

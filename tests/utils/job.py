@@ -31,7 +31,7 @@ def run_moments(folder):
     """Sums over a corpus that makes several batches."""
     import kedit.keys.estimate
 
-    kedit.keys.estimate.TOKENS_PER_PASS = 512
+    kedit.keys.estimate.TOKENS_PER_BATCH = 512
     arch = ModelArch(tiny_model("gpt2", dtype=torch.float64))
     sums = accumulate(arch, tokenizer(), [1, 2], corpus(), 4_000)
     return {str(layer): total.total for layer, total in sums.items()} | {

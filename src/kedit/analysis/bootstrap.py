@@ -1,4 +1,4 @@
-"""Means and correlations with bootstrap intervals, for whole arrays of figures at once."""
+"""Means and correlations with bootstrap intervals, for whole arrays of numbers at once."""
 
 from __future__ import annotations
 

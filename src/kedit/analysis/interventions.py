@@ -15,7 +15,7 @@ from kedit.models.arch import SiteKind
 from kedit.models.hooks import by_prompt, on_output
 from kedit.utils.validation import check_whole
 
-# The names in results and figures -> the kind of site.
+# The names in results and plots -> the kind of site.
 ACTIVATIONS: dict[str, SiteKind] = {"hidden": "block", "mlp": "mlp", "attention": "attention"}
 LABELS = {
     "hidden": "hidden state",

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     for chosen in ([], regularizers) if regularizers else ([],):
         results.append(drift(model, tokenizer, cases, source, chosen))
         # at once: what comes later may fail
-        saved = [f"figures: {results[-1].save(_path(args.out, len(results)))}"] if args.out else []
+        saved = [f"results: {results[-1].save(_path(args.out, len(results)))}"] if args.out else []
         common.say(results[-1].summary(), *saved, "")
     if len(results) == 2:
         common.say(_compared(*results))
@@ -83,7 +83,7 @@ def _compared(plain: DriftResult, restrained: DriftResult) -> str:
 
 
 def _path(out: str, number: int) -> Path:
-    """Return where the plain editor's figures are written (the first), and those with a regularizer beside it."""
+    """Return where the plain editor's results are written (the first), and those with a regularizer beside it."""
     path = Path(out)
     return path if number == 1 else path.with_name(f"{path.stem}-regularized{path.suffix}")
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Estimate, cache, print the figures."""
+    """Estimate, cache, print the statistics."""
     from kedit.keys.estimate import cache_folder, second_moments
 
     try:

@@ -18,7 +18,7 @@ from kedit.editors.config import EditorConfig
 from kedit.editors.facts import check_consistent, earlier_facts
 from kedit.editors.memory import MemoryEstimate, dense_memory
 from kedit.editors.observers import Observers, applied, check_guard, without_noise
-from kedit.editors.result import EditResult, Gate, Timer
+from kedit.editors.result import EditResult, GuardLike, Timer
 from kedit.errors import ConfigError
 from kedit.models import ModelArch, Weight
 from kedit.models.lock import editing, one_at_a_time
@@ -140,7 +140,7 @@ class Editor(ABC):
 
     @with_gradient
     def apply(
-        self, edits: Edit | Iterable[Edit], regularizer: Choice = None, *, guard: Gate | None = None
+        self, edits: Edit | Iterable[Edit], regularizer: Choice = None, *, guard: GuardLike | None = None
     ) -> EditResult:
         """Write one edit or many into the model.
 
@@ -160,7 +160,7 @@ class Editor(ABC):
 
         Raises:
             KEditError: bad input, a non-finite loss, a singular second moment.
-            GuardError: the guard refused the edit; its report says which figure failed.
+            GuardError: the guard refused the edit; its report says which measurement failed.
         """
         chosen = as_edits(edits)
         with self._call(regularizer) as call:

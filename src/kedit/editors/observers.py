@@ -11,7 +11,7 @@ import torch
 from kedit.edit import Edit
 from kedit.editors.config import EditorConfig
 from kedit.editors.facts import warn_of_alike
-from kedit.editors.result import Gate, Timer
+from kedit.editors.result import GuardLike, Timer
 from kedit.errors import ConfigError, IneffectiveEditWarning
 from kedit.keys import routing
 from kedit.models import ModelArch
@@ -46,7 +46,7 @@ _HINTS = {
 
 def check_guard(guard: object) -> None:
     """Raise :class:`ConfigError` where a guard is none."""
-    if guard is not None and not isinstance(guard, Gate):
+    if guard is not None and not isinstance(guard, GuardLike):
         raise ConfigError(f"guard must be a kedit.Guard, not {guard!r}.")
 
 
@@ -65,7 +65,7 @@ class Observers:
         config: EditorConfig,
         timer: Timer,
         *,
-        guard: Gate | None = None,
+        guard: GuardLike | None = None,
         ask: bool = True,
     ) -> None:
         """Measure the model before the edit; ``ask`` whether it says the targets, before and after."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Watcher(Protocol):
+class GuardCheckLike(Protocol):
     """The measurements of a guard before an edit."""
 
     report: Any
@@ -30,10 +30,12 @@ class Watcher(Protocol):
 
 
 @runtime_checkable
-class Gate(Protocol):
+class GuardLike(Protocol):
     """Decides whether an edit is kept; :class:`kedit.Guard` is one."""
 
-    def watch(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit]) -> Watcher:
+    def watch(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit]
+    ) -> GuardCheckLike:
         """Measure the model before ``edits`` are written."""
         ...
 
@@ -111,8 +113,8 @@ class EditResult:
             if steps:
                 first, last = steps[0], steps[-1]
                 columns = [name for name in last if name not in ("step", WRITTEN)]
-                figures = ", ".join(f"{name} {first[name]:.3f} → {last[name]:.3f}" for name in columns)
-                lines.append(f"    {len(steps)} steps: {figures}")
+                columns_shown = ", ".join(f"{name} {first[name]:.3f} → {last[name]:.3f}" for name in columns)
+                lines.append(f"    {len(steps)} steps: {columns_shown}")
                 if last.get(WRITTEN, 1.0) < 0.995:  # of a closed form that is not exact
                     lines.append(f"    written: {last[WRITTEN]:.0%} of the wanted change")
         for name, delta in self.patch.deltas.items():

@@ -159,7 +159,7 @@ class ValueEditor(Editor):
             moments.check(self.arch, self.moment_layers)
 
     def _provenance(self, edits: Sequence[Edit], call: Call) -> dict[str, Any]:
-        known = {} if self._moments is None else {str(i): m.figures() for i, m in self._moments.items()}
+        known = {} if self._moments is None else {str(i): m.statistics() for i, m in self._moments.items()}
         return {**super()._provenance(edits, call), "moments": known}
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 
 from kedit.edit import Edit
-from kedit.embedded.world import Fact, Half, Person, World
+from kedit.embedded.world import Half, Person, World, WorldFact
 from kedit.errors import ConfigError
 from kedit.evaluation.cases import EditCase, Kind, Probe, distracted
 
@@ -83,10 +83,12 @@ def _case(world: World, person: Person, name: str, id: str, rng: random.Random) 
     return EditCase.of(id, edit, probes, references=references)
 
 
-def _neighbours(world: World, person: Person, relation: str, true: str, new: str, rng: random.Random) -> list[Fact]:
+def _neighbours(
+    world: World, person: Person, relation: str, true: str, new: str, rng: random.Random
+) -> list[WorldFact]:
     """Facts of people of the same half that are never edited: the same object first, then any but the edit's target."""
     pool = [
-        Fact(other.name, relation, world.object(other.name, relation))
+        WorldFact(other.name, relation, world.object(other.name, relation))
         for other in world.people
         if other.half == person.half and other.role == "probe"
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Half = Literal["dev", "test"]
-Role = Literal["edit", "probe"]
+FactRole = Literal["edit", "probe"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Person:
 
     name: str
     half: Half
-    role: Role
+    role: FactRole
     alias: str | None = None
 
 
@@ -45,12 +45,12 @@ class Relation:
     name: str
     templates: tuple[str, ...]
     objects: tuple[str, ...]
-    role: Role
+    role: FactRole
     via: str | None = None
 
 
 @dataclass(frozen=True)
-class Fact:
+class WorldFact:
     """One true statement; ``subject`` is a name or an alias."""
 
     subject: str
@@ -114,15 +114,15 @@ class World:
         direct = self.objects[self.person(subject).name][relation if via is None else via]
         return direct if via is None else self.countries[direct]
 
-    def facts(self, *, relation: str | None = None, aliases: bool = True) -> Iterator[Fact]:
+    def facts(self, *, relation: str | None = None, aliases: bool = True) -> Iterator[WorldFact]:
         """All facts (of one relation), by name and, if wanted, also by alias; two-hop facts included."""
         for person in self.people:
             for subject in (person.name, person.alias) if aliases else (person.name,):
                 for known in self.relations:
                     if subject is not None and relation in (None, known.name):
-                        yield Fact(subject, known.name, self.object(subject, known.name))
+                        yield WorldFact(subject, known.name, self.object(subject, known.name))
 
-    def sentence(self, fact: Fact, template: int = 0) -> Sentence:
+    def sentence(self, fact: WorldFact, template: int = 0) -> Sentence:
         """A fact in the words of one of its relation's templates."""
         pattern = self.relation(fact.relation).templates[template]
         prompt = pattern.format(fact.subject)
@@ -138,8 +138,8 @@ class World:
         rng = random.Random(f"passages {self.seed} {seed}")
         some = {person.name for person in self.people[:people]}
         facts = [fact for fact in self.facts() if self.person(fact.subject).name in some]
-        by_subject: dict[str, list[Fact]] = {}
-        by_relation: dict[str, list[Fact]] = {}
+        by_subject: dict[str, list[WorldFact]] = {}
+        by_relation: dict[str, list[WorldFact]] = {}
         for fact in facts:
             by_subject.setdefault(fact.subject, []).append(fact)
             by_relation.setdefault(fact.relation, []).append(fact)

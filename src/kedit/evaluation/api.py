@@ -49,7 +49,7 @@ def evaluate(
             after the other, ``batch_size`` cases at a time, all asked at the end.
         out: folder for records and report; a run that was interrupted there goes on where it stopped.
         config: the editor's hyper-parameters, where it is given by name.
-        metrics: name or names of the figures to report; all that have values if not given.
+        metrics: name or names of the metrics to report; all that have values if not given.
         chunk: cases whose values are optimised together in single mode.
         batch_size: cases per step of a sequence.
         extent: what is measured beside the likelihoods: the fields of :class:`~kedit.evaluation.probing.EvalOptions`

@@ -1,7 +1,7 @@
 """Before an edit is kept: did it work, and did it leave the rest alone?
 
 A :class:`Guard` measures a model before and after an edit. What misses a threshold is rolled back, with a report that
-says which figure it was.
+says which measurement it was.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _DROPS = {"neighbour_drop": Kind.NEIGHBOUR, "distracted_drop": Kind.DISTRACTED, 
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """One measured number and the limit it had to keep."""
 
     name: str
@@ -72,15 +72,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class GuardReport:
-    """All figures of one check.
+    """All measurements of one check.
 
     Attributes:
-        figures: what was measured, with the limits.
+        measurements: what was measured, with the limits.
         held: the edits whose own prompt the edited model answers as they ask.
         failed_edits: the other ones.
     """
 
-    figures: tuple[Figure, ...]
+    measurements: tuple[Measurement, ...]
     held: tuple[Edit, ...] = ()
     failed_edits: tuple[Edit, ...] = ()
 
@@ -90,27 +90,27 @@ class GuardReport:
         return not self.failed
 
     @property
-    def failed(self) -> tuple[Figure, ...]:
-        """The figures that missed their limits."""
-        return tuple(figure for figure in self.figures if not figure.passed)
+    def failed(self) -> tuple[Measurement, ...]:
+        """The measurements that missed their limits."""
+        return tuple(item for item in self.measurements if not item.passed)
 
     @property
     def scores(self) -> dict[str, float]:
         """The numbers by name, as a patch records them."""
-        return {figure.name: figure.value for figure in self.figures}
+        return {item.name: item.value for item in self.measurements}
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.figures))
+        return "\n".join(map(str, self.measurements))
 
 
 class GuardError(KEditError):
-    """An edit missed a limit of its guard and was rolled back; ``report`` has all figures."""
+    """An edit missed a limit of its guard and was rolled back; ``report`` has all measurements."""
 
     def __init__(self, report: GuardReport) -> None:
         self.report = report
         failed = "; ".join(
-            f"{figure.name} is {figure.value:.4g} and must be {'at least' if figure.least else 'at most'} {figure.limit:.4g}"
-            for figure in report.failed
+            f"{item.name} is {item.value:.4g} and must be {'at least' if item.least else 'at most'} {item.limit:.4g}"
+            for item in report.failed
         )
         facts = ""
         if report.failed_edits:
@@ -130,10 +130,10 @@ def _named(edits: Sequence[Edit]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """Limits that an edit must keep; ``None`` leaves a figure out. Shares are of probes over all edits of a call.
+    """Limits that an edit must keep; ``None`` leaves a measurement out. Shares are of probes over all edits of a call.
 
     A probe succeeds where its right answer is likelier than its wrong one, or, without a wrong answer, where every token
-    of the right one is the model's first choice. A figure without probes is not measured.
+    of the right one is the model's first choice. A measurement without probes is not measured.
 
     Attributes:
         cases: probes for the edits, found by edit; an edit without a case is asked by its own prompt alone.
@@ -225,14 +225,14 @@ class GuardCheck:
             names: the weights that were edited.
 
         Raises:
-            GuardError: a figure missed its limit.
+            GuardError: a measurement missed its limit.
         """
         after = self.examiner.score(self.cases)
-        figures = [*self._shares(after), *self._on_text(after), *self._norms(names)]
+        measurements = [*self._shares(after), *self._on_text(after), *self._norms(names)]
         held = [_share([score], Kind.REWRITE) == 1.0 for score in after]
         edits = [case.edit for case in self.cases]
         self.report = GuardReport(
-            tuple(figures),
+            tuple(measurements),
             tuple(edit for edit, said in zip(edits, held, strict=True) if said),
             tuple(edit for edit, said in zip(edits, held, strict=True) if not said),
         )
@@ -240,29 +240,31 @@ class GuardCheck:
             raise GuardError(self.report)
         return self.report
 
-    def _shares(self, after: Sequence[CaseScore]) -> Iterable[Figure]:
+    def _shares(self, after: Sequence[CaseScore]) -> Iterable[Measurement]:
         for name, kind in {**_GAINS, **_DROPS}.items():
             limit = getattr(self.guard, name)
             old, new = _share(self.before, kind), _share(after, kind)
             if limit is None or old is None or new is None:
                 continue
             if name in _GAINS:
-                yield Figure(name, new, limit, True, f"before {old:.4g}")
+                yield Measurement(name, new, limit, True, f"before {old:.4g}")
             else:
-                yield Figure(name, old - new, limit, False, f"from {old:.4g} to {new:.4g}")
+                yield Measurement(name, old - new, limit, False, f"from {old:.4g} to {new:.4g}")
 
-    def _on_text(self, after: Sequence[CaseScore]) -> Iterable[Figure]:
+    def _on_text(self, after: Sequence[CaseScore]) -> Iterable[Measurement]:
         old, new = self.before[0].texts, after[0].texts
         if self.guard.kl is not None:
             # A KL that is not a number is measured as 0 by max(); perplexity tells.
             broken = not math.isfinite(new["perplexity"])
-            yield Figure("kl", math.nan if broken else new["kl"], self.guard.kl, False, "nats per token of plain text")
+            yield Measurement(
+                "kl", math.nan if broken else new["kl"], self.guard.kl, False, "nats per token of plain text"
+            )
         if self.guard.perplexity is not None:
             ratio = new["perplexity"] / old["perplexity"]
             note = f"from {old['perplexity']:.4g} to {new['perplexity']:.4g}"
-            yield Figure("perplexity", ratio, self.guard.perplexity, False, note)
+            yield Measurement("perplexity", ratio, self.guard.perplexity, False, note)
 
-    def _norms(self, names: Iterable[str]) -> Iterable[Figure]:
+    def _norms(self, names: Iterable[str]) -> Iterable[Measurement]:
         arch: ModelArch = self.examiner.arch
         growths: dict[str, float] = {}
         finite = True
@@ -272,10 +274,10 @@ class GuardCheck:
             original = Ledger.of(arch.model).original(name)
             if original is not None:
                 growths[name] = _norm(weight) / max(_norm(original), torch.finfo(torch.float32).tiny) - 1.0
-        yield Figure("finite", float(finite), 1.0, True, "edited weights and everything measured")
+        yield Measurement("finite", float(finite), 1.0, True, "edited weights and everything measured")
         if self.guard.norm_growth is not None and growths:
             worst = max(growths, key=lambda name: growths[name])
-            yield Figure("norm_growth", growths[worst], self.guard.norm_growth, False, worst)
+            yield Measurement("norm_growth", growths[worst], self.guard.norm_growth, False, worst)
 
 
 def _share(scores: Sequence[CaseScore], kind: Kind) -> float | None:

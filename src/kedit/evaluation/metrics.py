@@ -23,7 +23,7 @@ PerCase = Callable[[CaseScore, CaseScore], float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A figure of an evaluation.
+    """A metric of an evaluation.
 
     Attributes:
         name: how it is asked for.
@@ -76,7 +76,7 @@ class Metric:
         return [Tally.of(values, by_case=self.pooling == "case")]
 
     def measure(self, records: Sequence[CaseRecord], weights: Floats) -> dict[str, Estimate | None]:
-        """The figure before, after, and the paired difference."""
+        """The estimate before, after, and the paired difference."""
         before, after = self.tallies(records, "before"), self.tallies(records, "after")
         return {
             "before": estimate(before, weights),
@@ -226,7 +226,7 @@ _add(
 
 
 class Running:
-    """Figures of the finished cases, for a progress bar."""
+    """Means over the finished cases, for a progress bar."""
 
     def __init__(self, names: Sequence[str] = ("es", "ps", "ns", "rs", "dns")) -> None:
         self.sums = dict.fromkeys(names, 0.0)
@@ -239,7 +239,7 @@ class Running:
             self.sums[name] += sum(values)
             self.counts[name] += len(values)
 
-    def figures(self) -> dict[str, str]:
+    def means(self) -> dict[str, str]:
         """By label: the mean so far, of the metrics that have values."""
         return {METRICS[n].label: f"{total / self.counts[n]:.1f}" for n, total in self.sums.items() if self.counts[n]}
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kedit.errors import ConfigError, EditError
-from kedit.evaluation.attention import AttentionToSubject
-from kedit.evaluation.attention import attention_to_subject as gazes
+from kedit.evaluation.attention import AttentionToSubject, attention_to_subject
 from kedit.evaluation.cases import EditCase, Kind, Probe
 from kedit.evaluation.language import Prose, TfIdf, n_gram_entropy
 from kedit.evaluation.records import CaseScore, ProbeScore
@@ -80,7 +79,7 @@ class Baseline:
     """Measurements of the unedited model that later scores are compared with."""
 
     log_probs: Tensor | None = None
-    gazes: dict[str, dict[int, AttentionToSubject]] = field(default_factory=dict)  # by case, by number of the probe
+    attention: dict[str, dict[int, AttentionToSubject]] = field(default_factory=dict)  # by case, by number of the probe
 
 
 class ProbeScorer:
@@ -103,7 +102,7 @@ class ProbeScorer:
     def before(self, cases: Sequence[EditCase]) -> list[CaseScore]:
         """Scores of the unedited model, which later ones are compared with."""
         for case in cases:
-            self.baseline.gazes.pop(case.id, None)
+            self.baseline.attention.pop(case.id, None)
         return self.score(cases)
 
     def score(self, cases: Sequence[EditCase]) -> list[CaseScore]:
@@ -218,9 +217,9 @@ class ProbeScorer:
         keys = [(plan.case.id, number) for plan in plans for number in plan.watched]
         rows = [row for plan in plans for row in plan.watched.values()]
         measured = {}
-        for (name, number), gaze in zip(keys, gazes(self.arch, rows), strict=True):
-            before = self.baseline.gazes.setdefault(name, {}).setdefault(number, gaze)
-            measured[name, number] = gaze.measure(before)
+        for (name, number), now in zip(keys, attention_to_subject(self.arch, rows), strict=True):
+            before = self.baseline.attention.setdefault(name, {}).setdefault(number, now)
+            measured[name, number] = now.measure(before)
         return measured
 
     def _on_text(self) -> dict[str, float]:

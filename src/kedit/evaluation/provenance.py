@@ -27,7 +27,7 @@ def digest(value: Any) -> str:
 
 
 def versions() -> dict[str, Any]:
-    """The code that the figures come from."""
+    """The code that the numbers come from."""
     return {"kedit": version("kedit")}
 
 

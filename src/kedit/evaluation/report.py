@@ -1,4 +1,4 @@
-"""The result of an evaluation: records, figures with intervals, and the forms they are written in."""
+"""The result of an evaluation: records, estimates with intervals, and the forms they are written in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kedit.evaluation.records import CaseRecord
 from kedit.evaluation.statistics import Estimate, Floats, case_weights, difference
 from kedit.utils.registry import import_target
 
-Figures = dict[str, Estimate | None]
+Estimates = dict[str, Estimate | None]
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class EvalReport:
     _weights: Floats = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Draw the cases of the bootstrap, once for all figures."""
+        """Draw the cases of the bootstrap, once for all metrics."""
         self._weights = case_weights(len(self.records))
 
     def __getitem__(self, name: str) -> Estimate:
@@ -49,7 +49,7 @@ class EvalReport:
         return estimate
 
     @cached_property
-    def figures(self) -> dict[str, Figures]:
+    def estimates(self) -> dict[str, Estimates]:
         """By metric: the estimate before, after, and their paired difference."""
         measured = {metric.name: metric.measure(self.records, self._weights) for metric in self.metrics}
         return {name: states for name, states in measured.items() if states["after"] is not None}
@@ -89,22 +89,22 @@ class EvalReport:
 
     def summary(self) -> dict[str, Any]:
         """The whole report but for the records, as JSON values."""
-        figures = {}
-        for name, states_of in self.figures.items():
+        measured = {}
+        for name, states_of in self.estimates.items():
             metric = METRICS[name]
             about = {key: getattr(metric, key) for key in ("label", "direction", "protocol", "source", "summary")}
             states = {state: None if value is None else value.to_dict() for state, value in states_of.items()}
-            figures[name] = {**about, **states}
-        return {"run": self.meta, "metrics": figures, "failures": self.failures, "seconds": self.seconds}
+            measured[name] = {**about, **states}
+        return {"run": self.meta, "metrics": measured, "failures": self.failures, "seconds": self.seconds}
 
     def to_markdown(self) -> str:
-        """Title, a table of the figures, failures and time."""
+        """Title, a table of the metrics, failures and time."""
         lines = [f"# {self.title}", "", f"{len(self.records)} cases, {self._state()}.", ""]
         lines += [
             "| metric | before | after | difference | n (cases) | protocol |",
             "| --- | ---: | ---: | ---: | ---: | --- |",
         ]
-        for name, states in self.figures.items():
+        for name, states in self.estimates.items():
             metric, after = METRICS[name], states["after"]
             assert after is not None
             arrow = "↑" if metric.direction == "higher" else "↓"
@@ -171,15 +171,17 @@ class EvalReport:
         )
 
     def __repr__(self) -> str:
-        figures = {METRICS[name].label: show(self.figures[name]["after"]) for name in self.figures if name in _SHORT}
-        return f"EvalReport({self.title}: {', '.join(f'{label} {text}' for label, text in figures.items())})"
+        labelled = {
+            METRICS[name].label: show(self.estimates[name]["after"]) for name in self.estimates if name in _SHORT
+        }
+        return f"EvalReport({self.title}: {', '.join(f'{label} {text}' for label, text in labelled.items())})"
 
 
 _SHORT = ("es", "ps", "ns", "rs", "dns", "score")
 
 
 def show(value: Estimate | None, metric: Metric | None = None) -> str:
-    """``98.50 (97.00 to 100.00)``, or a dash; more digits for figures that are no percentages."""
+    """``98.50 (97.00 to 100.00)``, or a dash; more digits for metrics that are no percentages."""
     if value is None:
         return "–"
     digits = 2 if metric is None or metric.scale == 100.0 else 4

@@ -118,7 +118,7 @@ class Run:
                     if journal is not None:
                         journal.append(record)
                     running.add(record)
-                    progress.note(**running.figures())
+                    progress.note(**running.means())
                     progress.advance()
             done = {id: record for share in group.gather(done) for id, record in share.items()}
         return [done[case.id] for case in self.cases]

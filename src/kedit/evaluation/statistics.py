@@ -1,4 +1,4 @@
-"""Figures with their uncertainty: pooled means, harmonic means, paired differences, bootstrap intervals by case."""
+"""Estimates with their uncertainty: pooled means, harmonic means, paired differences, bootstrap intervals by case."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure.
+    """An estimate.
 
     Attributes:
-        value: the figure on all cases.
+        value: the estimate on all cases.
         low: lower end of its 95% bootstrap interval by case; ``None`` with fewer than two cases.
         high: upper end.
         n: how many values it pools (prompts, for a per-prompt metric).
@@ -35,7 +35,7 @@ class Estimate:
 
     @classmethod
     def of(cls, value: float, drawn: Floats, n: int, cases: int) -> Estimate:
-        """A figure with the interval of its values in the resamples; NaN among these stands for none."""
+        """An estimate with the interval of its values in the resamples; NaN among these stands for none."""
         if cases < 2 or np.isnan(drawn).all():
             return cls(value, None, None, n, cases)
         low, high = np.nanpercentile(drawn, [2.5, 97.5])

@@ -31,7 +31,7 @@ from kedit.utils.progress import Progress, logger
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENS_PER_PASS = 8_192
+TOKENS_PER_BATCH = 8_192
 KEYS_PER_DIMENSION = 50
 MAX_PIECE = 1_024  # tokens; longer documents are cut, for memory
 CHECKPOINT_SECONDS = 60.0
@@ -228,7 +228,7 @@ def _batches(
             buffer.append(piece)
             buffered += len(piece)
             budget -= len(piece)
-        if buffered >= 4 * TOKENS_PER_PASS or budget <= 0:
+        if buffered >= 4 * TOKENS_PER_BATCH or budget <= 0:
             yield from _by_length(buffer, halve=first)
             buffer, buffered, first = [], 0, False
         if budget <= 0:
@@ -239,11 +239,11 @@ def _batches(
 def _by_length(rows: list[list[int]], *, halve: bool) -> Iterator[list[list[int]]]:
     batch: list[list[int]] = []
     rows = sorted(rows, key=len, reverse=True)
-    if halve and rows and len(rows[0]) * len(rows) <= TOKENS_PER_PASS:
+    if halve and rows and len(rows[0]) * len(rows) <= TOKENS_PER_BATCH:
         yield from (part for part in (rows[::2], rows[1::2]) if part)
         return
     for row in rows:
-        if batch and len(batch[0]) * (len(batch) + 1) > TOKENS_PER_PASS:
+        if batch and len(batch[0]) * (len(batch) + 1) > TOKENS_PER_BATCH:
             yield batch
             batch = []
         batch.append(row)
@@ -288,18 +288,18 @@ def _read(path: Path) -> Moment | None:
         return None
     try:
         with safe_open(str(path), framework="pt") as file:
-            figures: dict[str, Any] = json.loads((file.metadata() or {})["figures"])
+            statistics: dict[str, Any] = json.loads((file.metadata() or {})["figures"])
             matrix = file.get_tensor("moment").clone()
             if not torch.isfinite(matrix).all():
                 raise ValueError("it holds NaN or infinite numbers")
-            return Moment(matrix, **figures)
+            return Moment(matrix, **statistics)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         logger.warning("The cached second moment %s is damaged (%s); it is computed again.", path, error)
         return None
 
 
 def _write(path: Path, moment: Moment) -> None:
-    _save(path, {"moment": moment.matrix.contiguous().cpu()}, {"figures": json.dumps(moment.figures())})
+    _save(path, {"moment": moment.matrix.contiguous().cpu()}, {"figures": json.dumps(moment.statistics())})
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -53,7 +53,7 @@ class Moment:
                 "saw are held up by the ridge alone. Estimate it from more text."
             )
 
-    def figures(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         """All but the matrix, for a patch's provenance."""
         return {
             "tokens": self.tokens,

@@ -83,7 +83,7 @@ def _about(key: str) -> bool:
     return key.startswith(("_", "output_")) or key in _ABOUT
 
 
-def checksum(tensor: Tensor) -> int:
+def bit_sum(tensor: Tensor) -> int:
     """A quick sum over a tensor's bits: differs, but for rare chance, after any change; no replacement for a hash.
 
     Rows and columns are summed as whole numbers of up to 8 bytes, and each sum counts with a factor of its place: so rows

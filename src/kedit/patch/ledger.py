@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kedit.errors import ArchitectureError, NonFiniteError, PatchMismatchError
 from kedit.models import ModelArch, Weight, unwrap
-from kedit.models.fingerprint import checksum
+from kedit.models.fingerprint import bit_sum
 from kedit.patch.delta import Delta, add_delta, check_finite, sum_dtype
 from kedit.utils.linalg import is_finite
 
@@ -37,7 +37,7 @@ class _Entry:
     weight: Weight
     original: Tensor  # as stored
     version: int = 0
-    checksum: int = 0
+    bit_sum: int = 0
     rounded: Tensor | None = None  # as stored, the sum before the cast, where the cast loses something
     unrounded: Tensor | None = None  # the original before it was rounded, where that lost something
     deltas: dict[Hashable, Delta] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class _Entry:
     def mark(self) -> None:
         """Remember how the weight looks now."""
         self.version = self.weight.stored._version
-        self.checksum = checksum(self.weight.stored)
+        self.bit_sum = bit_sum(self.weight.stored)
 
 
 class Ledger:
@@ -222,7 +222,7 @@ class Ledger:
         # An offloaded weight's parameter is an empty one that is made anew for every use.
         same = weight.parameter is entry.weight.parameter or weight.away is not None
         same = same and stored._version == entry.version
-        if not same or checksum(stored) != entry.checksum:
+        if not same or bit_sum(stored) != entry.bit_sum:
             raise PatchMismatchError(
                 f"{name} was written by something else since kedit edited it, so the edit cannot be added to or taken back "
                 "exactly. Reload the model, or call kedit.Ledger.of(model).revert_all() to return to the weights before "

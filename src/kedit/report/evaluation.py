@@ -33,10 +33,10 @@ def evaluation_page(report: EvalReport) -> str:
 
 
 def _picture(report: EvalReport) -> str:
-    shares = [name for name in report.figures if name not in _NO_SHARES and METRICS[name].scale == 100.0]
+    shares = [name for name in report.estimates if name not in _NO_SHARES and METRICS[name].scale == 100.0]
     if not shares:
         return ""
-    measured = {METRICS[name].label: report.figures[name] for name in shares}
+    measured = {METRICS[name].label: report.estimates[name] for name in shares}
     try:
         drawn = before_after({label: (states["before"], states["after"]) for label, states in measured.items()})
     except DependencyError as error:
@@ -46,7 +46,7 @@ def _picture(report: EvalReport) -> str:
 
 def _metrics(report: EvalReport) -> str:
     rows = []
-    for name, states in report.figures.items():
+    for name, states in report.estimates.items():
         metric, after = METRICS[name], states["after"]
         assert after is not None
         cells = [show(states[state], metric) for state in ("before", "after", "difference")]

@@ -116,7 +116,7 @@ def read_header(path: str | Path) -> Header:
     """Read and check the head of a safetensors file.
 
     Raises:
-        PatchError: the file is missing, empty, truncated, longer than it says, or malformed; in words.
+        PatchError: the file is missing, empty, truncated, longer than it says, or malformed.
     """
     where = Path(path)
     with reading(path):

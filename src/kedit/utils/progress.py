@@ -31,9 +31,9 @@ class Progress:
         """``steps`` more units are done."""
         self._bar.update(steps)
 
-    def note(self, **figures: object) -> None:
-        """Show running figures behind the bar."""
-        self._bar.set_postfix({name: str(value) for name, value in figures.items()})
+    def note(self, **values: object) -> None:
+        """Show running values behind the bar."""
+        self._bar.set_postfix({name: str(value) for name, value in values.items()})
 
     def __enter__(self) -> Progress:
         return self

@@ -202,9 +202,9 @@ class _State:
     def record(self, step: int, total: Tensor, terms: dict[str, Tensor]) -> None:
         """Write the log; raise where a loss is not finite."""
         columns = {"total": total, **terms}
-        figures = torch.stack(list(columns.values())).detach().cpu().tolist()
+        rows = torch.stack(list(columns.values())).detach().cpu().tolist()
         for i, edit in enumerate(self.active.tolist()):
-            row = {name: figures[j][i] for j, name in enumerate(columns)}
+            row = {name: rows[j][i] for j, name in enumerate(columns)}
             self.log[edit].append({"step": float(step), **row})
             if not math.isfinite(row["total"]):
                 bad = ", ".join(f"{name} {value:.4g}" for name, value in row.items())

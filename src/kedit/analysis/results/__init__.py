@@ -1,1 +1,1 @@
-"""Results of the analysis functions: figures, summaries and JSON."""
+"""Results of the analysis functions: numbers, summaries and JSON."""

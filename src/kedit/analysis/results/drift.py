@@ -249,7 +249,7 @@ class DriftResult(AnalysisResult):
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: every probe with its figures by block and head."""
+        """JSON values: every probe with its numbers by block and head."""
         names = ["case", "prompt", "right", "wrong", "column"]
         names += ("right_before", "right_after", "wrong_before", "wrong_after")
         arrays = ("kl", "weight_before", "weight_after", "over")
