@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kedit.edit import Edit, as_edits
 from kedit.editors import presets
@@ -18,10 +14,10 @@ from kedit.editors.config import EditorConfig
 from kedit.editors.facts import check_consistent, earlier_facts
 from kedit.editors.memory import MemoryEstimate, dense_memory
 from kedit.editors.observers import Observers, applied, check_guard, without_noise
-from kedit.editors.result import EditResult, GuardLike, Timer
+from kedit.editors.result import EditResult, GuardLike, Timer, log_by_edit
 from kedit.errors import ConfigError
 from kedit.models import ModelArch, Weight
-from kedit.models.lock import editing, one_at_a_time
+from kedit.models.lock import one_at_a_time, with_gradient
 from kedit.models.offload import check_held
 from kedit.models.validate import check_editable, check_model, check_takes_effect
 from kedit.patch import EditPatch, fingerprints
@@ -43,22 +39,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S", bound="Editor")
-
-
-def with_gradient(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Let a method work also where its caller has gradients switched off, one thread at a time."""
-
-    @functools.wraps(call)
-    def wrapped(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with editing(self.model), torch.inference_mode(False), torch.enable_grad():
-            return call(self, *args, **kwargs)
-
-    return wrapped
-
-
 @dataclass(frozen=True)
 class Call:
     """One call of an editor, beside its hyper-parameters: the regularizers with all their fields, and what they want to see."""
@@ -66,11 +46,6 @@ class Call:
     regularizers: Sequence[Regularizer]
     needs: Needs
     timer: Timer = field(default_factory=Timer)
-
-
-# What a rule says beside its own value of a hyper-parameter does not hold for a user's value: a step size that is given is
-# absolute, a weight that is given is not lowered.
-_BELONGING = {"lr": "lr_relative", "moment_weight": "min_share", "l2": "min_share"}
 
 
 class Editor(ABC):
@@ -173,7 +148,7 @@ class Editor(ABC):
             )
             deltas, logs = self._updates_in_groups(requests, call)
             patch = self._patch(chosen, without_noise(self.arch, deltas), call)
-            log = _by_edit(logs, requests, chosen)
+            log = log_by_edit(logs, requests, chosen)
             with applied(patch, self.model):
                 seen = observers.measure_again(patch)
                 self.on_applied(patch, requests)
@@ -368,11 +343,7 @@ class Editor(ABC):
 
     @classmethod
     def _config_of(cls, arch: ModelArch, preset: presets.Preset | None, changes: Mapping[str, Any]) -> EditorConfig:
-        values = dict(preset.values) if preset else cls.rule(arch)
-        for given, belonging in _BELONGING.items():
-            if given in changes:
-                values.pop(belonging, None)
-        return cls.Config.from_dict({**values, **changes})
+        return cls.Config.over(preset.values if preset else cls.rule(arch), changes)
 
     def _prepare(self, timer: Timer) -> None:
         """Get what takes long and depends on the model alone, before anything is written."""
@@ -415,7 +386,6 @@ class Editor(ABC):
         return EditPatch(dict(deltas), base, self._provenance(edits, call))
 
     def _provenance(self, edits: Sequence[Edit], call: Call) -> dict[str, Any]:
-        source = str(getattr(self.model.config, "_name_or_path", "") or "")
         return {
             "editor": self.name,
             "config": self.config.to_dict(),
@@ -423,19 +393,5 @@ class Editor(ABC):
             "edits": [edit.to_dict() for edit in edits],
             "contexts": list(self.contexts),
             "budget": self.engine.used,
-            "model": {
-                "name": Path(source).name if Path(source).exists() else source,  # no path of this machine
-                "type": self.arch.model_type,
-                "num_layers": self.arch.num_layers,
-                "hidden": self.arch.hidden,
-                "dtype": str(self.arch.dtype).removeprefix("torch."),
-            },
+            "model": self.arch.describe(),
         }
-
-
-def _by_edit(logs: Sequence[list[StepLog]], requests: Sequence[Request], edits: Sequence[Edit]) -> list[list[StepLog]]:
-    """The log of every edit: that of the request that holds it."""
-    if len(requests) == len(edits):
-        return list(logs)
-    place = {(e.subject, e.text): number for number, request in enumerate(requests) for e in request.edits}
-    return [logs[place[edit.subject, edit.text]] for edit in edits]

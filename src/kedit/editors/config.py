@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# What a preset or rule says beside its own value of a hyper-parameter does not hold for a user's value: a step size that is
+# given is absolute, a weight that is given is not lowered.
+_BELONGING = {"lr": "lr_relative", "moment_weight": "min_share", "l2": "min_share"}
+
 
 def hyper(
     default: T,
@@ -124,6 +128,12 @@ class EditorConfig:
         cls.check_names(cls.__qualname__, values)
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return cls(**fields)
+
+    @classmethod
+    def over(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> Self:
+        """The hyper-parameters ``values`` of a preset or rule, with those that are ``given`` in their place."""
+        replaced = {belonging for name, belonging in _BELONGING.items() if name in given}
+        return cls.from_dict({**{key: value for key, value in values.items() if key not in replaced}, **given})
 
     @property
     def objective(self) -> Objective:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from kedit.edit import Edit
 from kedit.keys.routing import Route
 from kedit.patch import EditPatch
+from kedit.prompts.encode import Request
 from kedit.prompts.predictions import EditCheck
 from kedit.utils.terminal import printable
 from kedit.values.optimize import StepLog
@@ -130,3 +131,13 @@ class EditResult:
 
     def __repr__(self) -> str:
         return f"EditResult({len(self.edits)} edits, {', '.join(self.patch.deltas)})"
+
+
+def log_by_edit(
+    logs: Sequence[list[StepLog]], requests: Sequence[Request], edits: Sequence[Edit]
+) -> list[list[StepLog]]:
+    """The log of every edit: that of the request that holds it."""
+    if len(requests) == len(edits):
+        return list(logs)
+    place = {(e.subject, e.text): number for number, request in enumerate(requests) for e in request.edits}
+    return [logs[place[edit.subject, edit.text]] for edit in edits]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -69,6 +70,17 @@ class ModelArch:
 
     def __repr__(self) -> str:
         return f"ModelArch({self.model_type}, {self.num_layers} blocks)"
+
+    def describe(self) -> dict[str, Any]:
+        """The model's name, type, size and dtype as JSON values, without a path of this machine."""
+        source = str(getattr(self.model.config, "_name_or_path", "") or "")
+        return {
+            "name": Path(source).name if Path(source).exists() else source,
+            "type": self.model_type,
+            "num_layers": self.num_layers,
+            "hidden": self.hidden,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     @property
     def num_layers(self) -> int:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 P = ParamSpec("P")
@@ -65,3 +66,14 @@ def one_at_a_time(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[
             return call(self, *args, **kwargs)
 
     return held
+
+
+def with_gradient(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Let a method work also where its caller has gradients switched off, one thread at a time."""
+
+    @functools.wraps(call)
+    def wrapped(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with editing(self.model), torch.inference_mode(False), torch.enable_grad():
+            return call(self, *args, **kwargs)
+
+    return wrapped
