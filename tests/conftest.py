@@ -13,6 +13,18 @@ import torch
 
 TEST_DATA = "KEDIT_TEST_DATA"
 REAL_MODEL = "KEDIT_REAL_MODEL"
+TESTS = Path(__file__).parent
+FAST = [  # files and folders whose tests train and edit no model: `pytest -m fast`
+    TESTS / place
+    for place in (
+        "test_import_order.py",
+        "contract/test_reference_pages.py",
+        "editors/test_closed_forms.py",
+        "prompts/test_edit_request.py",
+        "regularizers",
+        "utils/test_registry.py",
+    )
+]
 
 
 def _by_the_caller_of_modules(warn: Callable[..., None]) -> Callable[..., None]:
@@ -41,6 +53,23 @@ def pytest_configure(config: pytest.Config) -> None:
     warnings.warn = _by_the_caller_of_modules(warnings.warn)
     # Tiny tensors: more threads only wait for one another, and change the order of sums.
     torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m fast``, import the fast files alone: importing all others takes longer than the fast tests."""
+    if config.option.markexpr != "fast" or collection_path.is_dir():
+        return None
+    return True if not _is_fast(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_fast(item.path) and not item.get_closest_marker("slow"):
+            item.add_marker("fast")
+
+
+def _is_fast(path: Path) -> bool:
+    return any(path.is_relative_to(place) for place in FAST)
 
 
 @pytest.fixture(autouse=True)
