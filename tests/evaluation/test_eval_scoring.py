@@ -12,8 +12,8 @@ from kedit.evaluation.attention import attention_to_subject
 from kedit.evaluation.language import Prose, TfIdf, n_gram_entropy
 from kedit.models import ModelArch
 from kedit.prompts.decode import continue_rows, says
-from kedit.prompts.likelihood import encode_pairs, pair_text, score_rows
-from kedit.prompts.tokenize import TokenizedPrompt
+from kedit.prompts.likelihood import pair_text, score_rows
+from kedit.prompts.tokenize import TokenizedPrompt, context_limit, encode
 from tiny_models import MODEL_TYPES, TOKENIZER_KINDS, tiny_model, tokenizer
 
 REAL = ("tokenizers/gpt2", "tokenizers/qwen2", "models/stories260K", "models/stories3M")
@@ -25,6 +25,10 @@ PAIRS = [
     ("Which family does Epaspidoceras belong to?", "Noctuidae"),
     ("I know Ada", ", the writer"),
 ]
+
+
+def encode_pairs(model, tok, pairs):
+    return encode(tok, [pair_text(*pair) for pair in pairs], limit=context_limit(model))
 
 
 class Bigram:

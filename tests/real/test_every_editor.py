@@ -7,13 +7,19 @@ import pytest
 import kedit
 from kedit.models import ModelArch
 from kedit.models.fingerprint import model_fingerprint
-from kedit.prompts.likelihood import encode_pairs, score_rows
+from kedit.prompts.likelihood import pair_text, score_rows
+from kedit.prompts.tokenize import context_limit, encode
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3_600)]
 
 SAID = {"rome": 9, "rrome": 9, "memit": 9, "pmet": 9, "emmet": 9, "alphaedit": 9, "ft": 8}  # of ten
 POINTS = 10  # that NS may fall
 NEIGHBOURS = 5
+
+
+def scores(model, tok, pairs):
+    rows = encode(tok, [pair_text(*pair) for pair in pairs], limit=context_limit(model))
+    return score_rows(ModelArch(model), rows)
 
 
 class Neighbourhood:
@@ -28,7 +34,7 @@ class Neighbourhood:
 
     def kept(self, model, tok):
         """Share of the prompts whose true object is likelier than the edit's target."""
-        answers = score_rows(ModelArch(model), encode_pairs(model, tok, self.pairs))
+        answers = scores(model, tok, self.pairs)
         pairs = list(zip(answers[::2], answers[1::2], strict=True))
         return sum(true.nll < new.nll for true, new in pairs) / len(pairs)
 
@@ -46,7 +52,7 @@ def known(pretrained, test_data):
     found = []
     for record in records:
         edit = kedit.Edit(record["prompt"], record["subject"], record["target_new"])
-        [answer] = score_rows(ModelArch(model), encode_pairs(model, tok, [(record["prompt"], record["ground_truth"])]))
+        [answer] = scores(model, tok, [(record["prompt"], record["ground_truth"])])
         if answer.labels == answer.argmax and Neighbourhood(records, record).pairs:
             found.append((edit, Neighbourhood(records, record)))
         if len(found) == 10:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kedit.editors.solve_layers import ClosedForm
 from kedit.keys import read, routing
-from kedit.keys.second_moment import SecondMoments
 from kedit.models import ModelArch
 from kedit.models.hooks import inference_state
 from kedit.prompts.encode import Request
@@ -52,18 +51,6 @@ class MemoryEstimate:
         return f"{self.total / 2**20:,.0f} MiB ({listed}; kept afterwards {self.kept / 2**20:,.0f})"
 
 
-class Solver(Protocol):
-    """The members of a :class:`~kedit.editors.value_editor.ValueEditor` that are used here."""
-
-    arch: ModelArch
-    batched: ClassVar[bool]
-
-    @property
-    def moments(self) -> SecondMoments: ...  # noqa: D102
-
-    def solving_bytes(self, shape: tuple[int, int], edits: int) -> tuple[int, int]: ...  # noqa: D102
-
-
 def closed_form_bytes(shape: tuple[int, int], edits: int) -> tuple[int, int]:
     """Bytes that the ridge solution of one weight [O, I] keeps for later edits, and those it holds meanwhile besides."""
     square, keys = DOUBLE * shape[1] ** 2, DOUBLE * edits * shape[1]
@@ -93,7 +80,7 @@ def training_footprint(arch: ModelArch, trained: Sequence[nn.Parameter], loss: C
 
 
 def closed_form_memory(
-    editor: Solver, requests: Sequence[Request], layers: Sequence[int], wave: Footprint
+    editor: ClosedForm, requests: Sequence[Request], layers: Sequence[int], wave: Footprint
 ) -> MemoryEstimate:
     """Estimate the memory of optimising values and solving for their updates; runs a few tokens to see what one costs.
 
@@ -163,7 +150,7 @@ def _estimate(
     return MemoryEstimate(_model_bytes(arch.model), moments, wave, max(solving, kept + sums), kept)
 
 
-def _solving(editor: Solver, requests: Sequence[Request], places: Sequence[_Place]) -> tuple[int, int]:
+def _solving(editor: ClosedForm, requests: Sequence[Request], places: Sequence[_Place]) -> tuple[int, int]:
     """The bytes that the closed forms keep, and those they hold at their peak, these included."""
     edits, contexts = len(requests) if editor.batched else 1, len(requests[0].rewrite)
     work = editor.arch.work_dtype.itemsize
@@ -181,7 +168,7 @@ def _solving(editor: Solver, requests: Sequence[Request], places: Sequence[_Plac
     return kept, peak
 
 
-def _reading(editor: Solver, requests: Sequence[Request], layer: int) -> int:
+def _reading(editor: ClosedForm, requests: Sequence[Request], layer: int) -> int:
     """The bytes of the pass that reads the keys: per token as one short prompt shows."""
     together = requests if editor.batched else [max(requests, key=lambda request: request.rewrite[-1].subject_last)]
     rows = [row for request in together for row in request.rewrite]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -70,10 +70,11 @@ class LayerProblem:
 
 
 class ClosedForm(Protocol):
-    """The members of a :class:`~kedit.editors.value_editor.ValueEditor` that are used here."""
+    """The members of a :class:`~kedit.editors.value_editor.ValueEditor` that its steps and the estimate of its memory use."""
 
     arch: ModelArch
     config: EditorConfig
+    batched: ClassVar[bool]
 
     @property
     def moments(self) -> SecondMoments: ...  # noqa: D102
@@ -81,6 +82,8 @@ class ClosedForm(Protocol):
     def residual_divisor(self, remaining: int) -> float: ...  # noqa: D102
 
     def solve(self, problem: LayerProblem) -> Delta: ...  # noqa: D102
+
+    def solving_bytes(self, shape: tuple[int, int], edits: int) -> tuple[int, int]: ...  # noqa: D102
 
 
 def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], values: Values) -> dict[str, Delta]:

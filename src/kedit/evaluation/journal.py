@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from kedit.edit import json_lines
 from kedit.errors import EditError, PatchError
 from kedit.evaluation.records import CaseRecord
 from kedit.patch import EditPatch
+from kedit.utils import files
 from kedit.utils.distributed import current_group
-from kedit.utils.files import write_whole
 
 RUN, RECORDS, PATCHES, STEPS = "run.json", "records.jsonl", "patches", "steps.jsonl"
-Found = TypeVar("Found")
+Line = TypeVar("Line")
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,8 @@ def make_folder(folder: str | Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all; raises ``EditError`` where it cannot be written."""
-
-    def write(file: IO[bytes]) -> None:
-        file.write(text.encode())
-
     try:
-        write_whole(path, write)
+        files.write_text(path, text)
     except PatchError as error:
         raise EditError(str(error)) from error
 
@@ -146,7 +142,7 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _read(path: Path, load: Callable[[int, Any], Found]) -> list[Found]:
+def _read(path: Path, load: Callable[[int, Any], Line]) -> list[Line]:
     """The finished lines; a last one that was cut off by an interruption is removed from the file."""
     with _reading(path):
         whole = path.read_bytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -41,11 +41,8 @@ def on_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]) ->
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -61,22 +58,16 @@ def on_input(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> 
             return None
         return ((changed, *args[1:]), named) if args else (args, {**named, "hidden_states": changed})
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def on_arguments(module: nn.Module, function: Callable[..., None]) -> Iterator[None]:
     """Call ``function`` with everything that the module is called with by place."""
     mine = of_this_thread()
-    handle = module.register_forward_pre_hook(lambda _module, args: function(*args) if mine() else None)
-    try:
+    with module.register_forward_pre_hook(lambda _module, args: function(*args) if mine() else None):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -91,11 +82,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-@contextmanager
-def stops_early() -> Iterator[None]:
+def stops_early() -> AbstractContextManager[None]:
     """A place where :class:`StopForward` ends a forward pass quietly."""
-    with suppress(StopForward):
-        yield
+    return suppress(StopForward)
 
 
 def by_prompt(tensor: Tensor, prompts: int) -> Tensor:
@@ -118,10 +107,7 @@ def inference_state(model: nn.Module, trained: Sequence[nn.Parameter] = ()) -> I
                 parameter.requires_grad_(id(parameter) in chosen)
             yield
         finally:
-            for (
-                name,
-                parameter,
-            ) in model.named_parameters():  # by name: of an offloaded weight the parameter is made anew
+            for name, parameter in model.named_parameters():  # by name: an offloaded weight's parameter is made anew
                 parameter.requires_grad_(wanted[name])
             for module, call in compiled.items():
                 module._compiled_call_impl = call

@@ -49,12 +49,8 @@ def editing(model: nn.Module) -> Iterator[None]:
             with lock:
                 pass
 
-    with lock:
-        handle = model.register_forward_pre_hook(wait)
-        try:
-            yield
-        finally:
-            handle.remove()
+    with lock, model.register_forward_pre_hook(wait):
+        yield
 
 
 def one_at_a_time(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:

@@ -21,6 +21,7 @@ from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, LowRankDelta, check_finite
 from kedit.patch.merge import check_tolerance, choose_rank, from_svd
 from kedit.utils.linalg import is_finite
+from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,8 +60,8 @@ def diff(
         NonFiniteError: a weight holds NaN, or a difference has no norm in float64.
     """
     check_tolerance(tolerance)
-    if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
-        raise ConfigError(f"max_rank must be a whole number of at least 1, not {max_rank!r}.")
+    if max_rank is not None:
+        check_whole("max_rank", max_rank, 1)
     model, pairs = _pairs(base, edited)
     deltas: dict[str, Delta] = {}
     prints: dict[str, str] = {}

@@ -11,6 +11,7 @@ import torch
 from kedit.errors import ConfigError, NonFiniteError, PatchError, PatchMismatchError
 from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, DenseDelta, LowRankDelta, check_finite, factored_svd
+from kedit.utils.validation import is_number
 
 _ROUNDING = 1e-12  # relative size of the singular values that float64 makes of nothing
 
@@ -110,7 +111,7 @@ def from_svd(u: torch.Tensor, singular: torch.Tensor, v: torch.Tensor) -> LowRan
 
 def check_tolerance(tolerance: float | None) -> None:
     """Raise unless the tolerance is a relative error."""
-    if tolerance is not None and not (isinstance(tolerance, int | float) and 0 <= tolerance < 1):
+    if tolerance is not None and not (is_number(tolerance) and 0 <= tolerance < 1):
         raise ConfigError(f"tolerance is a relative error from 0 to below 1, not {tolerance!r}.")
 
 

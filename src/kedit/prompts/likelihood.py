@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kedit.errors import EditError
 from kedit.models import ModelArch
-from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode, pad, separator
+from kedit.prompts.tokenize import Text, TokenizedPrompt, pad, separator
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    pass
 
 TOKENS_PER_FORWARD = 16_384
 LOGITS_PER_FORWARD = 1 << 27  # numbers; half a GiB in float32
@@ -49,13 +49,6 @@ class Answer:
         """Share of the tokens that are the model's first choice."""
         hits = sum(a == b for a, b in zip(self.labels, self.argmax, strict=True))
         return hits / len(self.labels)
-
-
-def encode_pairs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
-) -> list[TokenizedPrompt]:
-    """(prompt, continuation) pairs as token rows, each encoded once and whole."""
-    return encode(tokenizer, [pair_text(*pair) for pair in pairs], limit=context_limit(model))
 
 
 def pair_text(prompt: str, continuation: str, subject: tuple[int, int] | None = None) -> Text:

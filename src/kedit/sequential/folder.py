@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kedit.errors import PatchError
-from kedit.utils.files import reading, write_whole
+from kedit.utils.files import reading, write_text
 from kedit.utils.folders import lock_folder, unlock
 
 HEADER, START = "journal.json", "start.safetensors"
@@ -38,11 +38,7 @@ def entries(where: Path) -> list[Path]:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a JSON file, durably, whole or not at all."""
-
-    def write(file: IO[bytes]) -> None:
-        file.write(json.dumps(record, indent=1).encode() + b"\n")
-
-    write_whole(path, write)
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 @contextmanager

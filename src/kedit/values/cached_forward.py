@@ -206,11 +206,8 @@ class PartialRunner(Runner):
             if isinstance(output, tuple):
                 self._tuples.add(layer)
 
-        handle = self.arch.block(layer).register_forward_hook(note)
-        try:
+        with self.arch.block(layer).register_forward_hook(note):
             yield
-        finally:
-            handle.remove()
 
     def _attach_cache(self) -> None:
         cache = Cache(layers=[_Prefix(self.prefix, self._stored.get(layer)) for layer in range(self.arch.num_layers)])
