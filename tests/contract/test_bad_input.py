@@ -309,7 +309,7 @@ def test_other_model_type():
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
 @pytest.mark.parametrize("edits", [FRENCH, [ADA, FRENCH]], ids=["one", "two"])
-@pytest.mark.parametrize("mode", ["partial", "plain"])
+@pytest.mark.parametrize("mode", ["cached", "full"])
 def test_interrupted_in_a_penalty(model, error, edits, mode):
     def penalty(now):
         if now.step == 2 and (edits is FRENCH or len(seen) >= 5):

@@ -13,7 +13,7 @@ from tiny_models import CONTEXTS, MODEL_TYPES, tiny_model, tokenizer
 from .test_own_regularizer import EDITS, Watch, lookup_of, rome
 
 
-@pytest.mark.parametrize("mode", ["partial", "plain"])
+@pytest.mark.parametrize("mode", ["cached", "full"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_keys_are_those_of_the_models_own_cache(model_type, mode):
     model, tok = tiny_model(model_type), tokenizer()
@@ -55,14 +55,14 @@ def test_the_penalty_is_the_squared_relative_growth(model_type):
 @pytest.mark.parametrize("model_type", ["gpt2", "gptj", "llama"])
 def test_it_holds_the_norm_and_both_ways_of_running_agree(model_type):
     deltas, growth = {}, {}
-    for gamma, mode in ((1e-6, "partial"), (20.0, "partial"), (20.0, "plain")):
+    for gamma, mode in ((1e-6, "cached"), (20.0, "cached"), (20.0, "full")):
         editor = rome(tiny_model(model_type), steps=10, weight_decay=0.0)
         editor.engine.mode = mode
         result = editor.apply(EDITS[:1], regularizer=KeyNorm(gamma=gamma))
         deltas[gamma, mode] = next(iter(result.patch.deltas.values())).dense
         growth[gamma, mode] = result.log[0][-1]["key_norm"] / gamma
-    assert growth[20.0, "partial"] < 0.5 * growth[1e-6, "partial"]
-    one, other = deltas[20.0, "partial"], deltas[20.0, "plain"]
+    assert growth[20.0, "cached"] < 0.5 * growth[1e-6, "cached"]
+    one, other = deltas[20.0, "cached"], deltas[20.0, "full"]
     assert (one - other).norm() < 1e-3 * other.norm()
 
 

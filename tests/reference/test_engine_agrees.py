@@ -42,7 +42,7 @@ class Case:
         width = common.weight(self.model, 0).shape[1]
         self.moments = {layer: moments(width, layer) for layer in range(BLOCKS)}
 
-    def editor(self, name: str, layers, mode: str = "partial", **config):
+    def editor(self, name: str, layers, mode: str = "cached", **config):
         editor = kedit.get_editor(
             name,
             self.model,
@@ -123,7 +123,7 @@ def test_rome(model_type, gamma):
     with TrueFloat64():
         references = [rome.rome(case.model, r, 1, case.moments[1], hyper(gamma)) for r in case.requests]
         assert_exercised([r.value for r in references], gamma)
-        for mode in ("partial", "plain"):
+        for mode in ("cached", "full"):
             editor = case.editor("rome", (1,), mode)
             assert_values(case.values(editor, sadr(gamma)), [r.value for r in references])
         patches = editor.propose(case.edits, sadr(gamma))
@@ -195,7 +195,7 @@ def test_pmet(model_type, gamma):
     with TrueFloat64():
         values = [pmet.optimise_two(case.model, r, SPREAD[-1], hyper(gamma)) for r in case.requests]
         expected = pmet.write(case.model, case.requests, list(SPREAD), case.moments, 3.0, [v.mlp for v in values])
-        for mode in ("partial", "plain"):
+        for mode in ("cached", "full"):
             editor = case.editor("pmet", SPREAD, mode, moment_weight=3.0)
             found = case.values(editor, sadr(gamma))
             assert_values(found, [v.mlp for v in values], site=0)

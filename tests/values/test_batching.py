@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kedit
+from kedit.errors import ConfigError
 from kedit.models import ModelArch, Site
 from kedit.patch.ledger import Ledger
 from kedit.prompts.encode import encode_edits
@@ -62,17 +63,24 @@ def test_together_is_one_by_one_with_other_tokenizers(kind):
 
 @pytest.mark.parametrize("name", ["rome", "memit", "pmet"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_the_partial_way_is_the_plain_way(model_type, name):
+def test_prefix_cached_passes_give_what_full_ones_do(model_type, name):
     made = editor(name, model_type)
     with TrueFloat64():
         results = []
-        for mode in ("partial", "plain"):
+        for mode in ("cached", "full"):
             made.engine.mode = mode
             results.append(made.apply(ALL, kedit.SADR(gamma=0.3)))
             results[-1].revert()
-    partial, plain = (result.patch.deltas for result in results)
-    for weight, delta in partial.items():
-        assert relative(delta.dense, plain[weight].dense) < 1e-8
+    cached, full = (result.patch.deltas for result in results)
+    for weight, delta in cached.items():
+        assert relative(delta.dense, full[weight].dense) < 1e-8
+
+
+def test_an_unknown_mode_is_refused():
+    made = editor("rome", "gpt2")
+    made.engine.mode = "partial"
+    with pytest.raises(ConfigError, match=r"engine\.mode is 'auto', 'cached' or 'full', not 'partial'"):
+        made.propose(ALL[0])
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -50,7 +50,7 @@ def measured(engine, wave, sadr):
 
 
 @pytest.mark.parametrize("sadr", [False, True])
-@pytest.mark.parametrize("mode", ["partial", "plain"])
+@pytest.mark.parametrize("mode", ["cached", "full"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_stated_footprint_is_within_a_fifth_of_the_measured_peak(kind, mode, sadr):
     arch = ModelArch(build(kind))

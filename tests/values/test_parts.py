@@ -44,9 +44,9 @@ class Apart:
 REGULARIZERS = {"none": None, "sadr": kedit.SADR(gamma=0.3), "key_norm": KeyNorm(gamma=0.3), "apart": Apart()}
 
 
-CASES = [("rome", "gpt2", mode, regularizer) for mode in ("partial", "plain") for regularizer in REGULARIZERS]
-CASES += [("memit", "mistral", "partial", "apart"), ("memit", "mistral", "plain", "sadr")]
-CASES += [("pmet", "llama", "partial", "sadr"), ("pmet", "llama", "plain", "apart")]
+CASES = [("rome", "gpt2", mode, regularizer) for mode in ("cached", "full") for regularizer in REGULARIZERS]
+CASES += [("memit", "mistral", "cached", "apart"), ("memit", "mistral", "full", "sadr")]
+CASES += [("pmet", "llama", "cached", "sadr"), ("pmet", "llama", "full", "apart")]
 
 
 @pytest.mark.parametrize(("name", "model_type", "mode", "regularizer"), CASES)
@@ -83,7 +83,7 @@ def test_a_large_edit_among_small_ones():
         assert relative(found.patch.deltas[weight].dense, delta.dense) < 1e-8
 
 
-@pytest.mark.parametrize("mode", ["partial", "plain"])
+@pytest.mark.parametrize("mode", ["cached", "full"])
 def test_an_edit_that_runs_out_of_memory_alone_goes_on_in_parts(mode, monkeypatch, caplog):
     made = editor("rome", "gpt2", steps=3)
     made.engine.mode = mode
@@ -117,7 +117,7 @@ def test_little_memory_is_seen_before_it_runs_out(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("sadr", [False, True])
-@pytest.mark.parametrize("mode", ["partial", "plain"])
+@pytest.mark.parametrize("mode", ["cached", "full"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_part_takes_what_was_stated_and_less_than_the_whole(kind, mode, sadr):
     arch = ModelArch(build(kind))

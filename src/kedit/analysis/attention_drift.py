@@ -68,7 +68,7 @@ def drift(
     arch = ModelArch(model)
     patches = Patches(model, tokenizer, cases, editor, regularizer, config)
     asked = probe_tokens_by_case(arch, tokenizer, patches.cases, chosen)
-    measured = _Found([])
+    measured = _Measured([])
     with inference_state(model), Progress(len(asked), "comparing attention", unit="case") as progress:
         for part in patches.chunks(chunk):
             before = dict(zip([case.id for case, _ in part], _ask(arch, [asked[c.id] for c, _ in part]), strict=True))
@@ -87,7 +87,7 @@ def drift(
 class _Asked:
     """One probe under one state of the model: its rows and the probabilities of its answers."""
 
-    gaze: AttentionToSubject
+    attention: AttentionToSubject
     right: float
     wrong: float | None
 
@@ -107,15 +107,15 @@ def _ask(arch: ModelArch, cases: Sequence[Sequence[ProbeTokens]]) -> list[list[_
 
 
 @dataclass
-class _Found:
+class _Measured:
     """Probes measured so far."""
 
     probes: list[DriftProbe]
 
     def add(self, tokenizer: PreTrainedTokenizerBase, asked: ProbeTokens, then: _Asked, now: _Asked) -> None:
         """Compare one probe's two states."""
-        p, q = then.gaze.rows[None].double(), now.gaze.rows[None].double()  # [1, L, A, T]
-        column = torch.tensor([then.gaze.column])
+        p, q = then.attention.rows[None].double(), now.attention.rows[None].double()  # [1, L, A, T]
+        column = torch.tensor([then.attention.column])
         kl = row_divergence(q, p).clamp(min=0)[0]
         over = torch.stack([over_attending(q[:, i], p[:, i], column)[0] for i in range(q.shape[1])])
         row = asked.right

@@ -58,7 +58,7 @@ class ModelArch:
         if spec is None:
             spec = ARCHITECTURES.get(self.model_type)
         if spec is None:
-            spec = _found_by_structure(model)
+            spec = _spec_by_structure(model)
         self.model = model
         self.spec = spec
         blocks = self._part(spec.blocks)
@@ -279,7 +279,7 @@ class ModelArch:
 _DETECTED: WeakKeyDictionary[Any, ArchSpec] = WeakKeyDictionary()
 
 
-def _found_by_structure(model: Any) -> ArchSpec:
+def _spec_by_structure(model: Any) -> ArchSpec:
     if model not in _DETECTED:
         from kedit.models.detect import detect
 

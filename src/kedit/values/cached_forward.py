@@ -74,7 +74,7 @@ def first_block(arch: ModelArch, sites: Sequence[Site]) -> int:
     return sites[0].layer + 1 if above else min(site.layer for site in sites)
 
 
-class PartialRunner(Runner):
+class CachedRunner(Runner):
     """A :class:`~kedit.values.forward.Runner` that computes only what depends on δ.
 
     Where the site's output joins the residual stream unchanged or times a constant, δ is added to the input of the block

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -17,7 +17,8 @@ from kedit.regularizers.base import Needs, Regularizer
 from kedit.utils.device_memory import SHARE, TRIM_ABOVE, HeapTrim, free_memory
 from kedit.utils.distributed import current_group
 from kedit.utils.progress import Progress, logger
-from kedit.values.cached_forward import PartialRunner, first_block
+from kedit.utils.validation import check_choice
+from kedit.values.cached_forward import CachedRunner, first_block
 from kedit.values.chunked_forward import ChunkedForward
 from kedit.values.forward import Runner, Wave
 from kedit.values.memory import Footprint, UnitCosts
@@ -26,7 +27,7 @@ from kedit.values.optimize import Objective, Values, optimize
 if TYPE_CHECKING:
     from kedit.prompts.encode import Request
 
-Mode = Literal["auto", "partial", "plain"]
+Mode = Literal["auto", "cached", "full"]
 TOKENS_PER_WAVE = 8_192
 FIXED_COST = {
     "cpu": 64,
@@ -41,7 +42,7 @@ class Engine:
 
     Attributes:
         arch: the model.
-        mode: ``"partial"`` runs only what depends on δ, ``"plain"`` everything; ``"auto"`` is partial where a check
+        mode: ``"cached"`` runs only what depends on δ, ``"full"`` everything; ``"auto"`` is ``"cached"`` where a check
             on the model's first wave finds both to agree, and says so where they do not.
         budget: tokens per wave, padding included. Running out of memory lowers it for good.
         used: the budget of the latest edits, lower where little memory was free; recorded in the patch, as results are
@@ -187,7 +188,8 @@ class Engine:
         return ChunkedForward(whole, rows) if wave.num_edits == 1 and rows < len(wave.prompts) else whole
 
     def _whole(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
-        if self.mode == "plain":
+        check_choice("engine.mode", self.mode, get_args(Mode))
+        if self.mode == "full":
             return Runner(self.arch, sites, wave, needs)
         first = first_block(self.arch, sites)
         if any(wanted and wanted.start < first for wanted in (needs.attention, needs.hidden, needs.keys)):
@@ -198,7 +200,7 @@ class Engine:
             self._verdicts[key] = self._check(sites, wave)
         if self.mode == "auto" and not self._verdicts[key]:
             return Runner(self.arch, sites, wave, needs)
-        return PartialRunner(self.arch, sites, wave, needs)
+        return CachedRunner(self.arch, sites, wave, needs)
 
     def _waves(self, requests: Sequence[Request], order: Sequence[int]) -> list[list[int]]:
         """Numbers of the edits that run together: of similar length, at most ``budget`` padded tokens (one edit at least)."""
@@ -225,7 +227,7 @@ class Engine:
         logits: list[torch.Tensor] = []
         reason = ""
         try:
-            for kind in (Runner, PartialRunner):
+            for kind in (Runner, CachedRunner):
                 runner = kind(self.arch, sites, first, Needs())
                 with runner.installed(), torch.no_grad():
                     if not logits:
