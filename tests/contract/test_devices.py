@@ -111,7 +111,7 @@ class Still:
 @pytest.mark.parametrize(
     "regularizer", [kedit.SADR(gamma=0.3), KeyNorm(gamma=0.3), Still()], ids=lambda each: each.name
 )
-def test_the_plain_way_and_every_regularizer_on_two_devices(regularizer):
+def test_full_passes_and_every_regularizer_on_two_devices(regularizer):
     wanted = make("memit", tiny_model("llama")).apply(EDITS, regularizer)
     with devices():
         editor = make("memit", spread(tiny_model("llama"), 2))

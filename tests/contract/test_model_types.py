@@ -16,7 +16,7 @@ from kedit.patch.ledger import Ledger
 from kedit.prompts.encode import encode_edits
 from kedit.prompts.tokenize import encode, rewrite_texts
 from kedit.regularizers.base import ForwardRecord, needs_of
-from kedit.values.cached_forward import PartialRunner
+from kedit.values.cached_forward import CachedRunner
 from kedit.values.forward import Runner, Wave
 from reference import common
 from reference.float64 import TrueFloat64
@@ -206,7 +206,7 @@ def test_sadrs_gradient(model_type):
         expected = reference_penalty(model, site, delta)
         [gradient] = torch.autograd.grad(expected, delta)
         assert gradient.norm() > 1e-6
-        for kind in (PartialRunner, Runner):
+        for kind in (CachedRunner, Runner):
             found = engine_penalty(kind, model, site, delta)
             [own] = torch.autograd.grad(found, delta)
             # The penalty is summed in float32, and the mean over the contexts has a factor of that precision.

@@ -92,7 +92,7 @@ def test_every_model_type_passes_its_own_check(model_type, caplog):
     assert "full forward passes" not in caplog.text
 
 
-def test_a_model_that_fails_the_check_runs_the_plain_way_and_says_so(caplog, monkeypatch):
+def test_a_model_that_fails_the_check_runs_full_passes_and_says_so(caplog, monkeypatch):
     made = editor("rome", "gpt2")
     expected = made.propose(ALL[0])[0]
     again = editor("rome", "gpt2")
