@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kedit.cli import common
-from kedit.errors import ConfigError, EditError
+from kedit.errors import ConfigError
 
 if TYPE_CHECKING:
     from kedit.analysis.edited_models import Source
@@ -64,22 +64,10 @@ def run(args: argparse.Namespace) -> int:
         saved = [f"results: {results[-1].save(_path(args.out, len(results)))}"] if args.out else []
         common.say(results[-1].summary(), *saved, "")
     if len(results) == 2:
-        common.say(_compared(*results))
+        common.say(results[0].comparison(results[1]))
     if args.figures:
         _draw(args.figures, results)
     return 0
-
-
-def _compared(plain: DriftResult, restrained: DriftResult) -> str:
-    """Describe the drift without and with the regularizer, or why it cannot be compared."""
-    try:
-        mean_drift = plain.against(restrained)
-    except EditError as error:
-        return str(error)
-    return (
-        f"In the heads that over-attend under {plain.label}, the mean drift is {mean_drift['here'].value:.3f} nats; "
-        f"under {restrained.label} it is {mean_drift['other'].value:.3f}."
-    )
 
 
 def _path(out: str, number: int) -> Path:

@@ -114,18 +114,8 @@ def maps_html(drifts: Sequence[DriftResult]) -> str:
 
 def heads_html(drifts: Sequence[DriftResult]) -> str:
     """Drift maps, the ranking of heads, the comparison with a regularizer, and the correlation."""
-    parts = [drift_html(drifts[0], drifts)]
-    for other in drifts[1:]:
-        try:
-            means = drifts[0].against(other)
-        except EditError as error:
-            parts.append(f"<p>{escape(str(error))}</p>")
-            continue
-        parts.append(
-            f"<p>In the heads that over-attend under {escape(drifts[0].label)}, the mean drift is {means['here'].value:.3f} nats; "
-            f"under {escape(other.label)} it is {means['other'].value:.3f}.</p>"
-        )
-    return "".join(parts)
+    compared = [f"<p>{escape(drifts[0].comparison(other))}</p>" for other in drifts[1:]]
+    return "".join([drift_html(drifts[0], drifts), *compared])
 
 
 def drift_html(result: DriftResult, beside: Sequence[DriftResult] = ()) -> str:

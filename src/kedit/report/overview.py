@@ -145,9 +145,7 @@ def reveal(
     start = time.perf_counter()
     plain = Patches(model, tokenizer, cases, editor, None, config)
     chosen = plain.cases
-    probe_tokens_by_case(
-        ModelArch(model), tokenizer, chosen
-    )  # what is asked of every edit: said before the work where there is none
+    probe_tokens_by_case(ModelArch(model), tokenizer, chosen)  # raises before the work where an edit has nothing to ask
     missing: dict[str, str] = {}
     traces: TraceResult | None = None
     patching: PatchingResult | None = None

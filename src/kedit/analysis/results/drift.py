@@ -223,6 +223,17 @@ class DriftResult(AnalysisResult):
             raise EditError(f"Under {self.label} no head attends to the edited subject more than any did before.")
         return {"here": means[0], "other": means[1], "difference": change}
 
+    def comparison(self, other: DriftResult) -> str:
+        """Say how :meth:`against` compares the two, or why they cannot be compared."""
+        try:
+            drift = self.against(other)
+        except EditError as error:
+            return str(error)
+        return (
+            f"In the heads that over-attend under {self.label}, the mean drift is {drift['here'].value:.3f} nats; "
+            f"under {other.label} it is {drift['other'].value:.3f}."
+        )
+
     def summary(self) -> str:
         """The correlations and the heads that over-attend most, as text."""
         kind = self.main_kind
