@@ -13,16 +13,16 @@ from kedit.editors import presets
 from kedit.editors.config import EditorConfig
 from kedit.editors.facts import check_consistent, earlier_facts
 from kedit.editors.memory import MemoryEstimate, dense_memory
-from kedit.editors.observers import Observers, applied, check_guard, without_noise
+from kedit.editors.observers import Observers, applied, check_guard, check_weights, without_noise
 from kedit.editors.result import EditResult, GuardLike, Timer, log_by_edit
 from kedit.errors import ConfigError
 from kedit.models import ModelArch, Weight
 from kedit.models.lock import one_at_a_time, with_gradient
 from kedit.models.offload import check_held
-from kedit.models.validate import check_editable, check_model, check_takes_effect
+from kedit.models.validate import check_editable, check_model
 from kedit.patch import EditPatch, fingerprints
 from kedit.patch.delta import Delta, append, concatenate
-from kedit.patch.ledger import Ledger, check_writable
+from kedit.patch.ledger import Ledger
 from kedit.prompts.contexts import check_contexts, generate_contexts
 from kedit.prompts.encode import Request, encode_edits, join_subjects
 from kedit.prompts.predictions import EditCheck, predict
@@ -140,7 +140,7 @@ class Editor(ABC):
         chosen = as_edits(edits)
         with self._call(regularizer) as call:
             check_guard(guard)
-            self._check_weights()
+            check_weights(self.arch, self.config.layers)
             requests = self._encode_together(chosen, call)
             self._prepare(call.timer)
             observers = Observers(
@@ -351,14 +351,6 @@ class Editor(ABC):
 
     def _encode(self, edits: Sequence[Edit], call: Call) -> list[Request]:
         return encode_edits(self.arch, self.tokenizer, edits, self.contexts, call.needs)
-
-    def _check_weights(self) -> None:
-        """Raise where an edited weight cannot be written, or a change of it does not arrive."""
-        for weight in self.edited_weights:
-            check_writable(weight)
-        touched = Ledger.of(self.model).touched  # an edit of these has taken effect before
-        fresh = [i for i in self.config.layers if not any(weight.name in touched for weight in self.arch.weights(i))]
-        check_takes_effect(self.arch, fresh)
 
     def _encode_together(self, edits: Sequence[Edit], call: Call) -> list[Request]:
         """One request per subject, its facts of earlier patches included; one per edit without ``join_subjects``."""

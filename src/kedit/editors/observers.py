@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,10 @@ from kedit.editors.result import GuardLike, Timer
 from kedit.errors import ConfigError, IneffectiveEditWarning
 from kedit.keys import routing
 from kedit.models import ModelArch
+from kedit.models.validate import check_takes_effect
 from kedit.patch import EditPatch
 from kedit.patch.delta import Delta, emptied
-from kedit.patch.ledger import Ledger
+from kedit.patch.ledger import Ledger, check_writable
 from kedit.prompts.encode import Request
 from kedit.prompts.predictions import EditCheck, Prediction, predict
 from kedit.utils.device_memory import HeapTrim
@@ -48,6 +50,15 @@ def check_guard(guard: object) -> None:
     """Raise :class:`ConfigError` where a guard is none."""
     if guard is not None and not isinstance(guard, GuardLike):
         raise ConfigError(f"guard must be a kedit.Guard, not {guard!r}.")
+
+
+def check_weights(arch: ModelArch, layers: Sequence[int]) -> None:
+    """Raise where an edited weight cannot be written, or a change of it does not arrive."""
+    weights = {layer: arch.weights(layer) for layer in layers}
+    for weight in chain.from_iterable(weights.values()):
+        check_writable(weight)
+    touched = Ledger.of(arch.model).touched  # an edit of these has taken effect before
+    check_takes_effect(arch, [i for i in layers if not any(weight.name in touched for weight in weights[i])])
 
 
 class Observers:
