@@ -12,7 +12,6 @@ from kedit.patch.ledger import Ledger
 
 SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in ("rrome", "pmet", "emmet"))
 VALUE_EDITORS = ("rome", "memit", "alphaedit", *SLOW)
-MISSED = {"pmet": 2, "rrome": 1}  # of 14 at most: the closed form of these writes the value not quite
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +42,35 @@ def _edits(count, relations=("profession", "birthplace")):
 def test_all_are_said(embedded, name):
     editor = kedit.get_editor(name, *embedded)
     result = editor.apply(_edits(7))
-    assert sum(check.after.said for check in result.checks) >= 14 - MISSED.get(name, 0)
+    assert sum(check.after.said for check in result.checks) == 14
     assert len(result.log) == 14
     result.revert()
+
+
+@pytest.mark.filterwarnings("ignore::kedit.errors.IneffectiveEditWarning")
+def test_what_the_closed_form_misses_is_written_again(embedded, monkeypatch):
+    """R-ROME writes 79% of this person's change, which loses the birthplace; a single fact keeps the published form."""
+    edits = _edits(7)[-2:]
+    editor = kedit.RROME(*embedded, contexts=["{}", "Well. {}", "They say: {}"])
+    alone = editor.apply(edits[1])
+    alone.revert()
+    monkeypatch.setattr(kedit.RROME, "rounds", 0)
+    once = editor.apply(edits)
+    once.revert()
+    same = editor.apply(edits[1])
+    same.revert()
+    for name, delta in alone.patch.deltas.items():
+        assert torch.equal(delta.dense, same.patch.deltas[name].dense)
+    monkeypatch.undo()
+    again = editor.apply(edits)
+    again.revert()
+    print(once.all_said, again.all_said)
+    assert not once.all_said
+    assert again.all_said
+    [steps, others] = again.log
+    assert steps is others
+    assert [row["step"] for row in steps] == list(range(len(steps)))
+    assert len(steps) > len(once.log[0])
 
 
 def test_ft_says_both_facts(embedded):

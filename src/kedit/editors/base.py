@@ -14,6 +14,7 @@ from kedit.editors.config import EditorConfig
 from kedit.editors.facts import check_consistent, earlier_facts
 from kedit.editors.memory import MemoryEstimate, dense_memory
 from kedit.editors.observers import Observers, applied, check_guard, check_weights, without_noise
+from kedit.editors.parts import Parts, missed
 from kedit.editors.result import EditResult, GuardLike, Timer, log_by_edit
 from kedit.errors import ConfigError
 from kedit.models import ModelArch, Weight
@@ -21,7 +22,7 @@ from kedit.models.lock import one_at_a_time, with_gradient
 from kedit.models.offload import check_held
 from kedit.models.validate import check_editable, check_model
 from kedit.patch import EditPatch, fingerprints
-from kedit.patch.delta import Delta, append, concatenate
+from kedit.patch.delta import Delta
 from kedit.patch.ledger import Ledger
 from kedit.prompts.contexts import check_contexts, generate_contexts
 from kedit.prompts.encode import Request, encode_edits, join_subjects
@@ -71,6 +72,7 @@ class Editor(ABC):
     batched: ClassVar[bool] = False  # several edits become one update, solved together
     context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((10, 5),)  # (tokens, how many)
     context_seed: ClassVar[int] = 0
+    rounds: ClassVar[int] = 0  # how often joined facts that are not said yet are written again
     config: EditorConfig
     _asks: bool = True  # whether apply asks the model before and after
 
@@ -158,20 +160,47 @@ class Editor(ABC):
         self, requests: Sequence[Request], call: Call
     ) -> tuple[dict[str, Delta], list[list[StepLog]]]:
         """The updates that write all requests, and the log; each group of requests sees the groups before it as written."""
-        parts: dict[str, list[Delta]] = {}
         log: list[list[StepLog]] = []
         groups = self._groups(requests)
         with Ledger.of(self.model).provisional() as provisional, Progress(len(groups), self.name) as progress:
-            for number, group in enumerate(groups):
+            parts = Parts(provisional)
+            for group in groups:
+                parts.show()
                 deltas, steps = self.updates(group, call)
-                deltas = current_group().broadcast(deltas)  # so that rounding keeps no two processes apart
+                parts.add(current_group().broadcast(deltas))  # so that rounding keeps no two processes apart
                 log += steps
-                for name, delta in deltas.items():
-                    append(parts.setdefault(name, []), delta)
-                if number < len(groups) - 1:
-                    provisional.add(deltas)
                 progress.advance()
-        return {name: concatenate(each) for name, each in parts.items()}, log
+            self._write_again(requests, parts, log, call)
+            return parts.together(), log
+
+    def _completed(self, request: Request, deltas: dict[str, Delta], call: Call) -> dict[str, Delta]:
+        """The updates that write one request, with what :meth:`_write_again` adds."""
+        if len(request.edits) == 1:
+            return deltas
+        with Ledger.of(self.model).provisional() as provisional:
+            parts = Parts(provisional)
+            parts.add(deltas)
+            self._write_again([request], parts, [[]], call)
+            return parts.together()
+
+    def _write_again(self, requests: Sequence[Request], parts: Parts, log: Sequence[list[StepLog]], call: Call) -> None:
+        """Write the joined facts that the model with the updates so far misses, up to :attr:`rounds` times.
+
+        A closed form that writes a value not quite (R-ROME's, PMET's) may lose one of the facts; the rest of the change is then
+        optimised and written on the model as it is.
+        """
+        joined = [number for number, request in enumerate(requests) if len(request.edits) > 1]
+        for _ in range(self.rounds if joined else 0):
+            parts.show()
+            asked = [requests[number] for number in joined]
+            again = [joined[i] for i in missed(self.engine, self.tokenizer, asked, call.timer)]
+            for group in self._groups([requests[number] for number in again]) if again else []:
+                parts.show()
+                deltas, steps = self.updates(group, call)
+                parts.add(current_group().broadcast(deltas))
+                for more in steps:
+                    known = log[again.pop(0)]
+                    known += [{**row, "step": row["step"] + len(known)} for row in more]
 
     @one_at_a_time
     def reapply(self, patch: EditPatch, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> None:
@@ -193,6 +222,7 @@ class Editor(ABC):
             requests = self._with_earlier(self._encode(chosen, call), chosen, call)
             self._prepare(call.timer)
             each = self.updates_of_each(requests, call)
+            each = [self._completed(*pair, call) for pair in zip(requests, each, strict=True)]
             known = fingerprints(self.arch, {name for deltas in each for name in deltas})
             return [self._patch([edit], deltas, call, known) for edit, deltas in zip(chosen, each, strict=True)]
 

@@ -43,6 +43,8 @@ class ValueEditor(Editor):
         overrides: single hyper-parameters, before preset and ``config``.
     """
 
+    rounds: ClassVar[int] = 3
+
     def __init__(
         self,
         model: PreTrainedModel,

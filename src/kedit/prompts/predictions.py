@@ -99,7 +99,7 @@ class EditCheck:
 
 
 def predict(
-    arch: ModelArch, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], *, tokens: int
+    arch: ModelArch, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], *, tokens: int, texts: bool = True
 ) -> list[Prediction]:
     """Read what the model, as it is, predicts after each edit's bare prompt.
 
@@ -110,13 +110,13 @@ def predict(
         tokenizer: its tokenizer.
         edits: what to ask for.
         tokens: padded tokens per forward pass at most. Running out of memory halves it.
+        texts: whether to generate continuations, of at most 100 edits.
 
     Raises:
         torch.OutOfMemoryError: not even one prompt fits.
     """
-    texts = [rewrite_texts(edit, (BARE,))[0] for edit in edits]
-    rows = encode(tokenizer, texts, limit=context_limit(arch.model))
-    continued = len(edits) <= TEXTS_UP_TO
+    rows = encode(tokenizer, [rewrite_texts(edit, (BARE,))[0] for edit in edits], limit=context_limit(arch.model))
+    continued = texts and len(edits) <= TEXTS_UP_TO
     with inference_state(arch.model), Progress(len(edits), "checking") as progress:
         while True:
             try:
