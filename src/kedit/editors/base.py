@@ -186,8 +186,8 @@ class Editor(ABC):
     def _write_again(self, requests: Sequence[Request], parts: Parts, log: Sequence[list[StepLog]], call: Call) -> None:
         """Write the joined facts that the model with the updates so far misses, up to :attr:`rounds` times.
 
-        A closed form that writes a value not quite (R-ROME's, PMET's) may lose one of the facts; the rest of the change is then
-        optimised and written on the model as it is.
+        A closed form that writes a value not quite, as PMET's without the attention's δ, may lose one of the facts. The rest of
+        the change is then optimised and written on the model as it is.
         """
         joined = [number for number, request in enumerate(requests) if len(request.edits) > 1]
         for _ in range(self.rounds if joined else 0):

@@ -48,7 +48,9 @@ class ROME(ValueEditor):
 class RROME(ROME):
     """R-ROME: the mean key everywhere, which keeps long sequences of edits stable.
 
-    Δ = (v* − W k̄) uᵀ / (uᵀ k̄), hence (W + Δ) k̄ = v* at the mean key.
+    Δ = (v* − W k̄) uᵀ / (uᵀ k̄), hence (W + Δ) k̄ = v* at the mean key. Joined facts of one subject have v* = W k̄ + δ: the
+    value was optimised by adding δ in every context, and the published v* = W k + δ would move the bare prompt by W (k − k̄)
+    besides, which can lose one of the facts.
     """
 
     name: ClassVar[str] = "rrome"
@@ -57,5 +59,6 @@ class RROME(ROME):
         """The rank-one update of one edit."""
         [keys], [residual] = problem.keys, problem.residual
         mean = reduce(keys, "c i -> 1 i", "mean")
-        shift = problem.project(keys[:1] - mean)[0]  # v* − W k̄ = δ + W (k − k̄), as v* = W k + δ
-        return rank_one(problem.whiten(mean)[0], mean[0], residual + shift)
+        if problem.facts in ((), (1,)):
+            residual = residual + problem.project(keys[:1] - mean)[0]  # v* − W k̄ = δ + W (k − k̄), as v* = W k + δ
+        return rank_one(problem.whiten(mean)[0], mean[0], residual)

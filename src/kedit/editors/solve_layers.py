@@ -34,6 +34,7 @@ class LayerProblem:
         weights: W as it is now: one matrix, or one per expert.
         moments: second moments of the edited layers.
         subjects: of the edits.
+        facts: how many facts of its subject each edit joins, [E]; empty: one each.
     """
 
     layer: int
@@ -42,6 +43,7 @@ class LayerProblem:
     weights: tuple[Weight, ...]
     moments: SecondMoments
     subjects: tuple[str, ...] = ()
+    facts: tuple[int, ...] = ()
 
     def project(self, keys: Tensor) -> Tensor:
         """W k for each key [n, I], without the bias: [n, O], in the keys' dtype."""
@@ -97,6 +99,7 @@ def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], va
     """
     arch, layers = editor.arch, editor.config.layers
     subjects = tuple(request.edit.subject for request in requests)
+    facts = tuple(len(request.edits) for request in requests)
     updates: dict[str, Delta] = {}
     with Ledger.of(arch.model).provisional() as provisional:
         for number, layer in enumerate(layers):
@@ -106,7 +109,9 @@ def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], va
                 residual = values.value[:, 0] - read.request_outputs(arch, requests, site).to(residual.device)
             gain = _gain(arch, site, layer)
             share = residual / (editor.residual_divisor(len(layers) - number) * gain)
-            problem = LayerProblem(layer, keys, share.to(keys.device), arch.weights(layer), editor.moments, subjects)
+            problem = LayerProblem(
+                layer, keys, share.to(keys.device), arch.weights(layer), editor.moments, subjects, facts
+            )
             solution = _solve(editor, problem)
             # In the form in which the patch stores them, so that what is read above sees the bits that are written in the end.
             parts = problem.split(solution.to(arch.device(layer), arch.work_dtype))
