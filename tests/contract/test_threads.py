@@ -143,3 +143,41 @@ def test_an_error_gives_the_model_free():
         raise ZeroDivisionError
     assert not model._forward_pre_hooks
     assert in_threads(lambda: model(IDS)) == []
+
+
+@pytest.mark.filterwarnings("ignore::kedit.errors.KEditWarning")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, tok, patch: patch.attach(model).detach(),
+        lambda model, tok, patch: kedit.evaluate(
+            model=model, tokenizer=tok, cases=[kedit.EditCase.of("ada", ADA)], editor=None
+        ),
+        lambda model, tok, patch: kedit.trace(model, tok, ADA, samples=1, known_only=False),
+        lambda model, tok, patch: kedit.ROME(model, tok, layers=2).contexts,
+        lambda model, tok, patch: kedit.second_moments(model, tok, [1], ["A text.", "Another one."], cache=False),
+    ],
+    ids=["attach", "evaluate", "trace", "contexts", "moments"],
+)
+def test_calls_wait_while_another_thread_edits(call):
+    model, tok = tiny_model("llama"), tokenizer()
+    patch = kedit.FT(model, tok, layers=2, steps=1, contexts=["{}"]).propose(ADA)[0]
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    errors, done = [], threading.Event()
+
+    def work():
+        try:
+            call(model, tok, patch)
+        except BaseException as error:
+            errors.append(error)
+        done.set()
+
+    with editing(model):
+        hooks = hooks_and_methods(model)
+        other = threading.Thread(target=work)
+        other.start()
+        assert not done.wait(0.3)
+        assert hooks_and_methods(model) == hooks
+        assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    other.join(60)
+    assert errors == []

@@ -35,6 +35,7 @@ from kedit.evaluation.cases import EditCase, Kind
 from kedit.evaluation.statistics import Floats
 from kedit.models import ModelArch, Site
 from kedit.models.hooks import inference_state
+from kedit.models.lock import holding_model
 from kedit.prompts.likelihood import TOKENS_PER_FORWARD, prompts_per_pass
 from kedit.prompts.tokenize import pad
 from kedit.regularizers import Choice
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 Heads = Sequence[tuple[int, int]]
 
 
+@holding_model
 def patch_activations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -23,6 +23,7 @@ from kedit.evaluation.cases import EditCase, Kind
 from kedit.evaluation.probing import WATCHED
 from kedit.models import ModelArch
 from kedit.models.hooks import inference_state
+from kedit.models.lock import holding_model
 from kedit.prompts.likelihood import score_rows
 from kedit.regularizers import Choice
 from kedit.utils.progress import Progress
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@holding_model
 def drift(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -22,6 +22,7 @@ from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase
 from kedit.models import ModelArch, Site
 from kedit.models.hooks import inference_state, on_output
+from kedit.models.lock import holding_model
 from kedit.prompts.likelihood import TOKENS_PER_FORWARD, last_logits, prompts_per_pass
 from kedit.utils.progress import Progress
 from kedit.utils.validation import check_number, check_whole
@@ -43,6 +44,7 @@ class Restoration:
     layer: int
 
 
+@holding_model
 def trace(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -15,6 +15,7 @@ from kedit.evaluation.metrics import METRICS
 from kedit.evaluation.probing import EvalOptions
 from kedit.evaluation.report import EvalReport
 from kedit.evaluation.runner import CHUNK, EvalMode, Run
+from kedit.models.lock import holding_model
 from kedit.regularizers import Choice
 from kedit.utils.distributed import current_group
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@holding_model
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -24,6 +24,7 @@ from kedit.keys.second_moment import RIDGE, Accumulator, ExpertsAccumulator, Mom
 from kedit.models import ModelArch
 from kedit.models.fingerprint import model_fingerprint
 from kedit.models.hooks import StopForward, by_prompt, inference_state, on_arguments, on_input, stops_early
+from kedit.models.lock import editing
 from kedit.prompts.tokenize import context_limit, pad
 from kedit.utils.distributed import Group, current_group
 from kedit.utils.progress import Progress, logger
@@ -119,7 +120,12 @@ def accumulate(
     top = max(layers)
     done, seen, told = _resume(checkpoint, sums), 0, False
     started = saved = time.monotonic()
-    with inference_state(arch.model), torch.no_grad(), Progress(budget, "second moments", "token") as bar:
+    with (
+        editing(arch.model),
+        inference_state(arch.model),
+        torch.no_grad(),
+        Progress(budget, "second moments", "token") as bar,
+    ):
         for number, rows in enumerate(_batches(tokenizer, texts, budget, context_limit(arch.model))):
             ids, mask = pad(rows)
             if number < done or number % group.size != group.rank:

@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from kedit.models.offload import unwrap
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -73,3 +75,17 @@ def with_gradient(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[
             return call(self, *args, **kwargs)
 
     return wrapped
+
+
+def holding_model(call: Callable[P, R]) -> Callable[P, R]:
+    """Hold a function's first argument, ``model``, while it runs: what it measures is of one state of the model."""
+
+    @functools.wraps(call)
+    def held(*args: P.args, **kwargs: P.kwargs) -> R:
+        inner = unwrap(args[0] if args else kwargs.get("model"))
+        if not isinstance(inner, nn.Module):  # the function says that it is no model
+            return call(*args, **kwargs)
+        with editing(inner):
+            return call(*args, **kwargs)
+
+    return held

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kedit.errors import ArchitectureError, KEditWarning, PatchMismatchError, UnsupportedError
 from kedit.models import ARCHITECTURES, ArchSpec, Experts, ModelArch, unwrap
 from kedit.models.fingerprint import has_fingerprint
+from kedit.models.lock import editing
 from kedit.models.offload import check_held
 from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, LowRankDelta
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 class Attachment:
     """A patch on a model as side branches; ``detach()``, or the end of a ``with``, takes it away without a trace."""
 
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handles: list[RemovableHandle] = []
 
     @property
     def attached(self) -> bool:
@@ -36,8 +38,9 @@ class Attachment:
 
     def detach(self) -> None:
         """Take the branches away; calling it twice does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
+        with editing(self._model):  # not in the midst of another thread's edit
+            while self._handles:
+                self._handles.pop().remove()
 
     def __enter__(self) -> Attachment:
         return self
@@ -79,7 +82,7 @@ def attach(patch: PatchContent, model: PreTrainedModel, *, force: bool = False) 
             KEditWarning,
             stacklevel=3,
         )
-    attachment = Attachment([])
+    attachment = Attachment(unwrap(model))
     try:
         for module, branch in branches:
             attachment._handles.append(module.register_forward_hook(branch))

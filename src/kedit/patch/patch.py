@@ -82,7 +82,8 @@ class EditPatch(PatchContent):
             model: the model that the patch was made for, possibly quantized.
             force: do not compare the weights with those that the patch was made for.
         """
-        return attach(self, model, force=force)
+        with editing(unwrap(model)):
+            return attach(self, model, force=force)
 
     def check_base(self, model: PreTrainedModel) -> None:
         """Raise :class:`PatchMismatchError` unless the model's weights are those the patch was made for."""

@@ -11,6 +11,7 @@ from kedit.edit import SLOT
 from kedit.errors import ConfigError, NonFiniteError
 from kedit.models import ModelArch
 from kedit.models.hooks import inference_state
+from kedit.models.lock import holding_model
 from kedit.prompts.tokenize import Text, check_known, encode, pad, vocabulary_size
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def check_contexts(contexts: Sequence[str]) -> tuple[str, ...]:
     return templates
 
 
+@holding_model
 def generate_contexts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

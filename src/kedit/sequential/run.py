@@ -13,6 +13,7 @@ from kedit.edit import Edit, as_edits
 from kedit.editors.observers import warn_of_ineffective
 from kedit.errors import ConfigError, IneffectiveEditWarning, NonFiniteError, PatchError, PatchMismatchError
 from kedit.evaluation.guard import Guard, GuardError
+from kedit.models.lock import editing
 from kedit.patch import EditPatch
 from kedit.patch.ledger import Ledger
 from kedit.prompts.predictions import EditCheck, Prediction
@@ -123,7 +124,7 @@ def run_journal(
             "The model carries edits already. Revert them, or load the model anew, before the run."
         )
     where = Path(folder)
-    with held(where):
+    with held(where), editing(editor.model):
         editor.prepare()  # contexts and moments belong to the unedited model
         begin(where, editor, regularizer, guard, batch_size)
         result = JournalResult()
