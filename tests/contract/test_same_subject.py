@@ -145,6 +145,33 @@ def test_contradiction_names_both(embedded, name):
         kedit.get_editor(name, *embedded).apply(edits)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("{} works as a ", "Hulqui Gossam"),
+        ("{}  works as a", "Hulqui Gossam"),
+        ("{} works as a", "Hulqui\u00a0Gossam"),
+        ("{} works as a", "Hulqui\u200b Gossam"),
+        ("{} Gossam works as a", "Hulqui"),
+    ],
+    ids=["space at the end", "two spaces", "no-break space", "zero width", "shorter subject"],
+)
+def test_contradiction_in_another_spelling(embedded, prompt, subject):
+    edits = [kedit.Edit("{} works as a", "Hulqui Gossam", "pilot"), kedit.Edit(prompt, subject, "painter")]
+    with pytest.raises(EditError, match="Edits 0 and 1 contradict each other"):
+        kedit.ROME(*embedded).apply(edits)
+
+
+def test_an_earlier_fact_in_another_spelling_is_replaced(embedded):
+    editor = kedit.ROME(*embedded, contexts=["{}"])
+    results = [editor.apply(kedit.Edit("{} works as a", "Hulqui Gossam", "pilot"))]
+    again = kedit.Edit("{}  works as a", "Hulqui Gossam", "baker")
+    results.append(editor.apply(again))
+    assert editor.check(again)[0].after.said
+    for result in results:
+        result.revert()
+
+
 def test_duplicates_count_once(embedded):
     edits = _edits(2, ["profession"])
     editor = kedit.MEMIT(*embedded)

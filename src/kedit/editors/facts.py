@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -19,25 +20,32 @@ if TYPE_CHECKING:
 
 
 def check_consistent(edits: Sequence[Edit]) -> None:
-    """Raise where one prompt has two targets; warn where an edit is given twice.
+    """Raise where one prompt has two targets, however it is spaced or composed; warn where an edit is given twice.
 
     Raises:
         EditError: two edits contradict each other; both are named by their numbers.
     """
+    asked: dict[str, int] = {}
     first: dict[tuple[str, str], int] = {}
     twice: list[int] = []
     for number, edit in enumerate(edits):
-        other = first.setdefault((edit.subject, edit.text), number)
-        if edits[other].target_new != edit.target_new:
+        other = asked.setdefault(_plain(edit.text), number)
+        if _plain(edits[other].target_new) != _plain(edit.target_new):
             raise EditError(
                 f"Edits {other} and {number} contradict each other: {edit.text!r} → {edits[other].target_new!r} and → "
                 f"{edit.target_new!r}. Leave one of them."
             )
-        if other != number:
+        if first.setdefault((edit.subject, edit.text), number) != number:
             twice.append(number)
     if twice:
         named = ", ".join(map(str, twice[:5])) + (", ..." if len(twice) > 5 else "")
         warn_user(f"{len(twice)} of {len(edits)} edits are given more than once and count once (numbers {named}).")
+
+
+def _plain(text: str) -> str:
+    """A text in composed form, with single spaces, without what is not seen."""
+    seen = "".join(char for char in unicodedata.normalize("NFC", text) if unicodedata.category(char) != "Cf")
+    return " ".join(seen.split())
 
 
 def earlier_facts(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Edit]:
@@ -53,9 +61,9 @@ def earlier_facts(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Edit]:
             if isinstance(record, dict) and record.get("subject") in subjects:
                 with suppress(EditError):  # a foreign patch may say anything
                     edit = Edit.from_dict(record)
-                    earlier[edit.subject, edit.text] = edit
+                    earlier[edit.subject, _plain(edit.text)] = edit
     for edit in edits:
-        old = earlier.pop((edit.subject, edit.text), None)
+        old = earlier.pop((edit.subject, _plain(edit.text)), None)
         if old is not None and old.target_new != edit.target_new:
             logger.info("%s → %s replaces → %s.", edit.text, edit.target_new, old.target_new)
     for edit in earlier.values():
@@ -70,7 +78,7 @@ def warn_of_alike(edits: Sequence[Edit], before: Sequence[Prediction]) -> None:
     """
     seen: dict[tuple[str, str], Edit] = {}
     for edit, prediction in zip(edits, before, strict=True):
-        other = seen.setdefault((edit.subject, prediction.first_choice.strip()), edit)
+        other = seen.setdefault((_plain(edit.subject), prediction.first_choice.strip()), edit)
         if other.target_new != edit.target_new and other.text != edit.text:
             warn_user(
                 f"{other.text!r} → {other.target_new!r} and {edit.text!r} → {edit.target_new!r} may contradict each other: before "
