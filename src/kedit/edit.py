@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kedit.errors import EditError
+from kedit.utils.files import unique_keys
 from kedit.utils.texts import read_text, text_form
 
 SLOT = "{}"
@@ -37,7 +39,7 @@ class Edit:
             value = getattr(self, field)
             if not isinstance(value, str):
                 raise EditError(f"Edit.{field} must be text, not {type(value).__name__}: {value!r}.")
-            if not value.strip():
+            if all(char.isspace() or unicodedata.category(char) == "Cf" for char in value):  # nothing that is seen
                 raise EditError(f"Edit.{field} is empty. Give the {field.replace('_', ' ')} as text.")
             check_encodable(f"Edit.{field}", value)
         if self.target_true is not None:
@@ -86,7 +88,7 @@ class Edit:
         edits = []
         for number, line in json_lines(text):
             try:
-                edits.append(cls.from_dict(json.loads(line)))
+                edits.append(cls.from_dict(json.loads(line, object_pairs_hook=unique_keys)))
             except (ValueError, RecursionError) as error:  # EditError is a ValueError, and numbers can be too long
                 if isinstance(error, EditError):
                     raise EditError(f"{path}, line {number}: {error}") from error

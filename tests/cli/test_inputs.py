@@ -205,3 +205,19 @@ def test_a_guard_names_the_facts(capsys, tmp_path):
     status = main([*words, "--journal", str(tmp_path / "j"), "--out", str(tmp_path / "out")])
     assert status == 4
     assert "1 edit(s) kept in 1 step(s), 1 step(s) refused" in capsys.readouterr().out
+
+
+def test_a_patch_that_is_named_twice_is_refused(files, capsys):
+    (files / "copy.safetensors").write_bytes((files / "patch.safetensors").read_bytes())
+    for second in ("patch.safetensors", "copy.safetensors"):
+        assert main(["patch", "merge", "patch.safetensors", second, "--out", "both.safetensors"]) == 1
+        assert "are the same patch, which would count twice" in capsys.readouterr().err
+    assert not (files / "both.safetensors").exists()
+
+
+def test_a_field_that_stands_twice_is_refused(files, capsys):
+    (files / "twice.jsonl").write_text(
+        '{"prompt": "{} is", "subject": "Ada", "target_new": "red", "target_new": "blue"}'
+    )
+    assert main(["edit", "--edits", "twice.jsonl", "--out", "out"]) == 1
+    assert "a key stands twice" in capsys.readouterr().err

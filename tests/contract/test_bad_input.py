@@ -488,3 +488,26 @@ def test_value_editor_is_the_one_that_is_patched_here():
     """The interruption tests replace functions by name: they must be the ones in use."""
     assert value_editor.solve_layers is solve_layers.solve_layers
     assert ModelArch(tiny_model("gpt2")).weight(LAYER).name == WEIGHT
+
+
+def test_numbers_that_share_memory_are_refused():
+    model = tiny_model("llama")
+    weight = model.model.layers[LAYER].mlp.down_proj.weight
+    weight.data = torch.ones(1).expand(weight.shape)
+    with pytest.raises(PatchMismatchError, match="share one place in memory"):
+        make("ft", model, kl_factor=0).apply(ADA)
+
+
+@pytest.mark.filterwarnings("ignore::kedit.errors.KEditWarning")
+def test_a_weight_of_two_blocks_is_noticed():
+    model = tiny_model("llama")
+    layers = model.model.layers
+    layers[LAYER].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+    with pytest.warns(KEditWarning, match="are one weight, so the edit changes all of them"):
+        make("ft", model, kl_factor=0).apply(ADA).revert()
+
+
+@pytest.mark.parametrize("target", ["\u200b", " \ufeff\n"])
+def test_a_target_that_is_not_seen_is_refused(target):
+    with pytest.raises(EditError, match="Edit.target_new is empty"):
+        kedit.Edit("{} is", "Ada", target)

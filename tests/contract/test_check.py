@@ -243,3 +243,10 @@ def test_the_command_exits_with_3_where_the_model_does_not_say_it(tmp_path, caps
     assert "the edited model says 0 of 1" in found.out
     assert "warning: The edited model does not say what the edit asks for" in found.err
     assert out.exists()
+
+
+def test_a_long_target_that_was_not_reached_gets_a_number_of_steps(embedded):
+    target = " and ".join(["pilot", "baker", "chef", "painter", "nurse", "teacher", "judge", "clerk"])  # 15 words
+    editor = kedit.ROME(*embedded, steps=2, contexts=["{}"])
+    with pytest.warns(IneffectiveEditWarning, match="a target of 15 words takes 30 or more"):
+        editor.apply(kedit.Edit(PILOT.prompt, PILOT.subject, target)).revert()

@@ -13,6 +13,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,7 +126,13 @@ def _out_file(parser: argparse.ArgumentParser) -> None:
 def _load(paths: Sequence[str]) -> list[EditPatch]:
     from kedit.patch import EditPatch
 
-    return [EditPatch.load(path) for path in paths]
+    patches = [EditPatch.load(path) for path in paths]
+    first: dict[bytes, str] = {}
+    for path in paths:
+        other = first.setdefault(hashlib.sha256(Path(path).read_bytes()).digest(), path)
+        if other != path or paths.count(path) > 1:
+            raise ConfigError(f"{other} and {path} are the same patch, which would count twice. Name each patch once.")
+    return patches
 
 
 def _show(args: argparse.Namespace) -> None:

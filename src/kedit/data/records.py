@@ -11,6 +11,7 @@ from typing import Any
 from kedit.edit import json_lines
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
+from kedit.utils.files import unique_keys
 from kedit.utils.terminal import printable
 from kedit.utils.texts import read_text, text_form
 
@@ -88,7 +89,7 @@ def read_records(path: Path) -> list[Any]:
     if path.suffix == ".jsonl":
         return list(_lines(text))
     try:
-        records = json.loads(text)
+        records = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         if not text.lstrip().startswith(("{", "[")):
             raise EditError(f"{path} is {text_form(path, text)}. Give {ACCEPTED}.") from error
@@ -104,7 +105,7 @@ def read_records(path: Path) -> list[Any]:
 def _lines(text: str) -> Iterator[Any]:
     for _, line in json_lines(text):
         try:
-            yield json.loads(line)
+            yield json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             yield f"not JSON: {error}"
 

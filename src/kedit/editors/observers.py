@@ -13,6 +13,7 @@ from kedit.edit import Edit
 from kedit.editors.config import EditorConfig
 from kedit.editors.facts import warn_of_alike
 from kedit.editors.result import GuardLike, Timer
+from kedit.editors.shared import warn_of_shared
 from kedit.errors import ConfigError, IneffectiveEditWarning
 from kedit.keys import routing
 from kedit.models import ModelArch
@@ -32,11 +33,14 @@ if TYPE_CHECKING:
 
 NOISE = 1e-7  # share of a weight's norm up to which an update is rounding noise: float32 holds nothing smaller
 ZERO_UPDATE_WARNING = (
-    "The update is 0, so nothing was written. Either the loss was below stop_loss from the start; or no gradient reached the value "
+    "The update is 0, so nothing was written. Either the loss was below stop_loss from the start; or steps is 1, which "
+    "measures and changes nothing; or no gradient reached the value "
     "(above the last block no attention carries the subject on: edit a lower one; in float16 small gradients become 0: load the "
     "model in bfloat16 or float32); or ordinary keys use every direction (AlphaEdit: raise the threshold)."
 )
 _NAMED = 3  # edits in a warning
+_SHORT = 10  # words of a target that the default numbers of steps suit
+_STEPS_PER_WORD = 2  # of a longer one, as measured in docs/facts.md
 _HINTS = {
     "steps": "more steps",
     "clamp": "a larger clamp",
@@ -57,6 +61,7 @@ def check_weights(arch: ModelArch, layers: Sequence[int]) -> None:
     weights = {layer: arch.weights(layer) for layer in layers}
     for weight in chain.from_iterable(weights.values()):
         check_writable(weight)
+    warn_of_shared(arch.model, [*chain.from_iterable(weights.values())])
     touched = Ledger.of(arch.model).touched  # an edit of these has taken effect before
     check_takes_effect(arch, [i for i in layers if not any(weight.name in touched for weight in weights[i])])
 
@@ -173,6 +178,11 @@ def warn_of_ineffective(checks: Sequence[EditCheck], config: EditorConfig) -> No
     if len(checks) > 1:
         count = f"The edited model does not say what {len(missed)} of {len(checks)} edits ask for"
     hints = [hint for name, hint in _HINTS.items() if hasattr(config, name)]
+    words = max(len(check.edit.target_new.split()) for check in missed)
+    if words > _SHORT and config.steps < _STEPS_PER_WORD * words:
+        hints[0] += (
+            f" (a target of {words} words takes {_STEPS_PER_WORD * words} or more, and memit reaches it sooner than rome)"
+        )
     if len(checks) > 1:
         hints.append("fewer edits at once (a later edit can undo an earlier one)")
     warn_user(

@@ -44,7 +44,14 @@ class Weight:
     def writable(self) -> bool:
         """Whether the weight is stored as plain numbers, in memory or offloaded: not quantized, not left out."""
         plain = self.parameter.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        return plain and not self.wrapped and (self.away is not None or not self.parameter.is_meta)
+        here = self.away is not None or not (self.parameter.is_meta or self.overlaps)
+        return plain and not self.wrapped and here
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether several of the weight's numbers lie in one place of memory, as ``expand`` leaves them."""
+        parameter = self.parameter
+        return any(step == 0 and size > 1 for step, size in zip(parameter.stride(), parameter.shape, strict=True))
 
     @property
     def wrapped(self) -> bool:

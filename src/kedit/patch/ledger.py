@@ -288,6 +288,11 @@ def check_writable(weight: Weight) -> None:
     place = f"in {weight.parameter.dtype}"
     if weight.packed or weight.wrapped:
         place = "packed, as quantization leaves it,"
+    elif weight.overlaps:
+        raise PatchMismatchError(
+            f"Several numbers of {weight.name} share one place in memory (expand), so one of them cannot be written alone. Give "
+            "the weight memory of its own: parameter.data = parameter.data.clone()."
+        )
     raise PatchMismatchError(
         f"{weight.name} is stored {place} and cannot be written in place. Attach the edit instead (editor.propose(edit) and "
         "patch.attach(model)), or load the model in full precision."

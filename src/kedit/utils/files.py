@@ -154,12 +154,13 @@ def parse_json(raw: bytes | str, what: str) -> Any:
         PatchError: it is not, with ``what`` it is.
     """
     try:
-        return json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_number)
+        return json.loads(raw, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_number)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and too long numbers are ValueErrors
         raise PatchError(f"Found no valid JSON in {what}: {error}. It is damaged.") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of some pairs, for ``object_pairs_hook``; of a key that stands twice, one value would be lost."""
     record = dict(pairs)
     if len(record) != len(pairs):
         raise ValueError("a key stands twice")
