@@ -221,3 +221,23 @@ def test_a_field_that_stands_twice_is_refused(files, capsys):
     )
     assert main(["edit", "--edits", "twice.jsonl", "--out", "out"]) == 1
     assert "a key stands twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--model", "--keys", "--journal", "--save-model", "--moments-corpus", "--out"])
+def test_an_empty_option_is_not_passed_over(files, capsys, option):
+    words = [
+        "edit",
+        "--prompt",
+        "{} works as a",
+        "--subject",
+        "Hulqui Gossam",
+        "--target-new",
+        "pilot",
+        "--out",
+        "out",
+        option,
+        "",
+    ]
+    assert main(words) == 1
+    assert f"{option} is given and empty" in capsys.readouterr().err
+    assert not (files / "out").exists()

@@ -63,6 +63,10 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         with warnings.catch_warnings(), ExitStack() as stack:
             warnings.showwarning = _show_warning
+            for name in ("model", "data", "edits", "out", "keys", "journal", "save_model", "moments_corpus"):
+                if getattr(args, name, None) == "":  # an unset variable of a shell
+                    option = "--" + name.replace("_", "-")
+                    raise ConfigError(f"{option} is given and empty. Give it a value, or leave it out.")
             if os.environ.get("WORLD_SIZE", "1") != "1":
                 from kedit.utils import distributed
 

@@ -31,9 +31,10 @@ def check_consistent(edits: Sequence[Edit]) -> None:
     for number, edit in enumerate(edits):
         other = asked.setdefault(_plain(edit.text), number)
         if _plain(edits[other].target_new) != _plain(edit.target_new):
+            again = "" if edit.text == edits[other].text else f"{edit.text!r} "
             raise EditError(
-                f"Edits {other} and {number} contradict each other: {edit.text!r} → {edits[other].target_new!r} and → "
-                f"{edit.target_new!r}. Leave one of them."
+                f"Edits {other} and {number} contradict each other: {edits[other].text!r} → {edits[other].target_new!r} and "
+                f"{again}→ {edit.target_new!r}. Leave one of them."
             )
         if first.setdefault((edit.subject, edit.text), number) != number:
             twice.append(number)
