@@ -121,9 +121,9 @@ def test_merge_then_apply_is_apply_twice(here, capsys):
     words = ["apply", folder / "base", "--patch", folder / "both.safetensors", "--out", folder / "edited"]
     assert run(capsys, *words)[0] == 0
     assert bytes_of(loaded(folder / "edited")) == bytes_of(edited)
-    words = ["merge", folder / "1.safetensors", folder / "1.safetensors", "--tolerance", 0.01, "--out", folder / "m"]
+    words = ["merge", folder / "1.safetensors", folder / "2.safetensors", "--tolerance", 0.99, "--out", folder / "m"]
     assert run(capsys, *words)[0] == 0
-    assert [delta.rank for delta in EditPatch.load(folder / "m").deltas.values()] == [1]
+    assert [delta.rank for delta in EditPatch.load(folder / "m").deltas.values()] == [1, 1]
 
 
 def test_diff(here, capsys):
