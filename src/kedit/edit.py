@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from kedit.utils.files import unique_keys
 from kedit.utils.texts import read_text, text_form
 
 SLOT = "{}"
-_EXAMPLE = '{"prompt": "{} is in", "subject": "...", "target_new": "..."}'
+EXAMPLE = '{"prompt": "{} is in", "subject": "...", "target_new": "..."}'
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Edit:
     """One fact to write: after ``prompt`` with ``subject``, the model should say ``target_new``.
 
     ``prompt`` holds exactly one ``{}``, the place of the subject; a prompt in which the subject itself stands
-    exactly once is normalised to that form. Surrounding white space of subject and targets is dropped.
+    exactly once is normalised to that form. Surrounding white space of subject and targets is dropped. ``notes`` is whatever
+    else is known of the fact, as JSON values: it is kept in patches and has no part in comparisons.
 
     Raises:
         EditError: no ``{}`` and the subject is not in the prompt, or either of them twice; an empty text.
@@ -32,23 +33,26 @@ class Edit:
     subject: str
     target_new: str
     target_true: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check and normalise."""
-        for field in ("prompt", "subject", "target_new"):
-            value = getattr(self, field)
+        for name in ("prompt", "subject", "target_new"):
+            value = getattr(self, name)
             if not isinstance(value, str):
-                raise EditError(f"Edit.{field} must be text, not {type(value).__name__}: {value!r}.")
+                raise EditError(f"Edit.{name} must be text, not {type(value).__name__}: {value!r}.")
             if all(char.isspace() or unicodedata.category(char) == "Cf" for char in value):  # nothing that is seen
-                raise EditError(f"Edit.{field} is empty. Give the {field.replace('_', ' ')} as text.")
-            check_encodable(f"Edit.{field}", value)
+                raise EditError(f"Edit.{name} is empty. Give the {name.replace('_', ' ')} as text.")
+            check_encodable(f"Edit.{name}", value)
         if self.target_true is not None:
             if not isinstance(self.target_true, str):
                 raise EditError(f"Edit.target_true must be text or None, not {type(self.target_true).__name__}.")
             check_encodable("Edit.target_true", self.target_true)
-        for field in ("subject", "target_new", "target_true"):
-            value = getattr(self, field)
-            object.__setattr__(self, field, (value.strip() or None) if value else None)
+        if not isinstance(self.notes, Mapping):
+            raise EditError(f"Edit.notes is a mapping, as {{'source': 'Wikipedia'}}, not {self.notes!r:.60}.")
+        for name in ("subject", "target_new", "target_true"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value.strip() or None) if value else None)
         object.__setattr__(self, "prompt", _with_slot(self.prompt, self.subject))
 
     @property
@@ -59,14 +63,14 @@ class Edit:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Edit:
         """Make an edit from a mapping with the fields' names; unknown or missing fields raise ``EditError``."""
-        known = {"prompt", "subject", "target_new", "target_true"}
+        known = {item.name for item in fields(cls)}
         if not isinstance(record, Mapping):
             given = (
                 "a list (a JSON file of many edits needs one object per line)"
                 if isinstance(record, list)
                 else repr(record)
             )
-            raise EditError(f"An edit record must be an object like {_EXAMPLE}, not {given:.80}.")
+            raise EditError(f"An edit record must be an object like {EXAMPLE}, not {given:.80}.")
         unknown, missing = set(record) - known, {"prompt", "subject", "target_new"} - set(record)
         if unknown or missing:
             given = f"unknown {sorted(unknown)}" if unknown else f"missing {sorted(missing)}"
@@ -74,8 +78,11 @@ class Edit:
         return cls(**record)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a plain dictionary."""
-        return asdict(self)
+        """The fields as a plain dictionary; those beyond the fact itself only where they are set."""
+        record: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        if not self.notes:
+            del record["notes"]
+        return record
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> list[Edit]:
@@ -84,7 +91,7 @@ class Edit:
         Raises:
             EditError: a line that is not JSON or not an edit, with its number.
         """
-        text = read_text(path, f"JSON lines: {_EXAMPLE} on each line", EditError)
+        text = read_text(path, f"JSON lines: {EXAMPLE} on each line", EditError)
         edits = []
         for number, line in json_lines(text):
             try:
@@ -95,10 +102,10 @@ class Edit:
                 if edits or line.lstrip().startswith("{"):
                     raise EditError(f"{path}, line {number}, is not a complete JSON object: {error}.") from error
                 raise EditError(
-                    f"{path} is not JSON lines but {text_form(path, text)}. Write one JSON object per line: {_EXAMPLE}."
+                    f"{path} is not JSON lines but {text_form(path, text)}. Write one JSON object per line: {EXAMPLE}."
                 ) from error
         if not edits:
-            raise EditError(f"{path} holds no edits. Write one JSON object per line: {_EXAMPLE}.")
+            raise EditError(f"{path} holds no edits. Write one JSON object per line: {EXAMPLE}.")
         return edits
 
 

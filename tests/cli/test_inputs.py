@@ -24,6 +24,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     patch_for(tiny_model("llama"), {1: 1}).save("patch.safetensors")
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(64))
+    (tmp_path / "text.csv").write_text("It was a cold day.\nIt rained.\n")
     (tmp_path / "table.csv").write_text("prompt,subject,target_new\n{} is,Ada,red\n")
     (tmp_path / "table.jsonl").write_text("prompt,subject,target_new\n{} is,Ada,red\n")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
@@ -54,6 +55,9 @@ def test_files_that_hold_no_edits(files, capsys, name, words):
     with pytest.raises(EditError) as error:
         Edit.from_jsonl(name)
     assert words in str(error.value)
+    if name in ("table.csv", "table.jsonl", "edits.json"):  # the command line takes these
+        return
+    words = "holds 3 alone" if name == "number.json" else words
     assert main(["edit", "--edits", name, "--out", "out"]) == 1
     said = capsys.readouterr().err
     assert words in said
@@ -66,13 +70,12 @@ def test_files_that_hold_no_edits(files, capsys, name, words):
     ("name", "words"),
     [
         ("none.json", "There is no file 'none.json'"),
-        ("table.csv", "a table (CSV) beginning with"),
+        ("text.csv", "the fields It was a cold day"),
         ("patch.safetensors", "is a safetensors file"),
         ("model.gguf", "is a GGUF model"),
         ("list.json", "'[1, 2]', not an object with fields"),
         ("number.json", "holds 3 alone"),
         ("other.json", "the fields answer, question"),
-        ("edits.json", "kedit edit --edits takes them"),
         ("wrong.json", "probes are a list of objects"),
         ("folder", "is a folder"),
     ],

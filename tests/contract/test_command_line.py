@@ -242,7 +242,9 @@ def test_bad_line_of_a_file_is_named(place, capsys):
     path = place / "edits.jsonl"
     path.write_text(json.dumps(FRENCH.to_dict()) + "\n{bad\n")
     assert main(edit(place, "--edits", str(path), single=False)) == 1
-    assert f"{path}, line 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{path}: Record 1 is no edits record" in said
+    assert "line 2" in said
 
 
 @pytest.mark.parametrize(

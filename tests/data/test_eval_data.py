@@ -111,6 +111,24 @@ RECORDS = {
         "Compositionality_II": [],
         "Forgetfulness": [],
     },
+    "edits": {
+        "id": "7",
+        "prompt": "The mother tongue of {} is",
+        "subject": "Danielle Darrieux",
+        "target_new": {"str": "English"},
+        "target_true": {"str": "French"},
+        "paraphrases": ["{}, a native", "Danielle Darrieux grew up with"],
+        "relation_id": "P103",
+    },
+    "known": {
+        "known_id": 7,
+        "subject": "Vinson Massif",
+        "attribute": "Antarctica",
+        "template": "{} is located in the continent",
+        "prediction": " of Antarctica. It is the largest",
+        "prompt": "Vinson Massif is located in the continent of",
+        "relation_id": "P30",
+    },
     "kedit": {
         "id": "7",
         "edit": {"prompt": "{} speaks", "subject": "Ada", "target_new": "English", "target_true": "French"},
@@ -128,6 +146,8 @@ KINDS = {
     "knowedit": {"rewrite": 1, "paraphrase": 1, "relation": 1, "reasoning": 1, "alias": 1},
     "mquake": {"rewrite": 1, "paraphrase": 1, "reasoning": 1, "neighbour": 1, "distracted_neighbour": 1},
     "ripple": {"rewrite": 1, "relation": 1, "reasoning": 1},
+    "edits": {"rewrite": 1, "paraphrase": 2},
+    "known": {"rewrite": 1},
     "kedit": {"rewrite": 1, "neighbour": 1, "distracted_neighbour": 1},
 }  # fmt: skip
 
@@ -308,6 +328,7 @@ def test_our_own_lines_read_back(tmp_path):
         ("sadr_merged_counterfact_half", "sadr", 839, {"alias": 2358, "reasoning": 2487, "relation": 1416, "commonsense": 839}),
         ("counterfact_flat_1000", "counterfact-flat", 1000, {"paraphrase": 1000, "neighbour": 1000}),
         ("counterfact_schema_100", "counterfact", 100, {"paraphrase": 181, "neighbour": 863, "generation": 342}),
+        ("known_1000", "known", 1209, {}),
         ("knowedit_zsre_200", "knowedit", 200, {"paraphrase": 200, "relation": 400, "reasoning": 152, "alias": 48}),
     ],
 )  # fmt: skip

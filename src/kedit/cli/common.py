@@ -42,7 +42,11 @@ def add_cases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-map", metavar="MAP", help="device map of accelerate for large models, for example auto"
     )
-    parser.add_argument("--data", metavar="FILE", help="cases: JSON file, JSONL file or name of a data set")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="cases: JSON list, JSON lines, CSV, TSV, - for standard input, or name of a data set",
+    )
     parser.add_argument("--format", metavar="NAME", help="format of --data (default: recognised by its fields)")
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed record")
     parser.add_argument("--cases", type=int, metavar="N", help="maximum number of cases")

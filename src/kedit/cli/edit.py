@@ -6,7 +6,8 @@ Examples:
   kedit edit --edits edits.jsonl --guard kl=0.05 relation_drop=none --journal run/ --out edits.safetensors
   kedit edit --edits edits.jsonl --editor memit --memory
 
-A JSONL file holds one edit per line: {"prompt": "...{}...", "subject": "...", "target_new": "..."}.
+A file holds one edit per line: {"prompt": "...{}...", "subject": "...", "target_new": "..."}; or is a table with these columns.
+docs/quickstart.md lists the other fields.
 
 Exit status: 0 if the edited model produces every target; 3 if the patch is written, but the model does not produce all targets;
 4 if the guard refused edits of a journal; 1 after an error, when nothing is edited. Under a launcher, 0 also if the model does not
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kedit.edit import Edit
+    from kedit.evaluation.cases import EditCase
     from kedit.evaluation.guard import Guard
     from kedit.patch import EditPatch
 
@@ -48,7 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="sentence up to the target, with {} for the subject")
     parser.add_argument("--subject", help="subject of the fact")
     parser.add_argument("--target-new", help="new target: what the model should answer")
-    parser.add_argument("--edits", metavar="FILE", help="JSONL file of edits, one per line")
+    parser.add_argument(
+        "--edits",
+        metavar="FILE",
+        help="file of edits: JSON lines, JSON list, CSV or TSV, with the fields prompt, subject, target_new; or any form of "
+        "kedit eval --data; - reads standard input",
+    )
+    parser.add_argument("--format", metavar="NAME", help="format of --edits (default: recognised by its fields)")
     parser.add_argument("--out", metavar="FILE", help="file of the patch (.safetensors)")
     parser.add_argument(
         "--guard",
@@ -86,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     """Edit, report, save."""
     from kedit.utils.distributed import current_group
 
-    edits = _edits(args)
+    cases = _cases(args)
+    edits = [edit for case in cases for edit in case.edits]
     _check(args, edits)
     guard = _guard(args)
     regularizers = common.make_regularizers(args)
@@ -136,16 +145,28 @@ def _save(args: argparse.Namespace, patch: EditPatch, editor: Any) -> Iterator[s
         yield f"model: {common.save_model(editor.model, editor.tokenizer, args.save_model)}"
 
 
-def _edits(args: argparse.Namespace) -> list[Edit]:
-    """The edits that the options name."""
-    from kedit.edit import Edit
+def _cases(args: argparse.Namespace) -> list[EditCase]:
+    """The edits that the options name, with what the file asks about them."""
+    from kedit.data import load_cases, with_new_targets
+    from kedit.edit import EXAMPLE, Edit
+    from kedit.evaluation.cases import EditCase
+    from kedit.utils.progress import logger
 
     single = (args.prompt, args.subject, args.target_new)
     if (args.edits is None) == all(part is None for part in single) or (args.edits and any(single)):
         raise EditError("Give either --edits FILE, or --prompt, --subject and --target-new.")
     if args.edits is None and None in single:
         raise EditError("A single edit needs --prompt, --subject and --target-new, all three.")
-    return Edit.from_jsonl(args.edits) if args.edits else [Edit(*single)]
+    if not args.edits:
+        return [EditCase.of("0", Edit(*single))]
+    try:
+        loaded = load_cases(args.edits, args.format, strict=True)
+    except EditError as error:
+        raise EditError(f"{error} An edit is a record like {EXAMPLE}.") from error
+    notes = sorted({name for case in loaded.cases for edit in case.edits for name in edit.notes})
+    if notes:
+        logger.info("Kept as notes of the edits: %s.", ", ".join(notes))
+    return with_new_targets(loaded.cases, args.edits)
 
 
 def _check(args: argparse.Namespace, edits: Sequence[Edit]) -> None:

@@ -65,6 +65,10 @@ def run(args: argparse.Namespace) -> int:
         goes_on = (Path(args.out) / RUN).is_file()
         common.check_folder(args.out, "--out", RESULTS, force=goes_on or args.force)
     cases = common.load_cases(args, 200)
+    if args.data and not args.unedited:
+        from kedit.data import with_new_targets
+
+        with_new_targets(cases, args.data)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)
     editor = None if args.unedited else common.make_editor(args, model, tokenizer)

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kedit.data.records import ACCEPTED
+from kedit.data.records import ACCEPTED, STANDARD_INPUT
 from kedit.data.records import Loaded as Loaded
 from kedit.data.records import Malformed as Malformed
 from kedit.data.records import Parser as Parser
 from kedit.data.records import Record as Record
 from kedit.data.records import parse as parse
 from kedit.data.records import read_records as read_records
+from kedit.edit import Edit
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
 from kedit.utils.network import UNREACHABLE, hub_is_reachable
@@ -25,7 +26,9 @@ FORMATS: Registry[Parser] = Registry(
     {
         "kedit": "kedit.data:own",
         "counterfact": "kedit.data.counterfact:original",
-        "counterfact-flat": "kedit.data.counterfact:flat",
+        "counterfact-flat": "kedit.data.edits:flat",
+        "edits": "kedit.data.edits:edits",
+        "known": "kedit.data.edits:known",
         "sadr": "kedit.data.sadr:merged",
         "zsre": "kedit.data.zsre:mend",
         "knowedit": "kedit.data.knowedit:knowedit",
@@ -46,6 +49,8 @@ _MARKS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"prompt", "target_new", "locality"}), "knowedit"),
     (frozenset({"prompt", "target_new", "portability"}), "knowedit"),
     (frozenset({"edit"}), "kedit"),
+    (frozenset({"prompt", "subject", "target_new"}), "edits"),
+    (frozenset({"prompt", "subject", "attribute"}), "known"),
 )
 
 
@@ -60,7 +65,8 @@ def load_cases(
     """Evaluation cases from a file or a data set of the ``datasets`` package.
 
     Args:
-        source: a ``.json`` or ``.jsonl`` file, or the name of a data set (needs ``kedit[data]``).
+        source: a JSON list, JSON lines, CSV or TSV file; ``"-"``: the same from standard input; or the name of a data set (needs
+            ``kedit[data]``).
         format: its form, a name in :data:`FORMATS`; recognised by its fields if not given.
         strict: raise at the first malformed record instead of leaving it out.
         limit: so many records at most, from the beginning.
@@ -73,16 +79,42 @@ def load_cases(
     if limit is not None and not (is_whole(limit) and limit >= 1):
         raise EditError(f"limit must be a whole number of at least 1, or None for all records; not {limit!r}.")
     path = Path(source)
-    records: Sequence[Any] = read_records(path) if path.exists() else _dataset(str(source), split, limit)
+    is_file = str(source) == STANDARD_INPUT or path.exists()
+    records: Sequence[Any] = read_records(path) if is_file else _dataset(str(source), split, limit)
     records = records[:limit]
     name = format or recognise(records, str(source))
-    loaded = parse(records, FORMATS[name], name, strict=strict)
+    try:
+        loaded = parse(records, FORMATS[name], name, strict=strict)
+    except EditError as error:
+        raise EditError(f"{source}: {error}") from error
     if not loaded.cases:
         reason = f" The first: {loaded.malformed[0].reason.rstrip('.')}." if loaded.malformed else ""
         raise EditError(
             f"{source} holds no case in the form {name!r}.{reason} Give another --format, or repair the file."
         )
     return loaded
+
+
+def load_edits(source: str | Path, format: str | None = None) -> list[Edit]:
+    """Edits from a file in any of the forms of :func:`load_cases`, in its order; their probes are left aside.
+
+    Raises:
+        EditError: as :func:`load_cases` with ``strict``; the records have no new targets.
+    """
+    return [
+        edit for case in with_new_targets(load_cases(source, format, strict=True).cases, source) for edit in case.edits
+    ]
+
+
+def with_new_targets(cases: list[EditCase], source: str | Path) -> list[EditCase]:
+    """The cases as they are; raises ``EditError`` where one is a fact without a new target, as those of ``known_1000.json``."""
+    for case in cases:
+        if any(edit.target_new == edit.target_true for edit in case.edits):
+            raise EditError(
+                f"{source} holds facts without a new target ({case.edit.text!r} → {case.edit.target_new!r}), which can be traced "
+                "and not edited. Give each one a target_new."
+            )
+    return cases
 
 
 def recognise(records: Sequence[Any], source: str = "The file") -> str:
@@ -103,10 +135,10 @@ def recognise(records: Sequence[Any], source: str = "The file") -> str:
         said = f"its first record has the fields {', '.join(names) or '(none)'}"
     if records and isinstance(records[0], str) and records[0].startswith("not JSON"):
         said = f"its first line is {records[0][:80]}"
-    edits = ""
-    if names is not None and {"prompt", "subject", "target_new"} <= set(names):
-        edits = ' These are edits: as cases, write each as {"edit": {...}}; kedit edit --edits takes them as they are.'
-    raise EditError(f"{source} is in no known form: {said}.{edits} Known forms (--format): {', '.join(FORMATS)}.")
+    raise EditError(
+        f"{source} is in no known form: {said}. An edit has the fields prompt, subject, target_new. Known forms (--format): "
+        f"{', '.join(FORMATS)}."
+    )
 
 
 def own(record: Record, name: str) -> EditCase:

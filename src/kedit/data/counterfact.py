@@ -1,8 +1,8 @@
-"""CounterFact (Meng et al. 2022, arXiv:2202.05262), as published and in EasyEdit's flat form."""
+"""CounterFact (Meng et al. 2022, arXiv:2202.05262), as published."""
 
 from __future__ import annotations
 
-from kedit.data.records import Record, subject_slot, text, texts
+from kedit.data.records import Record, text, texts
 from kedit.edit import Edit
 from kedit.evaluation.cases import EditCase, Kind, Probe
 
@@ -21,19 +21,4 @@ def original(record: Record, name: str) -> EditCase:
     neighbours = texts(record["neighborhood_prompts"])
     probes += [Probe(kind=Kind.NEIGHBOUR, prompt=p, right=true, wrong=new) for p in neighbours]
     probes += [Probe(kind=Kind.GENERATION, prompt=p) for p in texts(record.get("generation_prompts"))]
-    return EditCase.of(str(record.get("case_id", name)), edit, probes)
-
-
-def flat(record: Record, name: str) -> EditCase:
-    """EasyEdit's schema: one rephrased prompt and one neighbour; the subject stands inside the prompt."""
-    new, true = text(record["target_new"]), text(record["ground_truth"])
-    subject = text(record["subject"])
-    edit = Edit(subject_slot(text(record["prompt"]), subject), subject, new, true)
-    probes = []
-    for prompt in texts(record.get("rephrase_prompt")):
-        probes.append(Probe(kind=Kind.PARAPHRASE, prompt=prompt, right=new, wrong=true))
-    for prompt in texts(record.get("locality_prompt")):
-        right = text(record["locality_ground_truth"])
-        wrong = new if new != right else None
-        probes.append(Probe(kind=Kind.NEIGHBOUR, prompt=prompt, right=right, wrong=wrong))
     return EditCase.of(str(record.get("case_id", name)), edit, probes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,8 @@ from kedit.utils.texts import read_text, text_form
 Record = Mapping[str, Any]
 Parser = Callable[[Record, str], EditCase]
 
-ACCEPTED = "a JSON list of records (.json) or JSON lines (.jsonl)"
+ACCEPTED = "a JSON list of records, JSON lines, or a table (CSV or TSV) with a header"
+STANDARD_INPUT = "-"
 PARSE_ERRORS = (EditError, KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
@@ -84,16 +88,29 @@ def _reason(error: Exception, format: str) -> str:
 
 
 def read_records(path: Path) -> list[Any]:
-    """The records of a JSON list or JSON-lines file; a line that is not JSON becomes a malformed record of its own."""
-    text = read_text(path, ACCEPTED, EditError)
-    if path.suffix == ".jsonl":
+    """The records of a JSON list, of JSON lines, or of a table; ``Path("-")`` is standard input.
+
+    The suffix tells (``.jsonl``, ``.csv``, ``.tsv``), and otherwise the content. What is no record becomes a malformed one of its
+    own: a line that is not JSON, a row of a table with more cells than the header.
+
+    Raises:
+        EditError: the file cannot be read, or holds none of these forms.
+    """
+    text = _standard_input() if str(path) == STANDARD_INPUT else read_text(path, ACCEPTED, EditError)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return list(_rows(text, "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)))
+    if _is_table(text):
+        return list(_rows(text, _delimiter(text)))
+    if path.suffix == ".jsonl" and not _is_list(text):
         return list(_lines(text))
     try:
         records = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
+        if len(lines := list(json_lines(text))) > 1 and all(line.lstrip().startswith("{") for _, line in lines):
+            return list(_lines(text))
         if not text.lstrip().startswith(("{", "[")):
             raise EditError(f"{path} is {text_form(path, text)}. Give {ACCEPTED}.") from error
-        raise EditError(f"{path} is not JSON: {error}. JSON lines need the suffix .jsonl.") from error
+        raise EditError(f"{path} is not JSON: {error}. Give {ACCEPTED}.") from error
     if isinstance(records, dict):  # some files wrap their list: {"data": [...]}
         lists = [value for value in records.values() if isinstance(value, list)]
         records = lists[0] if len(lists) == 1 else [records]
@@ -103,11 +120,53 @@ def read_records(path: Path) -> list[Any]:
 
 
 def _lines(text: str) -> Iterator[Any]:
-    for _, line in json_lines(text):
+    for number, line in json_lines(text):
         try:
             yield json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
-            yield f"not JSON: {error}"
+            yield f"not JSON (line {number}): {error}"
+
+
+def _is_list(text: str) -> bool:
+    """Whether a text is a JSON list of objects, whatever its file is called."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        return all(isinstance(item, dict) for item in json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _rows(text: str, delimiter: str) -> Iterator[Any]:
+    """The rows of a table as records; empty cells are ``None``."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+    try:
+        for row in reader:
+            if None in row:
+                yield f"line {reader.line_num} has more cells than the header; put quotes around a text with {delimiter!r}"
+            else:
+                yield {key.strip(): value or None for key, value in row.items()}
+    except csv.Error as error:
+        yield f"line {reader.line_num} is no row of a table: {error}"
+
+
+def _is_table(text: str) -> bool:
+    """Whether a text begins with a table's header, whatever its file is called."""
+    line = next(iter(text.splitlines()), "")
+    names = {name.strip() for name in next(csv.reader([line], delimiter=_delimiter(text)), [])}
+    return {"prompt", "subject"} <= names
+
+
+def _delimiter(text: str) -> str:
+    line = next(iter(text.splitlines()), "")
+    return max(",\t;", key=line.count)
+
+
+def _standard_input() -> str:
+    text = sys.stdin.read()
+    if not text.strip():
+        raise EditError(f"Standard input is empty. Give {ACCEPTED}, or the path of a file.")
+    return text.removeprefix("\ufeff")
 
 
 def _mapping(record: Any) -> Record:
