@@ -20,6 +20,7 @@ COMMANDS = {
     "drift": "kedit.cli.drift",
     "edit": "kedit.cli.edit",
     "eval": "kedit.cli.eval",
+    "list": "kedit.cli.list",
     "patch": "kedit.cli.patch",
     "report": "kedit.cli.report",
     "stats": "kedit.cli.stats",
@@ -81,6 +82,12 @@ def _run(argv: Sequence[str] | None) -> int:
                 stack.callback(distributed.leave)
             if args.quiet:
                 stack.enter_context(_no_bars())
+            if "help" in getattr(args, "set", ()):
+                from kedit.cli.common import say
+                from kedit.cli.explain import explain
+
+                say(explain(args))
+                return 0
             status: int = args.run(args)
     except KEditError as error:
         sys.stderr.write(f"kedit {args.command}: {printable_lines(str(error))}\n")

@@ -15,6 +15,7 @@ from kedit.utils.terminal import printable_lines
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,18 +31,25 @@ def say(*texts: str) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype."""
+    """--model, --dtype, --device, --device-map."""
     parser.add_argument(
         "--model", metavar="NAME", help="folder, GGUF file or Hub name of the model (default: the embedded model)"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the weights")
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="where the model runs, for example cpu or cuda:1 (default: the GPU, if there is one)",
+    )
+    parser.add_argument(
+        "--device-map",
+        metavar="MAP",
+        help="device map of accelerate for models that do not fit one device, for example auto",
+    )
 
 
 def add_cases(parser: argparse.ArgumentParser) -> None:
-    """--device-map, --data, --format, --strict, --cases, --split, --seed."""
-    parser.add_argument(
-        "--device-map", metavar="MAP", help="device map of accelerate for large models, for example auto"
-    )
+    """--data, --format, --strict, --cases, --split, --seed."""
     parser.add_argument(
         "--data",
         metavar="FILE",
@@ -83,7 +91,10 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
     """--editor, --regularizer, --gamma, --set."""
     parser.add_argument("--editor", metavar="NAME", help=f"editing method (default: {EDITOR})")
     parser.add_argument(
-        "--regularizer", action="append", metavar="NAME", help="regularizer, for example sadr; repeat for several"
+        "--regularizer",
+        action="append",
+        metavar="NAME",
+        help="regularizer, for example sadr, or my_file.py:MyClass; repeat for several",
     )
     parser.add_argument("--gamma", type=float, help="γ, the factor of the regularizer (default: the preset)")
     parser.add_argument(
@@ -91,7 +102,8 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="hyper-parameter of the editor, repeat for several: --set steps=40 --set layers=5",
+        help="hyper-parameter of the editor, or field of a regularizer; repeat for several: --set steps=40 --set sadr.select=all. "
+        "--set help explains them",
     )
     parser.add_argument(
         "--moments-corpus",
@@ -188,21 +200,48 @@ def _is_part_of_a_model(name: str) -> bool:
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer that the options name."""
+    """The model and tokenizer that the options name, on the GPU where there is one and nothing else is said."""
     import torch
 
     from kedit.loading import load
-    from kedit.utils.distributed import current_group, device
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    placed = getattr(args, "device_map", None)
-    if placed is None and args.model is not None and current_group().size > 1 and device() is not None:
-        placed = {"": device()}
-    if placed is None:
-        return load(args.model, dtype=dtype)
-    if args.model is None:
-        raise ConfigError("--device-map places a model that is given by --model; the embedded one is small.")
-    return load(args.model, dtype=dtype, device_map=placed)
+    if args.device_map is not None:
+        if args.device is not None:
+            raise ConfigError("--device and --device-map both place the model. Give one of them.")
+        if args.model is None:
+            raise ConfigError("--device-map places a model that is given by --model; the embedded one is small.")
+        return load(args.model, dtype=dtype, device_map=args.device_map)
+    device = _device(args)
+    try:
+        if args.model is not None and device.type != "cpu":
+            return load(args.model, dtype=dtype, device_map={"": str(device)})
+        model, tokenizer = load(args.model, dtype=dtype)
+        placed: Any = model
+        return placed.to(device), tokenizer
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"The model does not fit into the memory of {device}. Give --device-map auto, --dtype bfloat16, or --device cpu."
+        ) from error
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    """The one device that the options name; of several processes, each has its own GPU."""
+    import torch
+
+    from kedit.utils import distributed
+
+    if args.device is None:
+        return torch.device(distributed.device() or "cpu")
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"--device {args.device} cannot be used ({reason}). Give cpu, or a GPU that is there: cuda:0."
+        ) from error
+    return device
 
 
 def chat_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int, ...] | None:
@@ -234,6 +273,12 @@ def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:
     return values
 
 
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def save_figures(folder: str, drawn: Mapping[str, Figure]) -> list[Path]:
     """Write figures as PNG files, by name."""
     from kedit.report import figures
@@ -253,14 +298,26 @@ def make_regularizers(args: argparse.Namespace) -> list[Any]:
     names = args.regularizer or []
     if args.gamma is not None and not any(takes_gamma(name) for name in names):
         raise ConfigError("--gamma belongs to a regularizer that has a γ. Add --regularizer sadr.")
-    return [make(name, args.gamma if takes_gamma(name) else None) for name in names]
+    shared = {} if args.gamma is None else {"gamma": args.gamma}
+    fields: dict[str, dict[str, Any]] = {name: dict(shared) if takes_gamma(name) else {} for name in names}
+    for key, value in overrides(args.set).items():
+        prefix, dot, field = key.partition(".")
+        if dot:
+            named = [name for name in names if prefix.lower() in (name.lower(), name.rpartition(":")[2].lower())]
+            if not named:
+                raise ConfigError(
+                    f"--set {key} is a field of the regularizer {prefix}, which is not used. Add --regularizer {prefix}."
+                )
+            fields[named[0]][field] = value
+    return [make(name, **fields[name]) for name in names]
 
 
 def choose_editor(args: argparse.Namespace) -> tuple[type[Editor], dict[str, Any]]:
     """The editor's class and hyper-parameters that the options name; asks for no model, so it can be called first."""
     from kedit.editors import editor_class
 
-    kind, given = editor_class(args.editor or EDITOR), overrides(args.set)
+    kind = editor_class(args.editor or EDITOR)
+    given = {key: value for key, value in overrides(args.set).items() if "." not in key}
     known = kind.Config.field_names()
     for name in given:
         if name not in known:

@@ -95,9 +95,6 @@ class Scene:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     common.add_model(parser)
-    parser.add_argument(
-        "--device-map", metavar="MAP", help="device map of accelerate for large models, for example auto"
-    )
     parser.add_argument("--out", metavar="DIR", help=f"folder for picture and patch (default: {OUT})")
     parser.add_argument("--force", action="store_true", help="overwrite picture and patch in the folder --out")
     parser.add_argument("--case", type=int, metavar="N", help="fact of the embedded model to edit, 0-99 (default: 10)")

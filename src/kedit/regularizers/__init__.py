@@ -15,7 +15,7 @@ from kedit.regularizers.base import Needs as Needs
 from kedit.regularizers.base import Regularizer as Regularizer
 from kedit.regularizers.base import blocks_from as blocks_from
 from kedit.regularizers.key_norm import KeyNorm as KeyNorm
-from kedit.utils.registry import Registry
+from kedit.utils.registry import Registry, import_file
 
 REGULARIZERS: Registry[Any] = Registry(
     "regularizer", {"sadr": "kedit.regularizers.sadr:SADR", "key_norm": "kedit.regularizers.key_norm:KeyNorm"}
@@ -28,23 +28,39 @@ Choice = str | Regularizer | Iterable[str | Regularizer] | None
 
 def takes_gamma(name: str) -> bool:
     """Return whether the regularizer called ``name`` can be made with a γ; raises ``UnknownNameError`` where there is none."""
-    return "gamma" in _parameters(REGULARIZERS[name])
+    return "gamma" in _parameters(regularizer_class(name))
 
 
-def make(name: str, gamma: float | None = None) -> Any:
-    """The regularizer called ``name``, all its fields at their defaults but γ where that is given.
+def regularizer_class(name: str) -> Any:
+    """What makes the regularizer called ``name``: registered under it, or, of ``"file.py:Class"``, defined in that file.
+
+    Raises:
+        UnknownNameError: no regularizer has this name.
+        ConfigError: the file fails, or does not define the class.
+    """
+    path, _, attribute = name.rpartition(":")
+    return import_file(path, attribute, "regularizer") if path.endswith(".py") else REGULARIZERS[name]
+
+
+def make(name: str, gamma: float | None = None, **fields: Any) -> Any:
+    """The regularizer called ``name``, all its fields at their defaults but γ and others that are given.
 
     Raises:
         UnknownNameError: no regularizer has this name.
         ConfigError: it cannot be made so.
     """
-    kind = REGULARIZERS[name]
+    kind = regularizer_class(name)
     if not callable(kind):
         raise ConfigError(
             f"The regularizer {name!r} is registered as an object of {type(kind).__name__}. Register the class, or a "
             "function that makes such an object."
         )
-    given = {} if gamma is None else {"gamma": gamma}
+    given = fields if gamma is None else {"gamma": gamma, **fields}
+    if unknown := sorted(given.keys() - _parameters(kind).keys()):
+        raise ConfigError(
+            f"The regularizer {name!r} has no field {', '.join(map(repr, unknown))}. "
+            f"It has {', '.join(_parameters(kind)) or 'none'}."
+        )
     needed = [key for key, one in _parameters(kind).items() if one.default is one.empty and key not in given]
     if needed:
         called = f"{getattr(kind, '__name__', name)}({', '.join(f'{key}=...' for key in needed)})"

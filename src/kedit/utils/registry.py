@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
 
-from kedit.errors import UnknownNameError
+from kedit.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
 
@@ -17,6 +21,45 @@ def import_target(target: str) -> Any:
     """Import what ``"module:attribute"`` names; for what is needed only when it is asked for."""
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def import_file(path: str, attribute: str, kind: str) -> Any:
+    """Run a Python file and give what it calls ``attribute``: a class of the user's own.
+
+    Raises:
+        ConfigError: there is no such file, it fails, or it defines nothing of this name; ``kind`` is its noun.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"There is no file {path!r} that could define a {kind}. Check the path before the colon.")
+    name = f"kedit_file_{file.stem}"  # no installed module is called so
+    spec = importlib.util.spec_from_file_location(name, file)
+    if (held := sys.modules.get(name)) is not None and held.__file__ == str(file):
+        return _attribute(held, path, attribute)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the file is a program, which may fail as it likes
+        del sys.modules[name]
+        raise ConfigError(f"{path} fails: {type(error).__name__}: {error}. Repair it.") from error
+    return _attribute(module, path, attribute)
+
+
+def _attribute(module: ModuleType, path: str, attribute: str) -> Any:
+    if not attribute or not hasattr(module, attribute):
+        classes = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == module.__name__
+        ]
+        raise ConfigError(
+            f"{path} defines no {attribute or 'class whose name stands after the colon'}. Name one of its classes: "
+            f"{', '.join(classes)}."
+        )
+    return getattr(module, attribute)
 
 
 class Registry(Generic[T]):
