@@ -51,11 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     from contextlib import ExitStack, redirect_stdout
 
+    from kedit.cli.config import with_config
     from kedit.errors import ConfigError, KEditError
     from kedit.utils.terminal import printable_lines
 
     parser = _parser()
-    args = parser.parse_args(argv)
+    try:
+        words, command = with_config(parser, sys.argv[1:] if argv is None else argv)
+    except KEditError as error:
+        sys.stderr.write(f"kedit: {printable_lines(str(error))}\n")
+        return 1
+    args = parser.parse_args(words)
+    args.parser = command
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Plain())
@@ -100,6 +107,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from kedit import __version__
+    from kedit.cli.config import add_option
 
     parser = argparse.ArgumentParser(
         prog="kedit", description="Edit facts inside open-weight language models, and prove what the edit did."
@@ -116,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
+        add_option(sub)
         sub.set_defaults(run=module.run)
     return parser
 

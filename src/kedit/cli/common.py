@@ -157,8 +157,12 @@ def check_folder(path: str, option: str, names: Sequence[str] = (), *, force: bo
 
 def check_outputs(args: argparse.Namespace, figures: Sequence[str], files: Sequence[str] = ()) -> None:
     """Raise now, not after the work, where ``--out`` (or ``files``) or ``--figures`` cannot be written."""
+    from kedit.cli.config import check_settings_file
+
     for path in files or ([args.out] if args.out else []):
         check_file(path, force=args.force)
+    if args.out:
+        check_settings_file(settings_path(args.out))
     if args.figures:
         check_folder(args.figures, "--figures", [f"{name}.png" for name in figures], force=args.force)
 
@@ -277,6 +281,26 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def settings_path(result: str) -> Path:
+    """Where the settings of a run are written: beside the file that is its result, ``edit.config.yaml`` of ``edit.safetensors``."""
+    path = Path(result)
+    return path.with_name(f"{path.stem}.config.yaml")
+
+
+def keep_settings(args: argparse.Namespace, path: Path, editor: Any = None, regularizers: Sequence[Any] = ()) -> str:
+    """Write the settings of a run, those of its editor and regularizers as they were used; returns a line that says so."""
+    from kedit.cli.config import write_settings
+
+    used = None
+    if editor is not None:
+        call = editor.describe_call(list(regularizers))
+        used = dict(call["config"])
+        for name, fields in zip(args.regularizer or [], call["regularizers"], strict=False):
+            prefix = name.rpartition(":")[2]
+            used |= {f"{prefix}.{key}": value for key, value in fields.items() if key not in ("name", "class")}
+    return f"settings: {write_settings(path, args, used)}"
 
 
 def save_figures(folder: str, drawn: Mapping[str, Figure]) -> list[Path]:

@@ -67,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
         common.say(results[0].comparison(results[1]))
     if args.figures:
         _draw(args.figures, results)
+    if args.out:
+        editor = None if args.patch else source
+        common.say(common.keep_settings(args, common.settings_path(args.out), editor, regularizers))
     return 0
 
 

@@ -128,14 +128,14 @@ def run(args: argparse.Namespace) -> int:
         patch = result.patch
     lines = [text]
     try:
-        for line in _save(args, patch, editor):
+        for line in _save(args, patch, editor, regularizers):
             lines.append(line)
     finally:
         common.say(*lines)
     return status
 
 
-def _save(args: argparse.Namespace, patch: EditPatch, editor: Any) -> Iterator[str]:
+def _save(args: argparse.Namespace, patch: EditPatch, editor: Any, regularizers: Sequence[Any]) -> Iterator[str]:
     """Write what the options ask for, and tell of each file once it is complete."""
     if args.out:
         yield f"patch: {patch.save(args.out)}"
@@ -143,6 +143,8 @@ def _save(args: argparse.Namespace, patch: EditPatch, editor: Any) -> Iterator[s
         yield f"keys: {_save_keys(editor, args.keys)}"
     if args.save_model:
         yield f"model: {common.save_model(editor.model, editor.tokenizer, args.save_model)}"
+    if args.out:
+        yield common.keep_settings(args, common.settings_path(args.out), editor, regularizers)
 
 
 def _cases(args: argparse.Namespace) -> list[EditCase]:
@@ -171,6 +173,7 @@ def _cases(args: argparse.Namespace) -> list[EditCase]:
 
 def _check(args: argparse.Namespace, edits: Sequence[Edit]) -> None:
     """Raise now, not after the work, where options do not fit together or a file cannot be written."""
+    from kedit.cli.config import check_settings_file
     from kedit.utils.distributed import launched
     from kedit.utils.folders import is_within
 
@@ -182,6 +185,8 @@ def _check(args: argparse.Namespace, edits: Sequence[Edit]) -> None:
         raise ConfigError("--memory tells of edits that are made together. Drop --journal.")
     if args.out is not None:
         common.check_file(args.out, force=args.force or _is_of_this_journal(args, edits))
+    if args.out:
+        check_settings_file(common.settings_path(args.out))
     if args.batch_size is not None and not args.journal:
         raise EditError("--batch-size belongs to a journal. Add --journal DIR.")
     if args.batch_size is not None and args.batch_size < 1:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_TEXTS = 200  # of which the first 512 tokens are read
+SETTINGS = "config.yaml"
 RESULTS = ("report.html", "summary.md", "summary.json")
 HELP = "evaluate edits of a model"
 
@@ -56,14 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, evaluate, print the summary."""
+    from kedit.cli.config import check_settings_file
     from kedit.evaluation import evaluate
     from kedit.evaluation.journal import RUN
+    from kedit.utils.distributed import current_group
 
     if args.unedited and (args.regularizer or args.gamma is not None):
         raise ConfigError("--unedited leaves nothing to regularize. Drop it, or --regularizer.")
     if args.out:
         goes_on = (Path(args.out) / RUN).is_file()
         common.check_folder(args.out, "--out", RESULTS, force=goes_on or args.force)
+        check_settings_file(Path(args.out) / SETTINGS)
     cases = common.load_cases(args, 200)
     if args.data and not args.unedited:
         from kedit.data import with_new_targets
@@ -89,8 +93,9 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     common.say(report.to_markdown().removesuffix("\n"))
-    if args.out:
-        common.say("", f"report: {Path(args.out) / 'report.html'}")
+    if args.out and current_group().leads:
+        settings = common.keep_settings(args, Path(args.out) / SETTINGS, editor, regularizers)
+        common.say("", f"report: {Path(args.out) / 'report.html'}", settings)
     return 0
 
 

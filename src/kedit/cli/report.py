@@ -35,10 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, and write the page."""
+    from kedit.cli.config import check_settings_file
     from kedit.report import figures
     from kedit.report.overview import reveal
 
     common.check_file(args.out, force=args.force)
+    check_settings_file(common.settings_path(args.out))
     figures.style()  # without matplotlib it fails now, not after the work
     common.choose_editor(args)
     regularizers = common.make_regularizers(args)
@@ -54,5 +56,6 @@ def run(args: argparse.Namespace) -> int:
     editor = common.make_editor(args, model, tokenizer)
     overview = reveal(model, tokenizer, cases, editor, compared, samples=args.samples, seed=args.seed)
     path = overview.save(args.out)
-    common.say(overview.summary(), "", f"page: {path}")
+    settings = common.keep_settings(args, common.settings_path(args.out), editor, regularizers)
+    common.say(overview.summary(), "", f"page: {path}", settings)
     return 0

@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         lines += ["", _proposal(result), _known(model)]
     if args.out:
         lines.append(f"effects: {result.save(args.out)}")
+        lines.append(common.keep_settings(args, common.settings_path(args.out)))
     if args.figures:
         from kedit.report import figures
 
