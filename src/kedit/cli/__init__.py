@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 COMMANDS = {
+    "compare": "kedit.cli.compare",
     "demo": "kedit.cli.demo",
     "drift": "kedit.cli.drift",
     "edit": "kedit.cli.edit",

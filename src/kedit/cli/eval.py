@@ -5,7 +5,11 @@ Examples:
   kedit eval --model EleutherAI/gpt-j-6b --dtype bfloat16 --device-map auto --data counterfact.json --cases 200 --out run
   kedit eval --data merged.json --editor memit --mode batch --out run --texts wikitext.txt --generate 100
 
-Without --data, the cases are the test half of the embedded model's. To resume an interrupted run, repeat the command.
+  kedit eval --model BASE_DIR --patch edit.safetensors --data cases.json --out run
+  kedit eval --base BASE_DIR --model EDITED_DIR --data cases.json --out run
+
+Without --data, the cases are the test half of the embedded model's; with --patch, the edits that the patch names. To resume an
+interrupted run, repeat the command. kedit compare tells two runs apart.
 """
 
 from __future__ import annotations
@@ -19,11 +23,14 @@ from kedit.cli import common
 from kedit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kedit.evaluation.cases import EditCase
+    from kedit.patch import EditPatch
 
 MAX_TEXTS = 200  # of which the first 512 tokens are read
 SETTINGS = "config.yaml"
-RESULTS = ("report.html", "summary.md", "summary.json")
+RESULTS = ("report.html", "summary.md", "summary.json", "probes.csv")
 HELP = "evaluate edits of a model"
 
 
@@ -40,6 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="cases per step in sequential mode (default: 1)"
+    )
+    parser.add_argument(
+        "--patch",
+        nargs="+",
+        metavar="FILE",
+        help="measure these finished patches, applied in order, instead of editing",
+    )
+    parser.add_argument(
+        "--base", metavar="NAME", help="measure the model --model, which is edited already, beside this one, its base"
     )
     parser.add_argument("--unedited", action="store_true", help="evaluate only the unedited model")
     parser.add_argument(
@@ -62,27 +78,32 @@ def run(args: argparse.Namespace) -> int:
     from kedit.evaluation.journal import RUN
     from kedit.utils.distributed import current_group
 
+    finished = bool(args.patch or args.base)
+    if finished:
+        _check_finished(args)
     if args.unedited and (args.regularizer or args.gamma is not None):
         raise ConfigError("--unedited leaves nothing to regularize. Drop it, or --regularizer.")
     if args.out:
         goes_on = (Path(args.out) / RUN).is_file()
         common.check_folder(args.out, "--out", RESULTS, force=goes_on or args.force)
         check_settings_file(Path(args.out) / SETTINGS)
-    cases = common.load_cases(args, 200)
+    patch = _patch(args.patch) if args.patch else None
+    cases = common.load_cases(args, 200) if args.data or patch is None else _cases_of(patch)
     if args.data and not args.unedited:
         from kedit.data import with_new_targets
 
         with_new_targets(cases, args.data)
     regularizers = common.make_regularizers(args)
     model, tokenizer = common.load_model(args)
-    editor = None if args.unedited else common.make_editor(args, model, tokenizer)
+    editor = None if args.unedited or finished else common.make_editor(args, model, tokenizer)
     report = evaluate(
         model,
         tokenizer,
         cases,
-        editor,
+        editor if patch is None else patch,
         regularizers,
         args.mode,
+        base=_base(args, tokenizer) if args.base else None,
         out=args.out,
         metrics=args.metric,
         batch_size=args.batch_size,
@@ -97,6 +118,49 @@ def run(args: argparse.Namespace) -> int:
         settings = common.keep_settings(args, Path(args.out) / SETTINGS, editor, regularizers)
         common.say("", f"report: {Path(args.out) / 'report.html'}", settings)
     return 0
+
+
+def _check_finished(args: argparse.Namespace) -> None:
+    """Raise where options of editing stand beside a finished patch or model."""
+    if args.patch and args.base:
+        raise ConfigError("--patch measures patches on --model, and --base an edited model. Give one of them.")
+    given = ("editor", "regularizer", "set", "gamma", "moments_corpus", "unedited")
+    editing = [f"--{name.replace('_', '-')}" for name in given if getattr(args, name) not in (None, [], False)]
+    if args.mode != "single":
+        editing.append("--mode")
+    if editing:
+        raise ConfigError(
+            f"{'--patch' if args.patch else '--base'} measures what is finished. Drop {', '.join(editing)}."
+        )
+    if args.base and args.model is None:
+        raise ConfigError("--base is the model before its edits. Give --model, the edited one, too.")
+
+
+def _patch(paths: list[str]) -> EditPatch:
+    from kedit.patch import EditPatch
+
+    patches = [EditPatch.load(path) for path in paths]
+    return EditPatch.merge(patches) if len(patches) > 1 else patches[0]
+
+
+def _cases_of(patch: EditPatch) -> list[EditCase]:
+    """The edits that a patch names, as cases."""
+    from kedit.edit import Edit
+    from kedit.evaluation.cases import EditCase
+
+    edits = [Edit.from_dict(edit) for edit in patch.provenance.get("edits") or []]
+    if not edits:
+        raise ConfigError("The patch names no edits, so there is nothing to ask. Give --data.")
+    return [EditCase.of(str(number), edit) for number, edit in enumerate(edits)]
+
+
+def _base(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model before its edits."""
+    from kedit.evaluation.finished import check_same_tokenizer
+
+    base, own = common.load_model(argparse.Namespace(**{**vars(args), "model": args.base}))
+    check_same_tokenizer(own, tokenizer)
+    return base
 
 
 def _texts(path: str | None, model: PreTrainedModel) -> tuple[str, ...]:

@@ -10,12 +10,14 @@ from kedit.editors import get_editor as make_editor
 from kedit.editors.base import Editor
 from kedit.errors import ConfigError
 from kedit.evaluation.cases import EditCase, check_cases
+from kedit.evaluation.finished import FinishedRun
 from kedit.evaluation.journal import Journal
 from kedit.evaluation.metrics import METRICS
 from kedit.evaluation.probing import EvalOptions
 from kedit.evaluation.report import EvalReport
 from kedit.evaluation.runner import CHUNK, EvalMode, Run
 from kedit.models.lock import holding_model
+from kedit.patch import EditPatch
 from kedit.regularizers import Choice
 from kedit.utils.distributed import current_group
 
@@ -28,10 +30,11 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     cases: Iterable[EditCase],
-    editor: str | Editor | None = "rome",
+    editor: str | Editor | EditPatch | None = "rome",
     regularizer: Choice = None,
     mode: EvalMode = "single",
     *,
+    base: PreTrainedModel | None = None,
     out: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
     metrics: str | Sequence[str] | None = None,
@@ -45,10 +48,13 @@ def evaluate(
         model: a causal language model.
         tokenizer: its fast tokenizer.
         cases: what to edit and to ask; see :func:`kedit.data.load_cases`.
-        editor: a name, an editor of this very model, or ``None`` for the unedited model alone.
+        editor: a name, an editor of this very model, or ``None`` for the unedited model alone. A finished patch
+            (:class:`kedit.EditPatch`) is measured as it is: "before" is the model without it, "after" the model with it.
         regularizer: as in :meth:`Editor.apply`.
         mode: ``"single"``: each case alone on the unedited model; ``"batch"``: all at once; ``"sequential"``: one
             after the other, ``batch_size`` cases at a time, all asked at the end.
+        base: the model before its edits, where ``model`` is a finished one: "before" is measured on ``base``, "after" on ``model``.
+            Give ``editor=None`` with it. Both models have the tokenizer.
         out: folder for records and report; a run that was interrupted there goes on where it stopped.
         config: the editor's hyper-parameters, where it is given by name.
         metrics: name or names of the metrics to report; all that have values if not given.
@@ -66,8 +72,12 @@ def evaluate(
     for name in metrics or ():
         METRICS[name]
     chosen = check_cases(cases)
-    made = _editor(model, tokenizer, editor, config)
-    run = Run(model, tokenizer, chosen, made, regularizer, mode, _extent(extent), chunk, batch_size)
+    measured = _extent(extent)
+    if base is not None or isinstance(editor, EditPatch):
+        run = _finished(model, tokenizer, chosen, editor, regularizer, mode, base, config, measured, chunk)
+    else:
+        made = _editor(model, tokenizer, editor, config)
+        run = Run(model, tokenizer, chosen, made, regularizer, mode, measured, chunk, batch_size)
     journal = None if out is None else Journal(out, run.identity())
     records = run.go(journal)
     report = EvalReport(records, run.meta(), tuple(metrics) if metrics is not None else None)
@@ -75,6 +85,30 @@ def evaluate(
         report.save(journal.folder)
         journal.tidy()
     return report
+
+
+def _finished(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: list[EditCase],
+    editor: str | Editor | EditPatch | None,
+    regularizer: Choice,
+    mode: EvalMode,
+    base: PreTrainedModel | None,
+    config: Mapping[str, Any] | None,
+    measured: EvalOptions,
+    chunk: int,
+) -> Run:
+    if regularizer is not None and regularizer != [] or config or mode != "single":
+        raise ConfigError(
+            "What is measured is finished, so regularizer, config and mode have no meaning. Leave them out."
+        )
+    if base is None:
+        assert isinstance(editor, EditPatch)
+        return FinishedRun(model, tokenizer, cases, measured, chunk, patch=editor)
+    if editor is not None:
+        raise ConfigError("With base, the model is edited already. Give editor=None.")
+    return FinishedRun(base, tokenizer, cases, measured, chunk, changed=model)
 
 
 def _editor(

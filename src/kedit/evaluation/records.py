@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kedit.evaluation.cases import Kind
+from kedit.evaluation.cases import Kind, Probe
 from kedit.prompts.likelihood import Answer
 
 
@@ -91,6 +91,7 @@ class CaseRecord:
     Attributes:
         id: of the case.
         prompt: the edit's prompt, subject in place, and what was written.
+        asked: the probes, in the order of their scores: prompts and answers as text. Empty in records of older versions.
         before: scores of the unedited model.
         after: scores of the edited one.
         seconds: time by stage.
@@ -99,6 +100,7 @@ class CaseRecord:
 
     id: str
     prompt: str
+    asked: tuple[Probe, ...] = ()
     before: CaseScore
     after: CaseScore
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -106,7 +108,10 @@ class CaseRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        record = {"id": self.id, "prompt": self.prompt, "before": self.before.to_dict(), "after": self.after.to_dict()}
+        record: dict[str, Any] = {"id": self.id, "prompt": self.prompt}
+        if self.asked:
+            record["asked"] = [probe.to_dict() for probe in self.asked]
+        record |= {"before": self.before.to_dict(), "after": self.after.to_dict()}
         return {**record, "seconds": dict(self.seconds), "failure": self.failure}
 
     @classmethod
@@ -114,4 +119,5 @@ class CaseRecord:
         """The inverse of :meth:`to_dict`."""
         before, after = (CaseScore.from_dict(record[name]) for name in ("before", "after"))
         plain = {name: record[name] for name in ("id", "prompt", "seconds", "failure")}
-        return cls(before=before, after=after, **plain)
+        asked = tuple(Probe(**probe) for probe in record.get("asked", ()))
+        return cls(before=before, after=after, asked=asked, **plain)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kedit.edit import json_lines
-from kedit.errors import EditError
+from kedit.errors import DependencyError, EditError
 from kedit.evaluation.journal import make_folder, write_text
 from kedit.evaluation.metrics import METRICS, Metric, chosen
 from kedit.evaluation.records import CaseRecord
 from kedit.evaluation.statistics import Estimate, Floats, case_weights, difference
 from kedit.utils.registry import import_target
+from kedit.utils.validation import check_choice
 
 Estimates = dict[str, Estimate | None]
 
@@ -60,6 +63,28 @@ class EvalReport:
         return chosen(self.names)
 
     @property
+    def missing(self) -> dict[str, str]:
+        """The metrics that were asked for by name and have no value, with the reason."""
+        return {
+            metric.name: self._why_missing(metric)
+            for metric in self.metrics
+            if self.names and metric.name not in self.estimates
+        }
+
+    def _why_missing(self, metric: Metric) -> str:
+        if metric.parts:
+            parts = [
+                name for name in metric.parts if METRICS[name].measure(self.records, self._weights)["after"] is None
+            ]
+            return "; ".join(f"{name}: {self._why_missing(METRICS[name])}" for name in parts)
+        kinds = {probe.kind for record in self.records for probe in record.after.probes}
+        if metric.kinds and not metric.kinds & kinds:
+            return f"no case has {' or '.join(sorted(metric.kinds))} probes"
+        if metric.name in _MEASURED_BY:
+            return f"it is measured with {_MEASURED_BY[metric.name]}"
+        return "none of the probes that it reads has what it needs (such as a wrong answer)"
+
+    @property
     def failures(self) -> dict[str, str]:
         """The reasons why edits failed, by case."""
         return {record.id: record.failure for record in self.records if record.failure}
@@ -87,6 +112,48 @@ class EvalReport:
             differences[metric.name] = difference(now, then, self._weights)
         return {name: value for name, value in differences.items() if value is not None or names is not None}
 
+    def rows(self, of: Literal["probes", "metrics"] = "probes") -> list[dict[str, Any]]:
+        """The report as rows of plain values, for tables.
+
+        Args:
+            of: ``"probes"``: a row for each probe of each case, with its texts and its scores before and after (``nll_right``,
+                ``probability_right``, ``accuracy_right``, the same of the wrong answer, ``exact``, ``text``, ...); ``"metrics"``:
+                a row for each metric, with its value, interval and n before and after, and the difference.
+
+        Raises:
+            ConfigError: ``of`` is neither.
+        """
+        check_choice("of", of, ("probes", "metrics"))
+        return (
+            list(_metric_rows(self.estimates))
+            if of == "metrics"
+            else [row for record in self.records for row in _probe_rows(record)]
+        )
+
+    def to_frame(self, of: Literal["probes", "metrics"] = "probes") -> Any:
+        """The rows as a ``pandas.DataFrame``; needs the package pandas.
+
+        Raises:
+            DependencyError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise DependencyError(
+                "to_frame() needs pandas: pip install pandas. rows() gives the same as a list."
+            ) from error
+        return pandas.DataFrame(self.rows(of))
+
+    def to_csv(self, of: Literal["probes", "metrics"] = "probes") -> str:
+        """The rows as CSV with a header."""
+        rows = self.rows(of)
+        text = io.StringIO()
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
     def summary(self) -> dict[str, Any]:
         """The whole report but for the records, as JSON values."""
         measured = {}
@@ -95,7 +162,8 @@ class EvalReport:
             about = {key: getattr(metric, key) for key in ("label", "direction", "protocol", "source", "summary")}
             states = {state: None if value is None else value.to_dict() for state, value in states_of.items()}
             measured[name] = {**about, **states}
-        return {"run": self.meta, "metrics": measured, "failures": self.failures, "seconds": self.seconds}
+        summary = {"run": self.meta, "metrics": measured, "failures": self.failures, "seconds": self.seconds}
+        return {**summary, "missing": self.missing} if self.missing else summary
 
     def to_markdown(self) -> str:
         """Title, a table of the metrics, failures and time."""
@@ -117,6 +185,9 @@ class EvalReport:
             "",
             "In brackets: 95% bootstrap interval by case; n counts prompts, or cases where a protocol averages by case.",
         ]
+        if self.missing:
+            lines += ["", "Asked for, and not measured:", ""]
+            lines += [f"- {METRICS[name].label} (`{name}`): {reason}." for name, reason in self.missing.items()]
         if self.failures:
             lines += ["", f"{len(self.failures)} edits failed and count as unedited:", ""]
             lines += [f"- {name}: {reason}" for name, reason in self.failures.items()]
@@ -128,7 +199,7 @@ class EvalReport:
         return str(import_target("kedit.report.evaluation:evaluation_page")(self))
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``records.jsonl``, ``summary.json``, ``summary.md`` and ``report.html``; returns the folder.
+        """Write ``records.jsonl``, ``summary.json``, ``summary.md``, ``probes.csv`` and ``report.html``; returns the folder.
 
         Raises:
             EditError: the folder cannot be made or written.
@@ -138,6 +209,7 @@ class EvalReport:
         write_text(target / "records.jsonl", "\n".join(lines) + "\n")
         write_text(target / "summary.json", json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n")
         write_text(target / "summary.md", self.to_markdown())
+        write_text(target / "probes.csv", self.to_csv())
         write_text(target / "report.html", self.to_html())
         return target
 
@@ -165,16 +237,56 @@ class EvalReport:
 
     def _state(self) -> str:
         restored = "weights restored" if self.meta.get("weights_restored") else "WEIGHTS NOT RESTORED"
-        dropped = self.meta.get("dropped_probes", 0)
-        return restored + (
+        dropped, unnamed = self.meta.get("dropped_probes", 0), self.meta.get("cases_not_in_patch", 0)
+        state = restored + (
             f", {dropped} probes left out because the run edits the facts they ask for" if dropped else ""
         )
+        return state + (f", {unnamed} cases are about edits that the patch does not name" if unnamed else "")
 
     def __repr__(self) -> str:
         labelled = {
             METRICS[name].label: show(self.estimates[name]["after"]) for name in self.estimates if name in _SHORT
         }
         return f"EvalReport({self.title}: {', '.join(f'{label} {text}' for label, text in labelled.items())})"
+
+
+_MEASURED_BY = {
+    "fluency": "generate=100 (--generate 100)",
+    "reference_score": "generate=100 (--generate 100), on cases with references",
+    "perplexity": "texts (--texts FILE)",
+    "kl_drift": "texts (--texts FILE)",
+    "attention_drift": "attention=True (--attention)",
+    "attention_gain": "attention=True (--attention)",
+    **{f"{name}_exact": "exact=True (without --no-exact)" for name in ("rewrite", "paraphrase", "portability")},
+}
+
+
+def _metric_rows(estimates: Mapping[str, Estimates]) -> Iterator[dict[str, Any]]:
+    for name, states in estimates.items():
+        row: dict[str, Any] = {"metric": name, "label": METRICS[name].label, "direction": METRICS[name].direction}
+        for state, estimate in states.items():
+            if estimate is not None:
+                row |= {state: estimate.value, f"{state}_low": estimate.low, f"{state}_high": estimate.high}
+                row |= {"n": estimate.n, "cases": estimate.cases}
+        yield row
+
+
+def _probe_rows(record: CaseRecord) -> Iterator[dict[str, Any]]:
+    asked = record.asked or [None] * len(record.after.probes)
+    for number, probe in enumerate(asked):
+        before, after = record.before.probes[number], record.after.probes[number]
+        row: dict[str, Any] = {"case": record.id, "edit": record.prompt, "probe": number, "kind": str(after.kind)}
+        row |= {name: getattr(probe, name, None) for name in ("prompt", "right", "wrong")}
+        for state, score in (("before", before), ("after", after)):
+            for side in ("right", "wrong"):
+                answer = getattr(score, side)
+                if answer is not None:
+                    measured = {"nll": answer.nll, "probability": answer.probability, "accuracy": answer.accuracy}
+                    row |= {f"{what}_{side}_{state}": value for what, value in measured.items()}
+            known = {name: getattr(score, name) for name in ("exact", "text", "entropy")}
+            row |= {f"{name}_{state}": value for name, value in known.items() if value is not None}
+            row |= {f"attention_{name}_{state}": value for name, value in score.attention.items()}
+        yield {**row, "failure": record.failure}
 
 
 _SHORT = ("es", "ps", "ns", "rs", "dns", "score")

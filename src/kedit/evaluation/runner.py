@@ -170,7 +170,15 @@ class Run:
                 start = time.perf_counter()
                 after = before if failure else examiner.score([case])[0]
             seconds["after"] = time.perf_counter() - start
-        return CaseRecord(id=case.id, prompt=_title(case), before=before, after=after, seconds=seconds, failure=failure)
+        return CaseRecord(
+            id=case.id,
+            prompt=_title(case),
+            asked=case.probes,
+            before=before,
+            after=after,
+            seconds=seconds,
+            failure=failure,
+        )
 
     def _joint(
         self, examiner: ProbeScorer, done: Mapping[str, CaseRecord], journal: Journal | None
@@ -187,22 +195,34 @@ class Run:
         edit = JointEdit(self.editor, self.regularizers, steps, journal)
         with edit.in_place():
             shared["edit"] = edit.seconds / len(self.cases)
-            for cases in self._chunks():
-                if all(case.id in done for case in cases):
-                    continue
-                start = time.perf_counter()
-                after = examiner.score(cases)
-                seconds = {**shared, "after": (time.perf_counter() - start) / len(cases)}
-                for case, score in zip(cases, after, strict=True):
-                    if case.id not in done:
-                        yield CaseRecord(
-                            id=case.id,
-                            prompt=_title(case),
-                            before=before[case.id],
-                            after=score,
-                            seconds=seconds,
-                            failure=edit.failures.get(case.id),
-                        )
+            yield from self._asked_after(examiner, done, before, shared, edit.failures)
+
+    def _asked_after(
+        self,
+        examiner: ProbeScorer,
+        done: Mapping[str, CaseRecord],
+        before: Mapping[str, CaseScore],
+        shared: Mapping[str, float],
+        failures: Mapping[str, str],
+    ) -> Iterator[CaseRecord]:
+        """The records of all cases that are missing, asked of the model as it is now."""
+        for cases in self._chunks():
+            if all(case.id in done for case in cases):
+                continue
+            start = time.perf_counter()
+            after = examiner.score(cases)
+            seconds = {**shared, "after": (time.perf_counter() - start) / len(cases)}
+            for case, score in zip(cases, after, strict=True):
+                if case.id not in done:
+                    yield CaseRecord(
+                        id=case.id,
+                        prompt=_title(case),
+                        asked=case.probes,
+                        before=before[case.id],
+                        after=score,
+                        seconds=seconds,
+                        failure=failures.get(case.id),
+                    )
 
     def _chunks(self) -> Iterator[list[EditCase]]:
         """The chunks of cases that this process asks."""

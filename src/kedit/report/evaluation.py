@@ -57,7 +57,9 @@ def _metrics(report: EvalReport) -> str:
     note = (
         "<p><small>In brackets: 95% bootstrap interval by case. Point at a metric's name for what it means.</small></p>"
     )
-    return table(heads, rows) + note
+    missing = [f"{escape(METRICS[name].label)}: {escape(reason)}" for name, reason in report.missing.items()]
+    unmeasured = f"<p>Asked for, and not measured: {'; '.join(missing)}.</p>" if missing else ""
+    return table(heads, rows) + note + unmeasured
 
 
 def _failures(report: EvalReport) -> str:
