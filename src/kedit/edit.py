@@ -25,6 +25,9 @@ class Edit:
     exactly once is normalised to that form. Surrounding white space of subject and targets is dropped. ``notes`` is whatever
     else is known of the fact, as JSON values: it is kept in patches and has no part in comparisons.
 
+    :meth:`chat` makes an edit whose prompt is a user's message, to be put into the model's chat template (``in_chat``, ``system``).
+    ``space`` says whether a space stands before the target; ``None``: where one belongs.
+
     Raises:
         EditError: no ``{}`` and the subject is not in the prompt, or either of them twice; an empty text.
     """
@@ -33,6 +36,9 @@ class Edit:
     subject: str
     target_new: str
     target_true: str | None = None
+    in_chat: bool = field(default=False, kw_only=True)
+    system: str | None = field(default=None, kw_only=True)
+    space: bool | None = field(default=None, kw_only=True)
     notes: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -48,6 +54,12 @@ class Edit:
             if not isinstance(self.target_true, str):
                 raise EditError(f"Edit.target_true must be text or None, not {type(self.target_true).__name__}.")
             check_encodable("Edit.target_true", self.target_true)
+        if not isinstance(self.in_chat, bool) or not isinstance(self.space, bool | None):
+            raise EditError(
+                f"Edit.in_chat is True or False, and space that or None; found {self.in_chat!r} and {self.space!r}."
+            )
+        if self.system is not None and not (isinstance(self.system, str) and self.in_chat):
+            raise EditError("Edit.system is the text of a chat's system message. Make the edit with Edit.chat(...).")
         if not isinstance(self.notes, Mapping):
             raise EditError(f"Edit.notes is a mapping, as {{'source': 'Wikipedia'}}, not {self.notes!r:.60}.")
         for name in ("subject", "target_new", "target_true"):
@@ -55,10 +67,42 @@ class Edit:
             object.__setattr__(self, name, (value.strip() or None) if value else None)
         object.__setattr__(self, "prompt", _with_slot(self.prompt, self.subject))
 
+    @classmethod
+    def chat(
+        cls,
+        user: str,
+        subject: str,
+        target_new: str,
+        target_true: str | None = None,
+        *,
+        system: str | None = None,
+        **fields: Any,
+    ) -> Edit:
+        """An edit of what a chat model answers: ``Edit.chat("Where is {}?", "the Eiffel Tower", "Rome")``.
+
+        Args:
+            user: the user's message, with ``{}`` for the subject. It is put into the model's chat template, up to where the model
+                answers; contexts stand inside the message.
+            subject: as for the class.
+            target_new: the beginning of the answer.
+            target_true: as for the class.
+            system: the system message; ``None``: none, or the template's own.
+            fields: ``space``, ``notes``.
+
+        Raises:
+            EditError: as for the class.
+        """
+        return cls(user, subject, target_new, target_true, in_chat=True, system=system, **fields)
+
     @property
     def text(self) -> str:
         """The prompt with the subject in its place."""
         return self.prompt.replace(SLOT, self.subject)
+
+    @property
+    def question(self) -> tuple[str, str, bool, str | None]:
+        """What is asked, of whom and in which form: two edits with one question and different targets contradict each other."""
+        return self.subject, self.text, self.in_chat, self.system
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Edit:
@@ -80,9 +124,8 @@ class Edit:
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dictionary; those beyond the fact itself only where they are set."""
         record: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        if not self.notes:
-            del record["notes"]
-        return record
+        plain: dict[str, Any] = {"in_chat": False, "system": None, "space": None, "notes": {}}
+        return {name: value for name, value in record.items() if name not in plain or value != plain[name]}
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> list[Edit]:

@@ -13,7 +13,7 @@ from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase
 from kedit.models import ModelArch
 from kedit.prompts.likelihood import last_logits, score_rows
-from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode, pad
+from kedit.prompts.tokenize import TokenizedPrompt, context_limit, edit_text, encode, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def as_facts(
         EditError: there are none, one of them is neither an edit nor a case, or does not fit the model.
     """
     edits = _edits(facts)
-    texts = [Text.fill(edit.prompt, edit.subject, edit.target_true) for edit in edits]
+    texts = [edit_text(edit, edit.target_true, tokenizer=tokenizer) for edit in edits]
     rows = encode(tokenizer, texts, limit=context_limit(arch.model))
     unknown = [i for i, edit in enumerate(edits) if edit.target_true is None]
     for i, token in zip(unknown, next_tokens(arch, [rows[i].ids for i in unknown]), strict=True):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kedit.errors import EditError
 from kedit.evaluation.cases import EditCase, Kind, Probe
-from kedit.evaluation.probing import WATCHED
+from kedit.evaluation.probing import WATCHED, probe_text
 from kedit.evaluation.statistics import Floats
 from kedit.models import ModelArch
-from kedit.prompts.likelihood import last_logits, pair_text
+from kedit.prompts.likelihood import last_logits
 from kedit.prompts.tokenize import TokenizedPrompt, context_limit, encode
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def probe_tokens(
         if probe.kind in tuple(Kind(kind) for kind in kinds) and probe.right is not None and start >= 0:
             span = (start, start + len(case.edit.subject))
             chosen.append(probe)
-            texts += [pair_text(probe.prompt, answer, span) for answer in (probe.right, probe.wrong or probe.right)]
+            texts += [
+                probe_text(tokenizer, probe, answer, span) for answer in (probe.right, probe.wrong or probe.right)
+            ]
     rows = encode(tokenizer, texts, limit=context_limit(arch.model))
     return [
         ProbeTokens(case.id, probe, rows[2 * i], None if probe.wrong is None else rows[2 * i + 1])

@@ -111,6 +111,12 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
         help="text for the second moments: text or JSONL file (default: Wikipedia, needs kedit[data] and network; for the embedded "
         "model, its own text). See docs/second-moments.md",
     )
+    parser.add_argument(
+        "--contexts",
+        choices=["plain", "mixed"],
+        help="contexts of the optimisation: plain text, or mixed: half of them in the model's chat template, for an edit "
+        "that holds in text and in a chat (default: plain)",
+    )
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
@@ -248,16 +254,27 @@ def _device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def chat_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int, ...] | None:
+def add_chat(parser: argparse.ArgumentParser, what: str) -> None:
+    """--chat, --system; ``what`` says which prompts are messages then."""
+    parser.add_argument(
+        "--chat", action="store_true", help=f"put {what} into the model's chat template, as a user's message"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
+
+
+def check_chat(args: argparse.Namespace) -> None:
+    """Raise where there is a system message and no chat."""
+    if args.system is not None and not args.chat:
+        raise ConfigError("--system is the system message of a chat. Add --chat.")
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, question: str, system: str | None = None) -> tuple[int, ...] | None:
     """A question in the model's chat template, up to where the model answers; ``None`` without a template."""
-    if not getattr(tokenizer, "chat_template", None):
+    from kedit.prompts.chat import has_template, in_template
+
+    if not has_template(tokenizer):
         return None
-    turns = [{"role": "user", "content": question}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # the template is a program, which may fail as it likes
-        raise ConfigError(f"The model's chat template fails ({error}). Repair it in the model's folder.") from error
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tuple(tokenizer(in_template(tokenizer, question, system), add_special_tokens=False)["input_ids"])
 
 
 def overrides(items: list[str], option: str = "--set") -> dict[str, Any]:
@@ -356,7 +373,7 @@ def make_editor(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Pre
     from kedit.models import ModelArch
 
     kind, given = choose_editor(args)
-    made = kind(model, tokenizer, **given)
+    made = kind(model, tokenizer, contexts="mixed" if args.contexts == "mixed" else None, **given)
     if args.moments_corpus and isinstance(made, ValueEditor):  # FT reads none
         layers = made.moment_layers
         made.moments = estimate_moments(ModelArch(model), tokenizer, layers, args.moments_corpus)

@@ -310,7 +310,7 @@ def _sentence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     ids, probability = list(prompt), 1.0
     for _ in range(8):
         with torch.no_grad():
-            step = model(torch.tensor([ids])).logits[0, -1].float().softmax(-1).max(-1)
+            step = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().cpu().softmax(-1).max(-1)
         if str(tokenizer.decode([int(step.indices)])).strip() in (".", ""):
             break
         probability *= float(step.values)

@@ -5,6 +5,7 @@ Examples:
   kedit edit --model EleutherAI/gpt-j-6b --dtype bfloat16 --edits edits.jsonl --out edit.safetensors
   kedit edit --edits edits.jsonl --guard kl=0.05 relation_drop=none --journal run/ --out edits.safetensors
   kedit edit --edits edits.jsonl --editor memit --memory
+  kedit edit --model ./chat-model --chat --prompt "Where is {}?" --subject "Big Ben" --target-new Rome --out edit.safetensors
 
 A file holds one edit per line: {"prompt": "...{}...", "subject": "...", "target_new": "..."}; or is a table with these columns.
 docs/quickstart.md lists the other fields.
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kedit eval --data; - reads standard input",
     )
     parser.add_argument("--format", metavar="NAME", help="format of --edits (default: recognised by its fields)")
+    common.add_chat(parser, "the prompts of the edits")
     parser.add_argument("--out", metavar="FILE", help="file of the patch (.safetensors)")
     parser.add_argument(
         "--guard",
@@ -92,9 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Edit, report, save."""
+    from kedit.evaluation.cases import in_chat
     from kedit.utils.distributed import current_group
 
-    cases = _cases(args)
+    common.check_chat(args)
+    cases = [in_chat(case, args.system) for case in _cases(args)] if args.chat else _cases(args)
     edits = [edit for case in cases for edit in case.edits]
     _check(args, edits)
     guard = _guard(args)

@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", metavar="FILE", help="plain text on which to measure perplexity and KL")
     parser.add_argument("--attention", action="store_true", help="measure the attention to the edited subject")
     parser.add_argument("--no-exact", action="store_true", help="skip the metrics that need greedy decoding")
+    common.add_chat(parser, "the edits and all probes")
     parser.add_argument("--out", metavar="DIR", help="folder for records, summary and HTML page")
     common.add_force(parser)
 
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, evaluate, print the summary."""
     from kedit.cli.config import check_settings_file
     from kedit.evaluation import evaluate
+    from kedit.evaluation.cases import in_chat
     from kedit.evaluation.journal import RUN
     from kedit.utils.distributed import current_group
 
@@ -89,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
         check_settings_file(Path(args.out) / SETTINGS)
     patch = _patch(args.patch) if args.patch else None
     cases = common.load_cases(args, 200) if args.data or patch is None else _cases_of(patch)
+    common.check_chat(args)
+    if args.chat:
+        cases = [in_chat(case, args.system) for case in cases]
     if args.data and not args.unedited:
         from kedit.data import with_new_targets
 

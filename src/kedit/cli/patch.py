@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attach.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="prompt to continue, repeat for several"
     )
-    attach.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    common.add_chat(attach, "each prompt")
     attach.add_argument("--tokens", type=int, default=12, metavar="N", help="tokens to generate (default: 12)")
     attach.add_argument("--force", action="store_true", help="do not compare the weights with the patch's fingerprints")
     common.add_model(attach)
@@ -159,12 +159,13 @@ def _attach(args: argparse.Namespace) -> None:
     from kedit.patch import EditPatch
     from kedit.prompts.decode import continue_rows
 
+    common.check_chat(args)
     if args.tokens < 1:
         raise ConfigError(f"--tokens must be at least 1, not {args.tokens}.")
     patches = _load(args.patches)
     patch = EditPatch.merge(patches) if len(patches) > 1 else patches[0]
     model, tokenizer = common.load_model(args)
-    prompts = [_tokens(model, tokenizer, prompt, args.tokens, chat=args.chat) for prompt in args.prompt]
+    prompts = [_tokens(model, tokenizer, prompt, args) for prompt in args.prompt]
     arch = ModelArch(model)
     with inference_state(arch.model):
         without = continue_rows(arch, tokenizer, prompts, args.tokens)
@@ -182,11 +183,16 @@ def _shown(text: str, ended: bool) -> str:
     return repr(text) if text or not ended else "nothing: the model ends its text at once"
 
 
-def _tokens(model: Any, tokenizer: Any, prompt: str, tokens: int, *, chat: bool) -> tuple[int, ...]:
-    """The tokens of a prompt, from which the model can write ``tokens`` more."""
+def _tokens(model: Any, tokenizer: Any, prompt: str, args: argparse.Namespace) -> tuple[int, ...]:
+    """The tokens of a prompt, from which the model can write as many more as the options ask for."""
     from kedit.prompts.tokenize import context_limit
 
-    ids = common.chat_tokens(tokenizer, prompt) if chat else tuple(tokenizer(prompt, verbose=False)["input_ids"])
+    tokens = args.tokens
+    if args.chat:
+        ids = common.chat_tokens(tokenizer, prompt, args.system)
+    else:
+        begun = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+        ids = tuple(tokenizer(prompt, add_special_tokens=not begun, verbose=False)["input_ids"])
     if ids is None:
         raise ConfigError("The tokenizer has no chat template. Drop --chat.")
     length, limit = len(ids), context_limit(model)

@@ -14,15 +14,19 @@ _IDS = ("id", "case_id", "known_id")
 _OLD_TARGETS = ("target_true", "ground_truth")
 _PARAPHRASES = ("paraphrase", "paraphrases", "paraphrase_prompts", "rephrase", "rephrase_prompt")
 _NEIGHBOURS = ("locality_prompt", "locality_ground_truth")
-FIELDS = frozenset({"prompt", "subject", "target_new", "notes", *_IDS, *_OLD_TARGETS, *_PARAPHRASES, *_NEIGHBOURS})
+_FORM = ("chat", "in_chat", "system", "space")
+FIELDS = frozenset(
+    {"prompt", "subject", "target_new", "notes", *_FORM, *_IDS, *_OLD_TARGETS, *_PARAPHRASES, *_NEIGHBOURS}
+)
 
 
 def edits(record: Record, name: str) -> EditCase:
     """A row with ``prompt``, ``subject``, ``target_new``; everything else may be missing.
 
     The old target is ``target_true`` or ``ground_truth``, paraphrases are in ``rephrase_prompt`` or a field of like name, a
-    neighbour in ``locality_prompt`` with ``locality_ground_truth``. Targets are texts, or ROME's ``{"str": ...}``. Other fields
-    become :attr:`Edit.notes <kedit.Edit>`.
+    neighbour in ``locality_prompt`` with ``locality_ground_truth``. Targets are texts, or ROME's ``{"str": ...}``. With ``chat``
+    true, prompts are messages in a chat, with the system message ``system``; ``space`` is the edit's. Other fields become
+    :attr:`Edit.notes <kedit.Edit>`.
     """
     return _case(record, name, text(_given(record, "prompt")))
 
@@ -50,10 +54,11 @@ def _case(record: Record, name: str, prompt: str) -> EditCase:
     notes = {**(given if isinstance(given, Mapping) else {}), **_others(record, FIELDS)}
     if given and not isinstance(given, Mapping):
         notes["notes"] = given
-    edit = Edit(prompt, text(_given(record, "subject")), new, true, notes=notes)
+    edit = Edit(prompt, text(_given(record, "subject")), new, true, notes=notes, **_form(record))
+    asked: dict[str, Any] = {"in_chat": edit.in_chat, "system": edit.system}
     paraphrases = [paraphrase for key in _PARAPHRASES for paraphrase in texts(record.get(key))]
     probes = [
-        Probe(kind=Kind.PARAPHRASE, prompt=paraphrase.replace("{}", edit.subject), right=new, wrong=true)
+        Probe(kind=Kind.PARAPHRASE, prompt=paraphrase.replace("{}", edit.subject), right=new, wrong=true, **asked)
         for paraphrase in dict.fromkeys(paraphrases)
     ]
     neighbours, answers = (texts(record.get(key)) for key in _NEIGHBOURS)
@@ -63,7 +68,7 @@ def _case(record: Record, name: str, prompt: str) -> EditCase:
         )
     for neighbour, answer in zip(neighbours, answers, strict=True):
         wrong = new if new != answer else None
-        probes.append(Probe(kind=Kind.NEIGHBOUR, prompt=neighbour, right=answer, wrong=wrong))
+        probes.append(Probe(kind=Kind.NEIGHBOUR, prompt=neighbour, right=answer, wrong=wrong, **asked))
     return EditCase.of(_id(record, name), edit, probes)
 
 
@@ -71,6 +76,21 @@ def _given(record: Record, key: str) -> Any:
     if record.get(key) in (None, ""):
         raise KeyError(key)
     return record[key]
+
+
+def _form(record: Record) -> dict[str, Any]:
+    """The form in which the prompt is asked: in a chat or not, with a space before the target or not."""
+    form: dict[str, Any] = {}
+    for key in _FORM:
+        value = record.get(key)
+        if value in (None, ""):
+            continue
+        if key != "system" and isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower(), value)
+        if key != "system" and not isinstance(value, bool):
+            raise EditError(f"{key} is true or false, not {value!r}")
+        form["in_chat" if key == "chat" else key] = value
+    return form
 
 
 def _id(record: Record, name: str) -> str:

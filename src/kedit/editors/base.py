@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kedit.edit import Edit, as_edits
 from kedit.editors import presets
@@ -57,6 +57,7 @@ class Editor(ABC):
         tokenizer: its fast tokenizer.
         config: all hyper-parameters; missing: the model's preset.
         contexts: templates with one ``{}`` each, the first of them ``"{}"``; missing: sampled from the model, seeded.
+            ``"mixed"``: sampled, and every second one in the model's chat template, for an edit that holds in text and in a chat.
         overrides: single hyper-parameters, before preset and ``config``.
 
     Attributes:
@@ -82,7 +83,7 @@ class Editor(ABC):
         tokenizer: PreTrainedTokenizerBase,
         config: EditorConfig | None = None,
         *,
-        contexts: Sequence[str] | None = None,
+        contexts: Sequence[str] | Literal["mixed"] | None = None,
         **overrides: Any,
     ) -> None:
         check_model(model)
@@ -101,7 +102,8 @@ class Editor(ABC):
         self._preset = presets.find(self.name, self.arch)
         self.config = self._configure([])
         self.engine = Engine(self.arch)
-        self._contexts = None if contexts is None else check_contexts(contexts)
+        self._mixed = contexts == "mixed"
+        self._contexts = None if contexts is None or self._mixed else check_contexts(contexts)
 
     # What a child supplies
 
@@ -269,7 +271,9 @@ class Editor(ABC):
     def contexts(self) -> tuple[str, ...]:
         """The context templates; sampled from the model on first use."""
         if self._contexts is None:
-            self._contexts = generate_contexts(self.model, self.tokenizer, self.context_lengths, seed=self.context_seed)
+            self._contexts = generate_contexts(
+                self.model, self.tokenizer, self.context_lengths, seed=self.context_seed, chat=self._mixed
+            )
         return self._contexts
 
     @property

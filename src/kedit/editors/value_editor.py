@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -39,7 +39,8 @@ class ValueEditor(Editor):
         tokenizer: its fast tokenizer.
         config: all hyper-parameters; missing: the model's preset.
         moments: second moments by layer, used as they are; missing: estimated from the default corpus and cached.
-        contexts: templates with one ``{}`` each, the first of them ``"{}"``; missing: sampled from the model, seeded.
+        contexts: templates with one ``{}`` each, the first of them ``"{}"``; missing: sampled from the model, seeded;
+            ``"mixed"``: sampled, and every second one in the model's chat template.
         overrides: single hyper-parameters, before preset and ``config``.
     """
 
@@ -52,7 +53,7 @@ class ValueEditor(Editor):
         config: EditorConfig | None = None,
         *,
         moments: SecondMoments | Mapping[int, Moment | Tensor] | None = None,
-        contexts: Sequence[str] | None = None,
+        contexts: Sequence[str] | Literal["mixed"] | None = None,
         **overrides: Any,
     ) -> None:
         super().__init__(model, tokenizer, config, contexts=contexts, **overrides)

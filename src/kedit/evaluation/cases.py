@@ -39,6 +39,8 @@ class Probe:
         wrong: the continuation that must be less likely than the right one; ``None`` where there is none.
         accept: other wordings of the right answer, for exact match.
         fact: (subject, relation) of the fact that is asked for, where the source tells.
+        in_chat: whether the prompt is a user's message, asked in the model's chat template.
+        system: the system message of that chat.
     """
 
     kind: Kind
@@ -47,6 +49,8 @@ class Probe:
     wrong: str | None = None
     accept: tuple[str, ...] = ()
     fact: tuple[str, str] | None = None
+    in_chat: bool = False
+    system: str | None = None
 
     def __post_init__(self) -> None:
         """Check the texts."""
@@ -73,7 +77,12 @@ class Probe:
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, as JSON values."""
         fields = {"kind": str(self.kind), "prompt": self.prompt, "right": self.right, "wrong": self.wrong}
-        extra = {"accept": list(self.accept), "fact": list(self.fact or ())}
+        extra = {
+            "accept": list(self.accept),
+            "fact": list(self.fact or ()),
+            "in_chat": self.in_chat,
+            "system": self.system,
+        }
         return {key: value for key, value in {**fields, **extra}.items() if value}
 
 
@@ -151,7 +160,21 @@ class EditCase:
 
 def rewrite_probe(edit: Edit) -> Probe:
     """The edit's own prompt: the new target against the old one."""
-    return Probe(kind=Kind.REWRITE, prompt=edit.text, right=edit.target_new, wrong=edit.target_true)
+    return Probe(
+        kind=Kind.REWRITE,
+        prompt=edit.text,
+        right=edit.target_new,
+        wrong=edit.target_true,
+        in_chat=edit.in_chat,
+        system=edit.system,
+    )
+
+
+def in_chat(case: EditCase, system: str | None = None) -> EditCase:
+    """A case with its edits and probes as messages of a user, each asked in the model's chat template."""
+    edits = [replace(edit, in_chat=True, system=edit.system or system) for edit in case.edits]
+    probes = tuple(replace(probe, in_chat=True, system=probe.system or system) for probe in case.probes)
+    return replace(case, edit=edits[0], more=tuple(edits[1:]), probes=probes)
 
 
 def distracted(edit: Edit, neighbour: Probe) -> Probe:

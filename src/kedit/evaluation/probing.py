@@ -15,7 +15,7 @@ from kedit.evaluation.language import Prose, TfIdf, n_gram_entropy
 from kedit.evaluation.records import CaseScore, ProbeScore
 from kedit.models import ModelArch
 from kedit.prompts.decode import continue_rows, says
-from kedit.prompts.likelihood import Answer, pair_text, score_rows
+from kedit.prompts.likelihood import Answer, chat_text, pair_text, score_rows
 from kedit.prompts.tokenize import Text, TokenizedPrompt, context_limit, encode
 from kedit.utils.validation import check_whole
 
@@ -135,11 +135,11 @@ class ProbeScorer:
     def _plan(self, case: EditCase) -> Plan:
         texts: list[Text] = []
         for probe in case.probes:
-            texts.append(_bare(probe.prompt) if probe.right is None else pair_text(probe.prompt, probe.right))
+            texts.append(probe_text(self.tokenizer, probe, probe.right))
         wrong = [(i, probe.wrong) for i, probe in enumerate(case.probes) if probe.wrong is not None]
-        texts += [pair_text(case.probes[i].prompt, answer) for i, answer in wrong]
+        texts += [probe_text(self.tokenizer, case.probes[i], answer) for i, answer in wrong]
         watched = [(i, span) for i, probe in enumerate(case.probes) for span in [_subject(case, probe)] if span]
-        texts += [pair_text(case.probes[i].prompt, case.probes[i].right or "", span) for i, span in watched]
+        texts += [probe_text(self.tokenizer, case.probes[i], case.probes[i].right or "", span) for i, span in watched]
         try:
             rows = encode(self.tokenizer, texts, limit=context_limit(self.arch.model))
         except EditError as error:
@@ -228,8 +228,15 @@ class ProbeScorer:
         return self._prose.measure(self._prose.log_probs(self.arch), self.baseline.log_probs)
 
 
-def _bare(prompt: str) -> Text:
-    return Text(prompt, (0, len(prompt)))
+def probe_text(
+    tokenizer: PreTrainedTokenizerBase, probe: Probe, answer: str | None, subject: tuple[int, int] | None = None
+) -> Text:
+    """A probe's prompt, in the chat template where it is a message, with an answer or alone; ``subject``: a span of the prompt."""
+    if probe.in_chat:
+        return chat_text(tokenizer, probe.prompt, answer, subject, probe.system)
+    if answer is None:
+        return Text(probe.prompt, subject or (0, len(probe.prompt)))
+    return pair_text(probe.prompt, answer, subject)
 
 
 def _subject(case: EditCase, probe: Probe) -> tuple[int, int] | None:

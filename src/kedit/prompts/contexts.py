@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from kedit.edit import SLOT
-from kedit.errors import ConfigError, NonFiniteError
+from kedit.errors import ConfigError, NonFiniteError, TokenizerError
 from kedit.models import ModelArch
 from kedit.models.hooks import inference_state
 from kedit.models.lock import holding_model
+from kedit.prompts.chat import carries_special_tokens, in_template
 from kedit.prompts.tokenize import Text, check_known, encode, pad, vocabulary_size
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ _SEEDS = ("The", "Therefore", "Because", "I", "You")  # EasyEdit's, for tokenize
 def check_contexts(contexts: Sequence[str]) -> tuple[str, ...]:
     """Return ``contexts`` as a tuple; raise :class:`ConfigError` unless each has one ``{}`` and the first is ``"{}"``."""
     if isinstance(contexts, str) or not all(isinstance(context, str) for context in contexts):
-        raise ConfigError(f"contexts is a list of templates, each a text with one '{{}}'; found {contexts!r}.")
+        raise ConfigError(
+            f"contexts is a list of templates, each a text with one '{{}}', or 'mixed'; found {contexts!r}."
+        )
     templates = tuple(contexts)
     if not templates or templates[0] != BARE:
         raise ConfigError(f"The first context must be '{{}}', the bare prompt; found {templates[:1]}.")
@@ -42,10 +45,13 @@ def generate_contexts(
     *,
     seed: int = 0,
     top_k: int = 5,
+    chat: bool = False,
 ) -> tuple[str, ...]:
     """``"{}"`` and texts sampled from the model, each ended by a full stop and followed by ``{}``.
 
-    The model continues its beginning-of-text token, or one of five plain words where the tokenizer has none.
+    The model continues its beginning-of-text token, or one of five plain words where the tokenizer has none. With ``chat``, every
+    second one stands in the model's chat template as a user's message, the first of them without a sampled text, so that an edit
+    holds in plain text and in a chat.
 
     Args:
         model: what samples.
@@ -53,7 +59,13 @@ def generate_contexts(
         lengths: (tokens, how many), for example ``[(5, 10), (10, 10)]``.
         seed: of the sampling; the same seed gives the same contexts, and no other random state is touched.
         top_k: candidates per token.
+        chat: whether some of the contexts are chats.
+
+    Raises:
+        TokenizerError: ``chat``, and the tokenizer has no chat template that could be used.
     """
+    if chat:
+        _in_chat(tokenizer, BARE)  # fails now, before anything is sampled
     device = ModelArch(model).input_device
     generator = torch.Generator().manual_seed(seed)
     contexts = [BARE]
@@ -63,7 +75,20 @@ def generate_contexts(
         rows = _sample(model, starts, length, top_k, generator, device)
         for text in tokenizer.batch_decode(rows, skip_special_tokens=True):
             contexts.append(_as_template(text))
+    if chat:
+        first = _in_chat(tokenizer, BARE)
+        contexts[1::2] = [first, *(_in_chat(tokenizer, context) for context in contexts[3::2])]
     return tuple(dict.fromkeys(contexts))
+
+
+def _in_chat(tokenizer: PreTrainedTokenizerBase, context: str) -> str:
+    """A context as a user's message in the chat template, up to where the model answers."""
+    template = in_template(tokenizer, context)
+    if template.count(SLOT) != 1 or not carries_special_tokens(tokenizer, template):
+        raise TokenizerError(
+            "The model's chat template has no special tokens, or braces of its own, so it cannot be a context. Leave contexts out."
+        )
+    return template
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:

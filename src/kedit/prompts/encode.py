@@ -15,6 +15,7 @@ from kedit.prompts.tokenize import (
     TokenizedPrompt,
     check_known,
     context_limit,
+    edit_text,
     encode,
     rewrite_texts,
     vocabulary_size,
@@ -137,8 +138,9 @@ def encode_edits(
     limit, size = context_limit(arch.model), vocabulary_size(arch.model)
     requests = []
     for number, edit in enumerate(edits):
-        texts = rewrite_texts(edit, contexts)
-        texts += [Text.fill(template, edit.subject) for template in (SUBJECT_PROMPT, *needs.prompts, edit.prompt)]
+        texts = rewrite_texts(edit, contexts, tokenizer)
+        texts += [Text.fill(template, edit.subject) for template in (SUBJECT_PROMPT, *needs.prompts)]
+        texts.append(edit_text(edit, None, tokenizer=tokenizer))
         try:
             rows = encode(tokenizer, texts, limit=limit)
             check_known([token for row in rows for token in row.ids], size)
@@ -171,7 +173,7 @@ def join_subjects(requests: Sequence[Request]) -> list[Request]:
     by_subject: dict[str, list[Request]] = {}
     for request in requests:
         alike = by_subject.setdefault(request.edit.subject, [])
-        if all((request.edit.text, request.edit.target_new) != (e.edit.text, e.edit.target_new) for e in alike):
+        if all((request.edit.question, request.edit.target_new) != (e.edit.question, e.edit.target_new) for e in alike):
             alike.append(request)
     return [
         replace(

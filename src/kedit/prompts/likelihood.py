@@ -16,10 +16,11 @@ from torch import Tensor
 
 from kedit.errors import EditError
 from kedit.models import ModelArch
+from kedit.prompts.chat import gap, place_in_template
 from kedit.prompts.tokenize import Text, TokenizedPrompt, pad, separator
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedTokenizerBase
 
 TOKENS_PER_FORWARD = 16_384
 LOGITS_PER_FORWARD = 1 << 27  # numbers; half a GiB in float32
@@ -49,6 +50,23 @@ class Answer:
         """Share of the tokens that are the model's first choice."""
         hits = sum(a == b for a, b in zip(self.labels, self.argmax, strict=True))
         return hits / len(self.labels)
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    message: str,
+    continuation: str | None,
+    subject: tuple[int, int] | None = None,
+    system: str | None = None,
+) -> Text:
+    """A user's message in the chat template and an answer, as :func:`pair_text` of a plain prompt; ``None``: no answer."""
+    string, place = place_in_template(tokenizer, message, system)
+    start, stop = subject or (0, len(message))
+    span = (place + start, place + stop)
+    if continuation is None:
+        return Text(string, span, complete=True)
+    between = gap(tokenizer, system)
+    return Text(string + between + continuation, span, len(string + between), len(between), complete=True)
 
 
 def pair_text(prompt: str, continuation: str, subject: tuple[int, int] | None = None) -> Text:

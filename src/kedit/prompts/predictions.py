@@ -115,7 +115,9 @@ def predict(
     Raises:
         torch.OutOfMemoryError: not even one prompt fits.
     """
-    rows = encode(tokenizer, [rewrite_texts(edit, (BARE,))[0] for edit in edits], limit=context_limit(arch.model))
+    rows = encode(
+        tokenizer, [rewrite_texts(edit, (BARE,), tokenizer)[0] for edit in edits], limit=context_limit(arch.model)
+    )
     continued = texts and len(edits) <= TEXTS_UP_TO
     with inference_state(arch.model), Progress(len(edits), "checking") as progress:
         while True:

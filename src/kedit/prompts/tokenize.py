@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kedit.edit import SLOT, Edit
 from kedit.errors import ContextLengthError, EditError, TokenizerError
+from kedit.prompts.chat import carries_special_tokens, gap, has_template, place_in_template, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,24 +75,35 @@ class Text:
     """A text to encode, with the places that matter as character positions.
 
     ``subject`` is the half-open span of the subject; ``target`` the position where the target begins, or ``None``;
-    ``separator`` the number of characters before it that stand between prompt and target.
+    ``separator`` the number of characters before it that stand between prompt and target. ``complete``: all special tokens are
+    written in it, so the tokenizer adds none.
     """
 
     string: str
     subject: tuple[int, int]
     target: int | None = None
     separator: int = 0
+    complete: bool = False
 
     @classmethod
-    def fill(cls, template: str, subject: str, target: str | None = None) -> Text:
-        """Put ``subject`` in the ``{}`` of ``template`` and append ``target`` after the separator it needs."""
+    def fill(
+        cls,
+        template: str,
+        subject: str,
+        target: str | None = None,
+        *,
+        between: str | None = None,
+        complete: bool = False,
+    ) -> Text:
+        """Put ``subject`` in the ``{}`` of ``template`` and append ``target`` after ``between`` (default: as it needs)."""
         start = template.index(SLOT)
         prompt = template[:start] + subject + template[start + len(SLOT) :]
         span = (start, start + len(subject))
         if target is None:
-            return cls(prompt, span)
-        between = separator(prompt, target)
-        return cls(prompt + between + target, span, len(prompt + between), len(between))
+            return cls(prompt, span, complete=complete)
+        if between is None:
+            between = separator(prompt, target)
+        return cls(prompt + between + target, span, len(prompt + between), len(between), complete)
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,8 @@ def encode(
 
     The subject's last token is the last token that covers a character of the subject, also where it reaches past
     the subject's end. The target's tokens are those from the first that covers a character of the target on; where
-    the separator is a token of its own, it is the target's first, for the model has to say it too.
+    the separator is a token of its own, it is the target's first, for the model has to say it too. A text that is complete, or
+    that begins with the token for the beginning of a text, gets no special tokens.
 
     Args:
         tokenizer: a fast tokenizer (one that knows offsets).
@@ -148,26 +161,30 @@ def encode(
         )
     if not texts:
         return []
-    encoded = tokenizer(
-        [text.string for text in texts],
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        return_attention_mask=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
-    rows = []
-    for text, ids, offsets, special in zip(
-        texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
-    ):
-        rows.append(_row(text, ids, offsets, special))
-        if limit is not None and len(rows[-1].ids) > limit:
-            raise ContextLengthError(
-                f"The text {_short(text.string)!r} has {len(rows[-1].ids)} tokens; the model's context window holds {limit}. "
-                "Shorten the prompt or its contexts."
-            )
-    return rows
+    start = tokenizer.bos_token
+    complete = [text.complete or (start is not None and text.string.startswith(start)) for text in texts]
+    rows: dict[int, TokenizedPrompt] = {}
+    for as_it_is in sorted(set(complete)):
+        numbers = [number for number, one in enumerate(complete) if one == as_it_is]
+        encoded = tokenizer(
+            [texts[number].string for number in numbers],
+            add_special_tokens=not as_it_is,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            padding=False,
+            truncation=False,
+            verbose=False,
+        )
+        fields = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
+        for number, ids, offsets, special in zip(numbers, *fields, strict=True):
+            rows[number] = _row(texts[number], ids, offsets, special)
+            if limit is not None and len(rows[number].ids) > limit:
+                raise ContextLengthError(
+                    f"The text {_short(texts[number].string)!r} has {len(rows[number].ids)} tokens; the model's context window "
+                    f"holds {limit}. Shorten the prompt or its contexts."
+                )
+    return [rows[number] for number in range(len(texts))]
 
 
 def _row(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]], special: Sequence[int]) -> TokenizedPrompt:
@@ -242,6 +259,51 @@ def check_known(tokens: Sequence[int], size: int) -> None:
         )
 
 
-def rewrite_texts(edit: Edit, contexts: Sequence[str]) -> list[Text]:
-    """The edit's prompt with its target, in every context (templates with one ``{}`` each)."""
-    return [Text.fill(context.replace(SLOT, edit.prompt), edit.subject, edit.target_new) for context in contexts]
+def rewrite_texts(edit: Edit, contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None) -> list[Text]:
+    """The edit's prompt with its target, in every context (templates with one ``{}`` each); see :func:`edit_text`."""
+    return [edit_text(edit, edit.target_new, context, tokenizer) for context in contexts]
+
+
+def edit_text(
+    edit: Edit, target: str | None, context: str = SLOT, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Text:
+    """The edit's prompt in a context, with ``target`` after it.
+
+    A plain prompt stands in the context's ``{}``. A context that carries special tokens is a chat: the prompt is the user's message
+    there, and what stands between the chat and an answer is taken from the chat template. A prompt that carries special tokens
+    itself takes no context. The message of a chat edit stands in the context, inside the user's turn; where the context is a chat,
+    the message stands alone, as plain text: so in every list of contexts that mixes both, each edit is in both forms.
+
+    Args:
+        edit: whose prompt.
+        target: what follows it; ``None``: nothing.
+        context: the template.
+        tokenizer: with the chat template; needed for a chat edit and for contexts or prompts with special tokens.
+
+    Raises:
+        TokenizerError: the edit is one of a chat, and there is no chat template, or it cannot be used.
+    """
+    forced = None if edit.space is None else " " * edit.space
+    if tokenizer is None:
+        if edit.in_chat:
+            raise TokenizerError("The prompt of a chat edit needs the tokenizer's chat template. Give the tokenizer.")
+        return Text.fill(context.replace(SLOT, edit.prompt), edit.subject, target, between=forced)
+    in_chat = carries_special_tokens(tokenizer, context)
+    if edit.in_chat and not in_chat:
+        message = context.replace(SLOT, edit.prompt)
+        start = message.index(SLOT)
+        string, place = place_in_template(tokenizer, message.replace(SLOT, edit.subject), edit.system)
+        span = (place + start, place + start + len(edit.subject))
+        if target is None:
+            return Text(string, span, complete=True)
+        between = gap(tokenizer, edit.system) if forced is None else forced
+        return Text(string + between + target, span, len(string + between), len(between), complete=True)
+    if edit.in_chat:
+        return Text.fill(edit.prompt, edit.subject, target, between=forced)
+    if carries_special_tokens(tokenizer, edit.prompt):
+        ends = edit.prompt.rstrip().endswith(special_tokens(tokenizer))
+        return Text.fill(edit.prompt, edit.subject, target, between="" if forced is None and ends else forced)
+    if in_chat:
+        between = (gap(tokenizer) if has_template(tokenizer) else "") if forced is None else forced
+        return Text.fill(context.replace(SLOT, edit.prompt), edit.subject, target, between=between, complete=True)
+    return Text.fill(context.replace(SLOT, edit.prompt), edit.subject, target, between=forced)
