@@ -133,6 +133,9 @@ def test_one_file_serves_edit_eval_and_trace(tmp_path, capsys, caplog, monkeypat
     quick = ["--set", "steps=1", "--editor", "ft"]
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     assert main(["edit", "--edits", "-", *quick, "--out", str(out)]) in (0, 3), capsys.readouterr().err
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split() == ["prompt", "wanted", "before", "after", "paraphrase"]
+    assert said[1].startswith("Hulqui Gossam works as a  pilot ")
     assert kedit.EditPatch.load(out).provenance["edits"][0]["notes"] == {"page": 4}
     assert "Kept as notes of the edits: page." in caplog.text
     assert main(["eval", "--data", str(tmp_path / "edits.json"), *quick]) == 0, capsys.readouterr().err

@@ -197,6 +197,10 @@ def test_hostile_text_stays_text_and_an_edit_without_damage_says_so(monkeypatch)
     result.probabilities[...] = 0.5
     with pytest.raises(EditError, match="did no damage"):
         plots.patching_bars(result)
+    assert result.summary().endswith(
+        "The edit did no damage to these probes, so there is none that an exchange could undo or do."
+    )
+    assert len(result.summary().splitlines()) == 2
 
 
 def test_the_commands_trace_and_drift(tmp_path, capsys):
@@ -209,6 +213,19 @@ def test_the_commands_trace_and_drift(tmp_path, capsys):
     assert "kedit's preset of ROME for this model: layers=(0,)" in text
     assert {path.name for path in figures.iterdir()} == {"tracing.png", "handover.png"}
     assert out.stat().st_size > 500
+
+    one = [
+        "--prompt",
+        "{} works as a",
+        "--subject",
+        "Hulqui Gossam",
+        "--samples",
+        "1",
+        "--figures",
+        str(tmp_path / "one"),
+    ]
+    assert main(["-q", "trace", *one]) == 0
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"tracing.png", "handover.png"}
 
     case = few()[0]
     patch = patches()[case.id].save(tmp_path / "edit.safetensors")
@@ -310,7 +327,7 @@ def one_edit(tmp_path_factory):
 
 def test_the_page_of_one_edit_is_small_and_complete(one_edit):
     text = one_edit.read_text(encoding="utf-8")
-    assert len(check_page(text).images) == 6
+    assert len(check_page(text).images) == 7
     assert cases(8)[7].edit.text in text
     assert "One edit with ROME and ROME + SADR" in text
 
@@ -350,6 +367,6 @@ def test_the_page_in_a_real_browser(one_edit, tmp_path):
     copy.write_text(one_edit.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
     dom, console = browse(copy, tmp_path / "profile", "--virtual-time-budget=5000", "--dump-dom")
     widths = [int(width) for width in re.search(r"<title>([\d,]+)</title>", dom)[1].split(",")]
-    assert len(widths) == 6
+    assert len(widths) == 7
     assert min(widths) > 300
     assert any("as a control" in line for line in console)

@@ -8,7 +8,8 @@ import pytest
 from kedit.analysis.results.drift import DriftProbe, DriftResult
 from kedit.evaluation import Kind
 from kedit.evaluation.statistics import Estimate
-from kedit.report.figures import correlation_plot
+from kedit.report.figures import attention_maps, correlation_plot
+from kedit.report.html import _moved
 
 pytest.importorskip("matplotlib")
 
@@ -71,3 +72,39 @@ def test_labels_of_a_logarithmic_axis_stand_apart(low, high):
     boxes = sorted((text.get_window_extent() for text in shown), key=lambda box: box.x0)
     gaps = [after.x0 - before.x1 for before, after in itertools.pairwise(boxes)]
     assert min(gaps) > 4
+
+
+def test_the_correlation_plot_says_what_it_shows():
+    (axis,) = correlation_plot(result(np.geomspace(0.1, 10, 9))).axes
+    assert axis.get_title(loc="left").startswith("rome: 9 probes of 9 edits\n")
+    assert "logarithmic" in axis.get_xlabel()
+    (axis,) = correlation_plot(result([0.0, 1.0, 2.0])).axes
+    assert "logarithmic" not in axis.get_xlabel()
+
+
+def test_attention_of_a_deep_model_fits_a_page_and_shows_differences():
+    probe = result([1.0]).probes[0]
+    before = np.full((30, 5), 0.05)
+    before[:, 0] = 0.9  # the first token
+    after = before.copy()
+    after[3, 1] += 0.2
+    figure = attention_maps(probe, {"before": before, "rome": after, "rome with sadr": before})
+    assert figure.get_size_inches()[1] < 11
+    images = [image for axis in figure.axes for image in axis.images]
+    assert images[0].get_clim()[1] == pytest.approx(0.05)  # not the first token's
+    assert [tuple(np.round(image.get_clim(), 6)) for image in images[1:3]] == [(-0.2, 0.2)] * 2
+    assert float(images[1].get_array()[3, 1]) == pytest.approx(0.2)
+    assert [axis.get_title(loc="left") for axis in figure.axes[:3]] == [
+        "before",
+        "rome: change",
+        "rome with sadr: change",
+    ]
+    assert all(len(axis.lines) == 2 for axis in figure.axes[:3])  # beside the subject
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [(0.6, 0.46, "falls from 60% to 46%"), (0.46, 0.6, "rises from 46% to 60%"), (0.5, 0.5001, "stays at 50%")],
+)
+def test_words_of_a_change(before, after, words):
+    assert _moved(before, after) == words

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from kedit.cli import common
 from kedit.errors import ConfigError, EditError, PatchError
+from kedit.utils.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,12 +34,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kedit.edit import Edit
-    from kedit.evaluation.cases import EditCase
+    from kedit.evaluation.cases import EditCase, Probe
     from kedit.evaluation.guard import Guard
     from kedit.patch import EditPatch
+    from kedit.prompts.predictions import EditCheck
 
 NOT_SAID = 3  # exit status where the edited model does not say every target
 REFUSED = 4  # exit status where the guard refused some edits of a journal
+SHOWN, WIDTH = 20, 48  # lines of the table, and characters of a prompt in it
+BEYOND = 3  # tokens of an answer beyond the target's number, as in the check of an edit
 MAX_TEXTS = 100  # more than the guard reads
 
 HELP = "edit facts in a model and save the patch"
@@ -127,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
         result = editor.apply(edits, regularizers, guard=guard)
         alone = current_group().size == 1  # a launcher would take any other status than 0 for a process that broke down
         status, text = NOT_SAID if alone and result.all_said is False else 0, result.report()
+        if current_group().leads and result.checks:
+            text = "\n".join([*_table(editor, cases, result.checks), "", text])
         if not current_group().leads:
             return status
         patch = result.patch
@@ -137,6 +143,41 @@ def run(args: argparse.Namespace) -> int:
     finally:
         common.say(*lines)
     return status
+
+
+def _table(editor: Any, cases: Sequence[EditCase], checks: Sequence[EditCheck]) -> list[str]:
+    """What the model says before and after, an edit on each line, and to its paraphrase where one is given."""
+    from kedit.evaluation.cases import Kind
+    from kedit.evaluation.probing import probe_text
+    from kedit.prompts.decode import continue_rows
+    from kedit.prompts.tokenize import encode
+
+    shown = [(case, edit) for case in cases for edit in case.edits][:SHOWN]
+    asked: dict[int, Probe] = {}
+    for number, (case, edit) in enumerate(shown):
+        paraphrases = [probe for probe in case.probes if probe.kind is Kind.PARAPHRASE and edit is case.edit]
+        if paraphrases:
+            asked[number] = paraphrases[0]
+    rows = encode(editor.tokenizer, [probe_text(editor.tokenizer, probe, probe.right) for probe in asked.values()])
+    lengths = [len(row.labels) + BEYOND for row in rows]
+    answers: dict[int, str] = {}
+    if rows:
+        texts = continue_rows(editor.arch, editor.tokenizer, [row.ids[: row.target] for row in rows], lengths)
+        answers = dict(zip(asked, (text for text, _ in texts), strict=True))
+    table = [("prompt", "wanted", "before", "after", *(("paraphrase",) if answers else ()))]
+    for number, ((_, edit), check) in enumerate(zip(shown, checks, strict=False)):
+        before = "" if check.before is None else check.before.shown
+        cells = [edit.text, edit.target_new, before, ("✓ " if check.after.said else "✗ ") + check.after.shown]
+        if answers:
+            cells.append(answers.get(number, "–"))
+        table.append(tuple(_cell(text, WIDTH if place == 0 else WIDTH // 2) for place, text in enumerate(cells)))
+    more = len(checks) - len(shown)
+    return [*common.columns(table), *([f"and {more} more"] if more > 0 else [])]
+
+
+def _cell(text: str, width: int) -> str:
+    flat = " ".join(printable(text).split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
 def _save(args: argparse.Namespace, patch: EditPatch, editor: Any, regularizers: Sequence[Any]) -> Iterator[str]:

@@ -75,9 +75,8 @@ def run(args: argparse.Namespace) -> int:
         from kedit.report import figures
 
         one = len(result.facts) == 1
-        drawn = {FIGURES[0]: figures.tracing_fact(result.facts[0]) if one else figures.tracing_averages(result)}
-        if not one:
-            drawn[FIGURES[1]] = figures.tracing_handover(result)
+        first = figures.tracing_fact(result.facts[0]) if one else figures.tracing_averages(result)
+        drawn = dict(zip(FIGURES, (first, figures.tracing_handover(result)), strict=True))
         lines += [f"picture: {path}" for path in common.save_figures(args.figures, drawn)]
     common.say(*lines)
     return 0

@@ -171,7 +171,9 @@ def tracing_handover(result: TraceResult) -> Figure:
             label = f"{LABELS[kind]}, {ROLE_LABELS[ROLES.index(role)]}"
             _line(axis, range(result.num_layers), effects, label, colour, marker)
     _blocks(axis, range(result.num_layers))
-    axis.set_ylabel("average indirect effect\n(points of probability)")
+    one = len(result.facts) == 1
+    axis.set_ylabel(f"{'' if one else 'average '}indirect effect\n(points of probability)")
+    axis.set_title(plain(result.facts[0].prompt) if one else f"{len(result.facts)} facts")
     axis.grid(axis="y", color="#dddddd")
     figure.legend(loc="outside upper center", ncols=2)
     return figure
@@ -187,6 +189,9 @@ def tracing_fact(fact: FactTrace) -> Figure:
     names = [plain(token) + (" *" if first <= i <= last else "") for i, token in enumerate(fact.tokens)]
     axes[0].set_yticks(range(tokens), names)
     axes[0].set_ylabel("token (* subject)")
+    noisy = f"{100 * fact.corrupted:.0f}% with noise on “{plain(fact.subject)}”"
+    about = f"“{plain(fact.answer)}”: {100 * fact.clean:.0f}% clean, {noisy}"
+    figure.suptitle("\n".join(textwrap.wrap(about, 24 * len(fact.effects))), x=0.01, ha="left")
     figure.colorbar(image, ax=list(axes), label=f"indirect effect on “{plain(fact.answer)}”\n(points of probability)")
     return figure
 
@@ -216,19 +221,38 @@ def drift_maps(results: Sequence[DriftResult], name: str = "kl") -> Figure:
 
 @styled
 def attention_maps(probe: DriftProbe, states: Mapping[str, Floats]) -> Figure:
-    """Plot where the last token looks, highest head of every block: a panel per state of the model ([L, T] each)."""
-    blocks = len(next(iter(states.values())))
-    figure = _new(max(8, 2.2 + _TOKEN_WIDTH * len(probe.tokens)), 1.6 + len(states) * (0.6 + 0.26 * min(blocks, 24)))
+    """Plot where the last token looks, highest head of every block ([L, T] each): the first state, and the change in the others.
+
+    The first token takes most of the attention in most models, so its column does not count for the scale of the first panel, and
+    is clipped there. Dashed lines mark the edited subject's last token.
+    """
+    (first, before), *others = states.items()
+    blocks = len(before)
+    panel = 0.7 + min(2.2, 0.26 * blocks)
+    figure = _new(max(8, 2.2 + _TOKEN_WIDTH * len(probe.tokens)), 1.6 + len(states) * panel)
     axes = figure.subplots(len(states), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (label, weights) in zip(axes, states.items(), strict=True):
-        image = _heat(axis, weights, 0.0, 1.0)
-        axis.set_title(plain(label))
+    top = min(1.0, max(0.05, float(before[:, 1:].max()))) if before.shape[1] > 1 else 1.0
+    amount = _heat(axes[0], before, 0.0, top)
+    axes[0].set_title(plain(first))
+    changes = [after - before for _, after in others]
+    most = max([0.01, *(float(np.abs(change).max()) for change in changes)])
+    for axis, (label, _), change in zip(axes[1:], others, changes, strict=True):
+        image = _heat(axis, change, -most, most, CHANGE)
+        axis.set_title(f"{plain(label)}: change")
+    for axis in axes:
+        for side in (-0.5, 0.5):
+            axis.axvline(probe.column + side, color="#ee6677", lw=1.6, ls="--")
         axis.set_ylabel("block")
         axis.set_yticks(range(0, blocks, 1 if blocks <= 6 else max(2, blocks // 5)))
     names = [plain(token) + (" *" if i == probe.column else "") for i, token in enumerate(probe.tokens)]
     axes[-1].set_xticks(range(len(names)), names, rotation=55, ha="right", rotation_mode="anchor")
     axes[-1].set_xlabel("token (* the edited subject's last)")
-    figure.colorbar(image, ax=list(axes), label="attention of the last token\n(highest head)")
+    clipped = "\n(highest head; ▲ clipped)" if float(before.max()) > top else "\n(highest head)"
+    figure.colorbar(
+        amount, ax=axes[0], label=f"attention{clipped}", extend="max" if float(before.max()) > top else "neither"
+    )
+    if others:
+        figure.colorbar(image, ax=list(axes[1:]), label="change of attention\n(highest head)")
     return figure
 
 
@@ -246,8 +270,11 @@ def correlation_plot(result: DriftResult, measure: str = "drift") -> Figure:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()  # matplotlib would write numbers beside these too, one over the other
     both = result.correlations()[measure]
-    axis.set_title(f"Pearson {both['pearson'].text()}\nSpearman {both['spearman'].text()}", fontsize=14)
-    axis.set_xlabel("\n".join(textwrap.wrap(MEASURES[measure], 56)))
+    edits = len({probe.case for probe in probes})
+    about = f"{plain(result.label)}: {len(probes)} probes of {edits} edit{'s' * (edits != 1)}"
+    axis.set_title(f"{about}\nPearson {both['pearson'].text()}\nSpearman {both['spearman'].text()}", fontsize=14)
+    scale = " (logarithmic scale)" if axis.get_xscale() == "log" else ""
+    axis.set_xlabel("\n".join(textwrap.wrap(MEASURES[measure] + scale, 56)))
     axis.set_ylabel("loss of the right answer's\nprobability (points)")
     axis.grid(color="#dddddd")
     return figure

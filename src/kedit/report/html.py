@@ -83,6 +83,8 @@ def trace_html(result: TraceResult) -> str:
         fact = result.facts[0]
         text = f"Causal tracing of “{fact.prompt}”: what giving one activation its clean value back does for “{fact.answer}”."
         parts.append(figure(figures.tracing_fact(fact), text))
+        text = "The fact is handed over from the subject's last token to the last token."
+        parts.append(figure(figures.tracing_handover(result), text))
     else:
         text = f"Causal tracing, mean over {len(result.facts)} facts: what giving one activation its clean value back brings."
         parts.append(figure(figures.tracing_averages(result), text))
@@ -107,9 +109,17 @@ def maps_html(drifts: Sequence[DriftResult]) -> str:
                 states[result.label] = other.map_after
     text = (
         f"The last token of “{probe.prompt}”, the probe that lost most under {drifts[0].label}: "
-        f"“{probe.right}” falls from {100 * probe.right_before:.0f}% to {100 * probe.right_after:.0f}%."
+        f"“{probe.right}” {_moved(probe.right_before, probe.right_after)}."
     )
     return figure(figures.attention_maps(probe, states), text)
+
+
+def _moved(before: float, after: float) -> str:
+    """How a probability went."""
+    old, new = f"{100 * before:.0f}%", f"{100 * after:.0f}%"
+    if old == new:
+        return f"stays at {old}"
+    return f"{'falls' if after < before else 'rises'} from {old} to {new}"
 
 
 def heads_html(drifts: Sequence[DriftResult]) -> str:

@@ -157,8 +157,12 @@ class PatchingResult(AnalysisResult):
         lines = [
             f"{self.label}: {len(self.cases)} probes ({self.kind}) of {edits} edit{'s' * (edits > 1)}. Right answer likelier: "
             f"{scores[0]} originally, {scores[1]} after the edit; its probability: {100 * before:.1f}% and {100 * after:.1f}%.",
-            f"{'Exchanged at the last token':70s} {'score':20s} share of the lost {self.scale}",
         ]
+        if self.damage(self.scale) <= (0 if self.scale == "score" else LEAST_DAMAGE):
+            return "\n".join(
+                [*lines, "The edit did no damage to these probes, so there is none that an exchange could undo or do."]
+            )
+        lines.append(f"{'Exchanged at the last token':70s} {'score':20s} share of the lost {self.scale}")
         for i, one in enumerate(self.conditions[2:], start=2):
             if one.centre is None:
                 share = self.share(i)
