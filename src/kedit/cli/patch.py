@@ -8,6 +8,7 @@ Examples:
   kedit patch merge one.safetensors two.safetensors --out both.safetensors
   kedit patch diff BASE_DIR EDITED_DIR --out edit.safetensors
   kedit patch export edit.safetensors --model BASE_DIR --out ADAPTER_DIR
+  kedit patch export edit.safetensors --model BASE_DIR --format gguf --out adapter.gguf
 """
 
 from __future__ import annotations
@@ -79,12 +80,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     diff.add_argument("--max-rank", type=int, metavar="N", help="refuse weights that need a higher rank")
     _out_file(diff)
-    export = _action(actions, "export", _export, "export a patch as a PEFT LoRA adapter")
+    export = _action(
+        actions,
+        "export",
+        _export,
+        "export a patch as a LoRA adapter: of PEFT (a folder), or of llama.cpp (a GGUF file)",
+    )
     export.add_argument("patch", metavar="PATCH")
     export.add_argument(
         "--model", metavar="DIR", help="folder with the base model's config.json (default: the embedded model)"
     )
-    export.add_argument("--out", metavar="DIR", required=True, help="the new adapter folder")
+    export.add_argument(
+        "--format", choices=["peft", "gguf"], default="peft", help="format of the adapter (default: peft)"
+    )
+    export.add_argument(
+        "--out", metavar="PATH", required=True, help="the new adapter: a folder for peft, a file for gguf"
+    )
+    common.add_force(export)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -260,6 +272,9 @@ def _export(args: argparse.Namespace) -> None:
     from kedit.embedded import ASSETS
     from kedit.patch.checkpoint.read import skeleton
 
+    if args.format == "gguf":
+        common.check_file(args.out, force=args.force)
     (patch,) = _load([args.patch])
-    folder = patch.to_peft(args.out, skeleton(args.model or ASSETS))
-    common.say(f"adapter: {folder}")
+    model = skeleton(args.model or ASSETS)
+    written = patch.to_gguf(args.out, model) if args.format == "gguf" else patch.to_peft(args.out, model)
+    common.say(f"adapter: {written}")

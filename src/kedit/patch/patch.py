@@ -17,6 +17,7 @@ from kedit.patch.describe import show
 from kedit.patch.diff import diff
 from kedit.patch.format import FORMAT_VERSION as FORMAT_VERSION
 from kedit.patch.format import read_patch, write_patch
+from kedit.patch.gguf import to_gguf
 from kedit.patch.ledger import Ledger, check_writable
 from kedit.patch.merge import merge
 from kedit.patch.peft import to_peft
@@ -124,6 +125,10 @@ class EditPatch(PatchContent):
     def to_peft(self, folder: str | Path, model: PreTrainedModel) -> Path:
         """Write the patch as a PEFT LoRA adapter for ``model``; see :func:`kedit.patch.peft.to_peft`."""
         return to_peft(self, folder, model)
+
+    def to_gguf(self, path: str | Path, model: PreTrainedModel) -> Path:
+        """Write the patch as a LoRA adapter for llama.cpp; see :func:`kedit.patch.gguf.to_gguf`."""
+        return to_gguf(self, path, model)
 
     # With other patches
 

@@ -55,7 +55,7 @@ def to_peft(patch: PatchContent, folder: str | Path, model: PreTrainedModel) -> 
             )
         patch.check_shape(name, tuple(weight.matrix.shape))
         layer = name.removesuffix(".weight")
-        low = _low_rank(name, delta)
+        low = low_rank(name, delta)
         ranks[layer] = low.rank
         conv.add(weight.transposed)
         prefix = f"base_model.model.{layer}"
@@ -70,7 +70,7 @@ def to_peft(patch: PatchContent, folder: str | Path, model: PreTrainedModel) -> 
     return target
 
 
-def _low_rank(name: str, delta: Delta) -> LowRankDelta:
+def low_rank(name: str, delta: Delta) -> LowRankDelta:
     """The update in two float32 factors."""
     factored = recompress(name, delta, EXACT)[0] if isinstance(delta, DenseDelta) else delta
     if isinstance(factored, LowRankDelta):
