@@ -158,6 +158,7 @@ def test_the_command_line_speaks_the_template(tmp_path, monkeypatch, capsys):
     assert main(words) in (0, 3), capsys.readouterr().err
     (edit,) = kedit.EditPatch.load("e.safetensors").provenance["edits"]
     assert (edit["in_chat"], edit["system"]) == (True, "Be short.")
+    assert "'Where is Ada?' in a chat -> 'Rome'" in kedit.EditPatch.load("e.safetensors").show()
     assert main(["eval", *common, "--data", "edits.json"]) == 0, capsys.readouterr().err
     attach = ["patch", "attach", "e.safetensors", "--model", "model", "--prompt", "Where is Ada?", "--chat"]
     assert main([*attach, "--system", "Be short."]) == 0, capsys.readouterr().err

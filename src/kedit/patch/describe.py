@@ -91,7 +91,8 @@ def _edits(edits: list[dict[str, Any]], before: list[dict[str, Any]], after: lis
     states = [(name, answers) for name, answers in (("before", before), ("after", after)) if len(answers) == len(edits)]
     for number, edit in enumerate(edits[:_MOST]):
         text, target = str(edit.get("prompt", "?")).replace("{}", str(edit.get("subject", "?"))), edit.get("target_new")
-        lines.append(f"  {text!r} -> {str(target or '?')!r}")
+        asked = " in a chat" if edit.get("in_chat") is True else ""
+        lines.append(f"  {text!r}{asked} -> {str(target or '?')!r}")
         lines += [
             f"    {name}: {Prediction.from_dict(answers[number]).describe(str(target))}" for name, answers in states
         ]
