@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from kedit.errors import ConfigError
+from kedit.models.compute_copy import COMPUTE_DTYPES
 from kedit.utils.validation import check_choice, check_number, check_whole, is_whole
 from kedit.values.optimize import Objective
 
@@ -67,6 +68,9 @@ class EditorConfig:
         join_subjects: whether several facts of one subject become one value that has to say all of them; the published methods
             give each fact a value of its own, of which the last one written prevails.
         dtype: ``"float32"`` or ``"float64"`` for δ and its Adam state; ``None``: float64 for a float64 model, else float32.
+        compute_dtype: of the forward and backward passes of the optimisation: ``"bfloat16"``, ``"float16"``, ``"float32"``, or
+            ``"auto"``, which is bfloat16 where this device computes it clearly faster; ``None``: the model's own. Another
+            dtype than the model's takes a copy of the model.
     """
 
     layers: tuple[int, ...]
@@ -77,6 +81,7 @@ class EditorConfig:
     clamp: float = hyper(4.0, above=0)
     stop_loss: float = hyper(0.05)
     dtype: str | None = hyper(None, choices=("float32", "float64", None))
+    compute_dtype: str | None = hyper(None, choices=(*COMPUTE_DTYPES, None))
     lr_relative: bool = False
     join_subjects: bool = True
 
@@ -148,4 +153,5 @@ class EditorConfig:
             stop_loss=self.stop_loss,
             settle=bool(getattr(self, "settle", False)),
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            compute_dtype=self.compute_dtype,
         )

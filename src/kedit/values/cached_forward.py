@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kedit.models import ModelArch, Site
 from kedit.models.compat import cache_argument
-from kedit.models.hooks import by_prompt, of_this_thread, on_input, on_output
+from kedit.models.hooks import StopForward, by_prompt, of_this_thread, on_input, on_output, stops_early
 from kedit.prompts.tokenize import pad
 from kedit.regularizers.base import Needs
 from kedit.values.forward import Layout, Runner, Wave
@@ -177,8 +177,9 @@ class CachedRunner(Runner):
             self._entering = hidden[rows, columns]
 
         entry = arch.block(self.start) if self.start < arch.num_layers else arch.final_norm
-        with ExitStack() as stack:
+        with stops_early(), ExitStack() as stack:
             stack.enter_context(on_input(entry, read_entering))
+            stack.enter_context(on_input(arch.final_norm, _stop))  # no logits are wanted
             for site in self.sites:
                 stack.enter_context(on_output(arch.site(site), partial(read_initial, site)))
             for layer in range(self.start):
@@ -188,7 +189,6 @@ class CachedRunner(Runner):
                 attention_mask=mask.to(self.device),
                 use_cache=True,
                 **cache_argument(arch.model, Cache(layers=list(layers))),
-                **({"logits_to_keep": 1} if arch.keeps_logits else {}),
             )
         self._initials = torch.stack([initial[site].to(self.device) for site in self.sites], dim=1)
         for layer in range(self.start, arch.num_layers):
@@ -212,6 +212,10 @@ class CachedRunner(Runner):
     def _attach_cache(self) -> None:
         cache = Cache(layers=[_Prefix(self.prefix, self._stored.get(layer)) for layer in range(self.arch.num_layers)])
         self._layout.inputs |= cache_argument(self.arch.model, cache)
+
+
+def _stop(_hidden: Tensor) -> None:
+    raise StopForward
 
 
 def _right_aligned(stored: Tensor, lengths: Tensor, prefix: int) -> Tensor:

@@ -36,6 +36,8 @@ class Objective:
         settle: PMET's rule: an edit is also finished when every target token is the first choice and the KL term is
             at most 0.01; its NLL counts a tenth after a step at which every target token was.
         dtype: of δ; ``None``: float32, or float64 for a float64 model.
+        compute_dtype: of the forward and backward passes (:func:`kedit.models.compute_copy.compute_dtype`); δ, the losses and
+            the penalties are in ``dtype``.
     """
 
     steps: int
@@ -47,6 +49,7 @@ class Objective:
     lr_relative: bool = False
     settle: bool = False
     dtype: torch.dtype | None = None
+    compute_dtype: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from kedit.errors import KEditError
+from kedit.keys.read import request_outputs
 from kedit.models import ModelArch, Site
+from kedit.models.compute_copy import compute_dtype, copy_in
 from kedit.regularizers.base import Needs, Regularizer
 from kedit.utils.device_memory import SHARE, TRIM_ABOVE, HeapTrim, free_memory
 from kedit.utils.distributed import current_group
@@ -55,7 +57,7 @@ class Engine:
     budget: int = TOKENS_PER_WAVE
     used: int = TOKENS_PER_WAVE
     halved: int = 0
-    _verdicts: dict[tuple[Site, ...], bool] = field(default_factory=dict)
+    _verdicts: dict[tuple[object, ...], bool] = field(default_factory=dict)
     _costs: dict[tuple[object, ...], UnitCosts] = field(default_factory=dict)
 
     def optimize(
@@ -71,6 +73,9 @@ class Engine:
         Edits of similar length go into one wave, which stays together for all its steps. Where memory runs out, the
         budget is halved and the wave begins again in smaller ones; an edit that exceeds it alone runs in parts.
 
+        With another ``objective.compute_dtype`` than the model's, the passes run on a copy of the model in that dtype; v₀ is
+        read of the model itself.
+
         Raises:
             NonFiniteError: a loss is not finite.
             KEditError: a single prompt does not fit into memory.
@@ -79,13 +84,33 @@ class Engine:
         order = group.share(_by_span(requests))
 
         def mine() -> list[tuple[list[int], Values]]:
-            return self._optimise(sites, requests, order, objective, regularizers, needs) if order else []
+            if not order:
+                return []
+            engine = self._computing_in(compute_dtype(self.arch, objective.compute_dtype))
+            waves = engine._optimise(sites, requests, order, objective, regularizers, needs)
+            if engine is self:
+                return waves
+            self.budget, self.used, self.halved = engine.budget, engine.used, engine.halved
+            return [(numbers, self._with_initial(sites, requests, numbers, values)) for numbers, values in waves]
 
         if group.size == 1:
             return _in_order(mine())
         device = self.arch.input_device
         shares = group.run_on_all(lambda: [(numbers, values.to("cpu")) for numbers, values in mine()])
         return _in_order([wave for share in shares for wave in share]).to(device)
+
+    def _computing_in(self, dtype: torch.dtype) -> Engine:
+        """This engine, or one of a copy of the model in ``dtype``."""
+        copied = None if dtype == self.arch.dtype else copy_in(self.arch, dtype)
+        return self if copied is None else replace(self, arch=copied)
+
+    def _with_initial(
+        self, sites: Sequence[Site], requests: Sequence[Request], numbers: Sequence[int], values: Values
+    ) -> Values:
+        """Values with v₀ as the model itself computes it: what the closed form measures is rounded no further than its weights."""
+        chosen = [requests[number] for number in numbers]
+        outputs = [request_outputs(self.arch, chosen, site).to(values.delta) for site in sites]
+        return replace(values, initial=torch.stack(outputs, dim=1))
 
     def _optimise(
         self,
@@ -167,7 +192,7 @@ class Engine:
         wave, needs = runner.wave, runner.needs
         # What a token costs depends on how many it attends to, so lengths that differ by more are measured anew.
         length = round(math.log(runner.width + runner.prefix, 1.2))
-        key = (tuple(sites), type(runner), needs, length)
+        key = (self.arch.dtype, tuple(sites), type(runner), needs, length)
         if key not in self._costs:
             self._costs[key] = UnitCosts.measure(self.arch, sites, wave, needs, type(runner))
         return self._costs[key].footprint(wave, runner.width, runner.prefix)
@@ -195,7 +220,7 @@ class Engine:
         if any(wanted and wanted.start < first for wanted in (needs.attention, needs.hidden, needs.keys)):
             logger.info("A regularizer reads blocks below %d, so every prompt runs whole at every step.", first)
             return Runner(self.arch, sites, wave, needs)
-        key = tuple(sites)
+        key = (self.arch.dtype, *sites)
         if self.mode == "auto" and key not in self._verdicts:
             self._verdicts[key] = self._check(sites, wave)
         if self.mode == "auto" and not self._verdicts[key]:
