@@ -16,6 +16,7 @@ from kedit.utils.progress import Progress
 from kedit.values.forward import Reading, Runner, check_gradient
 
 StepLog = dict[str, float]
+LOSS_SCALE = 1024.0  # of float16 passes, whose small gradients would become 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,7 @@ class _State:
         self._nll_factor = torch.ones(num_edits, device=device)
         self._missed: Tensor | None = None  # target tokens that are not the first choice, per active edit
         self._adam: torch.optim.Adam | None = None
+        self._loss_scale = LOSS_SCALE if arch.dtype == torch.float16 else 1.0
 
     @property
     def initial(self) -> Tensor:
@@ -228,8 +230,16 @@ class _State:
         if self._adam is None:
             self._adam = torch.optim.Adam([self.delta], lr=objective.lr)
         self._adam.zero_grad()
-        total[goes_on].sum().backward()
+        (total[goes_on].sum() * self._loss_scale).backward()
         self.runner.backward_chunks()
+        if self._loss_scale > 1:
+            assert self.delta.grad is not None
+            if not bool(
+                self.delta.grad.isfinite().all()
+            ):  # too large for float16: try a smaller scale at the next step
+                self._loss_scale = max(1.0, self._loss_scale / 8)
+                return
+            self.delta.grad /= self._loss_scale
         frozen = torch.ones(len(self.delta), dtype=torch.bool, device=self.delta.device)
         frozen[self.active[goes_on]] = False
         before = self.delta.detach().clone()
