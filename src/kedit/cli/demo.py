@@ -45,7 +45,6 @@ PROBES = {
     "neighbour": "The Louvre is located in the city of",
     "question": "In which city is the Eiffel Tower?",
 }
-GAMMA = 0.1  # where there is no preset; a tenth of it restrains little in a model of 135 million parameters
 KEYS_PER_DIMENSION = 20  # of the default text, which says the same things again and again
 OUT, FILES = "kedit-demo", ("attention.png", "edit.safetensors")
 TEXT_TOKENS, CHAT_TOKENS = 12, 24
@@ -109,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--paraphrase", metavar="TEXT", help="paraphrase of the prompt, up to the target")
     own.add_argument("--neighbour", metavar="TEXT", help="the same relation of another subject, up to its answer")
     own.add_argument("--question", metavar="TEXT", help="question about the fact, for chat models")
-    own.add_argument("--gamma", type=float, help=f"γ of SADR (default: the preset, or {GAMMA} without one)")
+    own.add_argument("--gamma", type=float, help="γ of SADR (default: the preset, or none is needed)")
     own.add_argument(
         "--moments-corpus",
         metavar="FILE",
@@ -138,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         editor = kedit.ROME(model, tokenizer)
         scene = _own_scene(args, edit, model, tokenizer)
         write(scene.title)
-        sadr = _sadr(args, editor, scene.notes)
+        sadr = kedit.SADR(gamma=args.gamma)
         _give_moments(args, editor, scene.notes)
     untouched = model_fingerprint(model)
 
@@ -272,20 +271,6 @@ def _first_word(text: str) -> str:
 def _holds(text: str, wanted: str) -> bool:
     """Return whether words stand in a text, whole."""
     return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def _sadr(args: argparse.Namespace, editor: Editor, notes: list[str]) -> SADR:
-    """SADR with the γ that is given, that of a preset, or the demo's."""
-    from kedit.editors import presets
-    from kedit.regularizers.sadr import SADR
-
-    if args.gamma is not None:
-        return SADR(gamma=args.gamma)
-    preset = presets.find(editor.name, editor.arch)
-    if preset is not None and "gamma" in preset.regularized.get("sadr", {}).get("self", {}):
-        return SADR()
-    notes.append(f"γ of SADR is {GAMMA}, because none is known for this model: try others with --gamma.")
-    return SADR(gamma=GAMMA)
 
 
 def _give_moments(args: argparse.Namespace, editor: ValueEditor, notes: list[str]) -> None:

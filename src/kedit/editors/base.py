@@ -27,7 +27,7 @@ from kedit.patch.ledger import Ledger
 from kedit.prompts.contexts import check_contexts, generate_contexts
 from kedit.prompts.encode import Request, encode_edits, join_subjects
 from kedit.prompts.predictions import EditCheck, predict
-from kedit.regularizers import Choice, describe, resolve
+from kedit.regularizers import Choice, describe, is_adaptive, resolve
 from kedit.regularizers.base import Needs, Regularizer
 from kedit.utils.distributed import current_group
 from kedit.utils.progress import Progress
@@ -355,18 +355,20 @@ class Editor(ABC):
     def _call(self, regularizer: Choice) -> Iterator[Call]:
         """Inside, :attr:`config` holds for a call with ``regularizer``."""
         chosen, own = resolve(regularizer), self.config
-        self.config = self._configure([item.name for item in chosen])
+        complete = [presets.complete(self._preset, item) for item in chosen]
+        self.config = self._configure([item.name for item in chosen], adaptive=any(map(is_adaptive, complete)))
         try:
             check_editable(self.arch, self.config.layers)
-            complete = [presets.complete(self._preset, item) for item in chosen]
             yield Call(complete, self.needs(complete))
         finally:
             self.config = own
 
-    def _configure(self, regularizers: Sequence[str]) -> EditorConfig:
+    def _configure(self, regularizers: Sequence[str], *, adaptive: bool = False) -> EditorConfig:
         """User > preset of (editor, model, regularizer) > preset of (editor, model) > rule."""
-        changes = presets.changes_for(self._preset, regularizers)
-        config = self._config_of(self.arch, self._preset, {**changes, **self._given})
+        changes = {**presets.changes_for(self._preset, regularizers), **self._given}
+        config = self._config_of(self.arch, self._preset, changes)
+        if adaptive and "steps" not in changes:
+            config = config.replace(steps=presets.ADAPTIVE_STEPS * config.steps)
         for layer in config.layers:
             self.arch.check_layer(layer)
         return config

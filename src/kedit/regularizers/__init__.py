@@ -21,7 +21,7 @@ REGULARIZERS: Registry[Any] = Registry(
     "regularizer", {"sadr": "kedit.regularizers.sadr:SADR", "key_norm": "kedit.regularizers.key_norm:KeyNorm"}
 )
 
-RESERVED = frozenset({"step", "total", "nll", "kl", "weight_decay"})  # the log's own columns
+RESERVED = frozenset({"step", "total", "nll", "kl", "weight_decay", "weight", "written"})  # the log's own columns
 
 Choice = str | Regularizer | Iterable[str | Regularizer] | None
 

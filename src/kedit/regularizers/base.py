@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kedit.errors import ConfigError
 from kedit.models import Site
+from kedit.utils.validation import check_choice, check_number, is_number
 
 
 def blocks_from(first: int, last: int | None = None) -> range:
@@ -199,7 +200,9 @@ class Regularizer(Protocol):
     """A term added to the objective of every value optimisation.
 
     Write a class with these members and pass an object of it: ``editor.apply(edit, regularizer=Mine())``.
-    A dataclass field left ``None`` may be filled from the editor's presets.
+    A dataclass field left ``None`` may be filled from the editor's presets. A regularizer with the attribute ``adaptive =
+    True`` returns penalties that need no factor: the optimisation finds the least penalty among the values that say the target
+    (:class:`kedit.values.adaptive_weights.AdaptiveWeights`).
     """
 
     @property
@@ -214,6 +217,44 @@ class Regularizer(Protocol):
     def penalty(self, now: ForwardRecord, before: ForwardRecord) -> Tensor:
         """One value per edit, [E]; ``before`` is step 0 without gradient."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithGamma:
+    """A regularizer whose penalty is γ times a measure.
+
+    Attributes:
+        gamma: γ; ``None``: that of the editor's preset for the model, and where there is none as ``"auto"``: the optimisation
+            finds, per edit, the least measure among the values that say the target
+            (:class:`kedit.values.adaptive_weights.AdaptiveWeights`).
+
+    Raises:
+        ConfigError: γ is negative, not finite, or another text than ``"auto"``.
+    """
+
+    gamma: float | Literal["auto"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check γ."""
+        if isinstance(self.gamma, str):
+            check_choice(f"{type(self).__name__}.gamma", self.gamma, ("auto",))
+        elif self.gamma is not None:
+            check_number(f"{type(self).__name__}.gamma", self.gamma)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the optimisation chooses the factor."""
+        return not is_number(self.gamma)
+
+    @property
+    def factor(self) -> float:
+        """What the measure is multiplied by: γ, or 1 where the optimisation weighs it."""
+        return self.gamma if is_number(self.gamma) else 1.0
+
+
+def is_adaptive(regularizer: Regularizer) -> bool:
+    """Whether the optimisation chooses the factor of a regularizer's penalty."""
+    return bool(getattr(regularizer, "adaptive", False))
 
 
 def needs_of(regularizers: Sequence[Regularizer], sites: Sequence[Site]) -> Needs:

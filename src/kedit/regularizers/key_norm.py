@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kedit.errors import ConfigError
 from kedit.models import Site
-from kedit.regularizers.base import ForwardRecord, Needs, blocks_from
-from kedit.utils.validation import check_number
+from kedit.regularizers.base import ForwardRecord, Needs, WithGamma, blocks_from
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyNorm:
+class KeyNorm(WithGamma):
     """Keep the attention keys of the subject's last token as long as they were.
 
     A head attends more to a token whose key has grown, whoever asks. With k the current and k⁰ the original key of the
@@ -27,39 +25,25 @@ class KeyNorm:
     where keys point.
 
     Attributes:
-        gamma: γ; there is no preset.
+        gamma: γ, or ``"auto"`` (:class:`WithGamma`); there is no preset.
 
     Raises:
         ConfigError: γ is negative or not finite.
     """
-
-    gamma: float | None = None
 
     @property
     def name(self) -> str:
         """``"key_norm"``."""
         return "key_norm"
 
-    def __post_init__(self) -> None:
-        """Check γ."""
-        if self.gamma is not None:
-            check_number("KeyNorm.gamma", self.gamma)
-
     def needs(self, site: Site) -> Needs:
-        """The subject's attention keys in the blocks above the edit.
-
-        Raises:
-            ConfigError: γ is not given.
-        """
-        if self.gamma is None:
-            raise ConfigError("KeyNorm's γ has no preset. Give it: kedit.regularizers.KeyNorm(gamma=...), or --gamma.")
+        """The subject's attention keys in the blocks above the edit."""
         return Needs(keys=blocks_from(site.layer if site.kind == "attention" else site.layer + 1))
 
     def penalty(self, now: ForwardRecord, before: ForwardRecord) -> Tensor:
         """γ · mean over contexts of the squared relative change of the norms, [E]."""
-        assert self.gamma is not None, "needs() has seen to it"
         total = now.rewrite.subject.new_zeros(now.num_edits, dtype=torch.float32)
         for layer, keys in now.rewrite.keys.items():
             growth = keys.norm(dim=-1) / before.rewrite.keys[layer].norm(dim=-1).clamp(min=1e-12) - 1
             total = total + now.rewrite.mean_per_edit(growth.square().sum(1), now.num_edits)
-        return self.gamma * total
+        return self.factor * total

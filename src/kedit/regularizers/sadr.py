@@ -12,7 +12,7 @@ from torch import Tensor
 from kedit.capture.divergence import row_divergence
 from kedit.errors import ConfigError
 from kedit.models import Site
-from kedit.regularizers.base import Activations, ForwardRecord, Needs, blocks_from
+from kedit.regularizers.base import Activations, ForwardRecord, Needs, WithGamma, blocks_from
 from kedit.utils.validation import check_choice, check_number
 
 _Select = Literal["max", "all"]
@@ -20,7 +20,7 @@ _Divergence = Literal["kl", "js", "l2"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SADR:
+class SADR(WithGamma):
     """Keep the last prompt token's attention where it was, for the heads that come to over-attend the subject.
 
     With p the original and q the current attention row of the last prompt token, per context j, block l and head h,
@@ -31,7 +31,8 @@ class SADR:
     The original rows are those of step 0; the mask is evaluated anew at every step.
 
     Attributes:
-        gamma: γ; ``None`` takes the preset of the editor and model.
+        gamma: γ; ``None`` takes the preset of the editor and model, and without one, as ``"auto"``, the optimisation finds the
+            least drift among the values that say the target, which needs no γ (:class:`WithGamma`).
         select: ``"max"`` is the mask above; ``"all"`` restrains all heads (the ablation "ADR").
         divergence: D: ``"kl"`` (original ‖ current), ``"js"``, or ``"l2"``, the squared distance.
         exact: use the exact KL instead of the published form, which adds ε to both rows; its gradient does not
@@ -43,7 +44,6 @@ class SADR:
         ConfigError: a field is out of range.
     """
 
-    gamma: float | None = None
     select: _Select = "max"
     divergence: _Divergence = "kl"
     exact: bool = False
@@ -57,8 +57,7 @@ class SADR:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if self.gamma is not None:
-            check_number("SADR.gamma", self.gamma)
+        super().__post_init__()
         check_choice("SADR.select", self.select, get_args(_Select))
         check_choice("SADR.divergence", self.divergence, get_args(_Divergence))
         if self.exact and self.divergence != "kl":
@@ -76,13 +75,8 @@ class SADR:
         """Attention rows of the blocks above the edit, within ``layers``.
 
         Raises:
-            ConfigError: γ is neither given nor in a preset, or ``layers`` end below the edit.
+            ConfigError: ``layers`` end below the edit.
         """
-        if self.gamma is None:
-            raise ConfigError(
-                "SADR's γ is not published for this editor and model. Give it: regularizer=kedit.SADR(gamma=...), or --gamma. "
-                "It does not carry over from other models; try values from 1e-3 up and watch the sadr column of the log."
-            )
         above = site.layer if site.kind == "attention" else site.layer + 1
         first, last = self.layers if self.layers is not None else (above, None)
         if last is not None and last < above:
@@ -93,8 +87,7 @@ class SADR:
 
     def penalty(self, now: ForwardRecord, before: ForwardRecord) -> Tensor:
         """γ · mean over contexts of the (selected) drift, [E]."""
-        assert self.gamma is not None, "needs() has seen to it"
-        return self.gamma * self.drift(now.rewrite, before.rewrite, now.num_edits)
+        return self.factor * self.drift(now.rewrite, before.rewrite, now.num_edits)
 
     def drift(self, now: Activations, before: Activations, num_edits: int) -> Tensor:
         """The penalty without γ: mean over contexts, sum over blocks and heads, [E]."""

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from kedit.errors import NonFiniteError
-from kedit.regularizers.base import ForwardRecord, Regularizer, score
+from kedit.regularizers.base import ForwardRecord, Regularizer, is_adaptive, score
 from kedit.utils.progress import Progress
+from kedit.values.adaptive_weights import AdaptiveWeights
 from kedit.values.forward import Reading, Runner, check_gradient
 
 StepLog = dict[str, float]
@@ -60,7 +61,8 @@ class Values:
     Attributes:
         delta: δ, [E, S, H].
         initial: v₀, the sites' output on the bare prompt before the edit, [E, S, H].
-        log: per edit and step: step, total, nll, kl, weight_decay and one column per regularizer.
+        log: per edit and step: step, total, nll, kl, weight_decay and one column per regularizer; with adaptive ones also
+            ``weight`` and their penalties before it, ``NAME_raw``.
         known: per edit, whether the model said the target before the edit.
     """
 
@@ -94,7 +96,9 @@ def optimize(
 ) -> Values:
     """Minimise the objective over δ for all edits of the runner's wave, each stopping on its own.
 
-    The edits do not depend on one another: Adam works element by element, and a finished edit leaves the batch.
+    The edits do not depend on one another: Adam works element by element, and a finished edit leaves the batch. Regularizers
+    without a factor get one of their own per edit (:class:`~kedit.values.adaptive_weights.AdaptiveWeights`), which replaces the
+    stopping rules.
 
     Args:
         runner: executes the wave.
@@ -107,17 +111,23 @@ def optimize(
         NonFiniteError: a loss is NaN or infinite.
     """
     state = _State(runner, numbers or range(runner.wave.num_edits), objective.dtype)
+    names = [regularizer.name for regularizer in regularizers if is_adaptive(regularizer)]
+    adaptive = AdaptiveWeights(names, objective.stop_loss, state.delta) if names else None
     with runner.installed():
         for step in range(objective.steps * max(state.facts.tolist())):
             reading = runner.run(state.delta[state.active])
             check_gradient(reading.logits)
             terms = state.terms(reading, step, objective, regularizers)
+            notes: dict[str, Tensor] = {}
+            if adaptive is not None:
+                notes, finished = adaptive.weigh(terms, state.delta, state.active)
             total = torch.stack(list(terms.values())).sum(0)
-            state.record(step, total, terms)
-            last = step + 1 >= objective.steps * state.facts[state.active]
-            finished = last | (total < objective.stop_loss)
-            if objective.settle:
-                finished |= state.settle(terms["kl"])
+            state.record(step, total, {**terms, **notes})
+            if adaptive is None:
+                finished = total < objective.stop_loss
+                if objective.settle:
+                    finished |= state.settle(terms["kl"])
+            finished |= step + 1 >= objective.steps * state.facts[state.active]
             if progress is not None:
                 progress.advance(int(finished.sum()))
             if finished.all():
@@ -126,7 +136,8 @@ def optimize(
             del reading, terms, total  # or this step's logits would live on through the next one
             if finished.any():
                 state.keep(torch.nonzero(~finished).flatten())
-    return state.values()
+    values = state.values()
+    return values if adaptive is None else replace(values, delta=adaptive.best(values.delta))
 
 
 class _State:

@@ -1,0 +1,81 @@
+"""Factors for penalties that have none of their own: the least penalty among the values that say the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RISE, FALL = 1.25, 0.7  # of the weight, per step at which the target is said, or is not
+PATIENCE = 10  # steps without a smaller penalty, after which an edit is finished
+PROGRESS = 0.01  # by how much a penalty must be smaller to count as such, relative
+
+
+class AdaptiveWeights:
+    """One weight per edit, found by dual ascent.
+
+    The problem is: minimise the penalty D(δ) subject to NLL(δ) ≤ τ, where τ is the objective's ``stop_loss``. Until the
+    target is said for the first time (NLL ≤ τ), nothing is restrained, as the plain optimisation does. From then on the
+    objective has the term::
+
+        w · mean_r D_r(δ) / D_r(δ₁)
+
+    over the adaptive regularizers r, where δ₁ is the value that first said the target. The weight w starts at τ; it is
+    multiplied by 1.25 after a step at which the target is said and by 0.7 after one at which it is not. The value with the
+    least penalty among those that said the target is kept. Of an edit that never gets there, the last value is.
+
+    A penalty counts only relative to itself, so its unit, and the number of heads and blocks in it, have no influence.
+    """
+
+    def __init__(self, names: Sequence[str], threshold: float, delta: Tensor) -> None:
+        self.names = tuple(names)
+        self.threshold = threshold
+        edits = len(delta)
+        self._scale = delta.new_zeros(len(names), edits)  # 1 / D(δ₁); 0 where there is nothing to restrain
+        self._weight = delta.new_zeros(edits)
+        self._reached = torch.zeros(edits, dtype=torch.bool, device=delta.device)
+        self._least = delta.new_full((edits,), float("inf"))
+        self._waited = torch.zeros(edits, dtype=torch.int64, device=delta.device)
+        self._best = delta.detach().clone()
+
+    def weigh(self, terms: dict[str, Tensor], delta: Tensor, active: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Replace the penalties in ``terms`` by what counts of them at this step.
+
+        Args:
+            terms: the objective's terms, one value per active edit each; those of the adaptive regularizers are D.
+            delta: δ of all edits, [E, S, H].
+            active: the edits at work, [A].
+
+        Returns:
+            Further columns of the log ("weight", and D as "NAME_raw"), and which active edits are finished, [A].
+        """
+        said = terms["nll"].detach() <= self.threshold
+        penalties = torch.stack([terms[name] for name in self.names])
+        raw = penalties.detach()
+        first = said & ~self._reached[active]
+        started = active[first]
+        self._scale[:, started] = torch.where(raw[:, first] > 0, 1 / raw[:, first], 0)
+        self._weight[started] = self.threshold
+        self._reached[started] = True
+        relative = penalties * self._scale[:, active]
+        self._keep_best(relative.detach().mean(0), said, delta, active)
+        weight = self._weight[active].clone()
+        for name, one in zip(self.names, relative, strict=True):
+            terms[name] = weight * one / len(self.names)
+        reached = self._reached[active]
+        self._weight[active] = torch.where(said, weight * RISE, weight * FALL)
+        columns = {"weight": weight} | {f"{name}_raw": one for name, one in zip(self.names, raw, strict=True)}
+        return columns, reached & ((self._waited[active] >= PATIENCE) | (self._least[active] <= 0))
+
+    def _keep_best(self, score: Tensor, said: Tensor, delta: Tensor, active: Tensor) -> None:
+        better = said & (score < self._least[active] * (1 - PROGRESS))
+        chosen = active[better]
+        self._least[chosen] = score[better]
+        self._best[chosen] = delta.detach()[chosen]
+        self._waited[active] += 1
+        self._waited[chosen] = 0
+
+    def best(self, delta: Tensor) -> Tensor:
+        """δ of all edits [E, S, H]: the best value of those that said the target, else the last one."""
+        return torch.where(self._reached[:, None, None], self._best, delta.detach())
