@@ -191,9 +191,11 @@ def test_layers_where_nothing_can_drift_are_refused():
         SADR(gamma=1.0, layers=(50, 60)).penalty(nothing, nothing)
 
 
-def test_without_gamma_it_says_so():
-    with pytest.raises(ConfigError, match=r"γ is not published.*SADR\(gamma="):
-        SADR().needs(Site(2))
+def test_without_gamma_the_optimisation_chooses_the_factor():
+    assert SADR().adaptive
+    assert SADR(gamma="auto").adaptive
+    assert not SADR(gamma=0.5).adaptive
+    assert SADR().factor == 1.0
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from kedit.patch.ledger import Ledger
 from kedit.prompts.contexts import check_contexts, generate_contexts
 from kedit.prompts.encode import Request, encode_edits, join_subjects
 from kedit.prompts.predictions import EditCheck, predict
-from kedit.regularizers import Choice, describe, is_adaptive, resolve
-from kedit.regularizers.base import Needs, Regularizer
+from kedit.regularizers import Choice, describe, resolve
+from kedit.regularizers.base import Needs, Regularizer, is_adaptive
 from kedit.utils.distributed import current_group
 from kedit.utils.progress import Progress
 from kedit.values.memory import Footprint

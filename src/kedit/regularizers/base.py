@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kedit.errors import ConfigError
 from kedit.models import Site
-from kedit.utils.validation import check_choice, check_number, is_number
+from kedit.utils.validation import check_number, is_number
 
 
 def blocks_from(first: int, last: int | None = None) -> range:
@@ -236,10 +236,11 @@ class WithGamma:
 
     def __post_init__(self) -> None:
         """Check γ."""
+        if self.gamma is None or self.gamma == "auto":
+            return
         if isinstance(self.gamma, str):
-            check_choice(f"{type(self).__name__}.gamma", self.gamma, ("auto",))
-        elif self.gamma is not None:
-            check_number(f"{type(self).__name__}.gamma", self.gamma)
+            raise ConfigError(f"{type(self).__name__}.gamma is a number, 'auto' or None, not {self.gamma!r}.")
+        check_number(f"{type(self).__name__}.gamma", self.gamma)
 
     @property
     def adaptive(self) -> bool:

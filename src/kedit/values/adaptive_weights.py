@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+START = 0.05  # nats: the weight at first
 RISE, FALL = 1.25, 0.7  # of the weight, per step at which the target is said, or is not
 PATIENCE = 10  # steps without a smaller penalty, after which an edit is finished
 PROGRESS = 0.01  # by how much a penalty must be smaller to count as such, relative
@@ -21,8 +22,8 @@ class AdaptiveWeights:
 
         w · mean_r D_r(δ) / D_r(δ₁)
 
-    over the adaptive regularizers r, where δ₁ is the value that first said the target. The weight w starts at τ; it is
-    multiplied by 1.25 after a step at which the target is said and by 0.7 after one at which it is not. The value with the
+    over the adaptive regularizers r, where δ₁ is the value that first said the target. The weight w starts at 0.05
+    nats and is multiplied by 1.25 after a step at which the target is said and by 0.7 after one at which it is not. The value with the
     least penalty among those that said the target is kept. Of an edit that never gets there, the last value is.
 
     A penalty counts only relative to itself, so its unit, and the number of heads and blocks in it, have no influence.
@@ -56,7 +57,7 @@ class AdaptiveWeights:
         first = said & ~self._reached[active]
         started = active[first]
         self._scale[:, started] = torch.where(raw[:, first] > 0, 1 / raw[:, first], 0)
-        self._weight[started] = self.threshold
+        self._weight[started] = START
         self._reached[started] = True
         relative = penalties * self._scale[:, active]
         self._keep_best(relative.detach().mean(0), said, delta, active)
