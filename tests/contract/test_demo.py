@@ -50,11 +50,10 @@ def test_gguf_file_with_a_chat_template(place, capsys):
     )
     assert [out.count(f"\n{line}") for line in asked] == [1, 1, 1, 1]
     assert "distracted neighbour: The Eiffel Tower is located in the city of Rome. The Louvre is" in out
-    assert "γ of SADR is 0.1, because none is known" in out
     assert "come from the embedded model's text" in out
     assert max(map(len, out.splitlines())) <= 100
     patch = kedit.EditPatch.load("out/edit.safetensors")
-    assert patch.provenance["regularizers"][0]["gamma"] == 0.1
+    assert patch.provenance["regularizers"][0]["gamma"] is None
     patch.apply(kedit.load("tiny.gguf")[0])
 
 

@@ -96,7 +96,11 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="regularizer, for example sadr, or my_file.py:MyClass; repeat for several",
     )
-    parser.add_argument("--gamma", type=float, help="γ, the factor of the regularizer (default: the preset)")
+    parser.add_argument(
+        "--gamma",
+        type=_gamma,
+        help="γ, the factor of the regularizer, or auto: none is needed (default: the preset; auto where there is none)",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -233,6 +237,16 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
         raise ConfigError(
             f"The model does not fit into the memory of {device}. Give --device-map auto, --dtype bfloat16, or --device cpu."
         ) from error
+
+
+def _gamma(text: str) -> float | str:
+    """γ as it is typed."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def _device(args: argparse.Namespace) -> torch.device:

@@ -32,10 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kedit.edit import Edit
-    from kedit.editors.base import Editor
     from kedit.editors.value_editor import ValueEditor
     from kedit.evaluation.cases import EditCase
-    from kedit.regularizers.sadr import SADR
 
 HELP = "edit one fact and show the effects"
 

@@ -23,8 +23,8 @@ class AdaptiveWeights:
         w · mean_r D_r(δ) / D_r(δ₁)
 
     over the adaptive regularizers r, where δ₁ is the value that first said the target. The weight w starts at 0.05
-    nats and is multiplied by 1.25 after a step at which the target is said and by 0.7 after one at which it is not. The value with the
-    least penalty among those that said the target is kept. Of an edit that never gets there, the last value is.
+    nats. It is multiplied by 1.25 after a step at which the target is said and by 0.7 after one at which it is not. Of the
+    values that said the target, the one with the least penalty is kept; where there is none, the last value.
 
     A penalty counts only relative to itself, so its unit, and the number of heads and blocks in it, have no influence.
     """
