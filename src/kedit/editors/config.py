@@ -67,6 +67,8 @@ class EditorConfig:
         stop_loss: an edit whose loss falls below is finished.
         join_subjects: whether several facts of one subject become one value that has to say all of them; the published methods
             give each fact a value of its own, of which the last one written prevails.
+        patience: with a regularizer, an edit that says its target (NLL at most ``stop_loss``) is also finished after so many
+            steps in which its loss did not fall by 1%; 0: never (the published form).
         dtype: ``"float32"`` or ``"float64"`` for δ and its Adam state; ``None``: float64 for a float64 model, else float32.
         compute_dtype: of the forward and backward passes of the optimisation: ``"bfloat16"``, ``"float16"``, ``"float32"``, or
             ``"auto"``, which is bfloat16 where this device computes it clearly faster; ``None``: the model's own. Another
@@ -80,6 +82,7 @@ class EditorConfig:
     kl_factor: float = hyper(0.0625)
     clamp: float = hyper(4.0, above=0)
     stop_loss: float = hyper(0.05)
+    patience: int = hyper(0)
     dtype: str | None = hyper(None, choices=("float32", "float64", None))
     compute_dtype: str | None = hyper(None, choices=(*COMPUTE_DTYPES, None))
     lr_relative: bool = False
@@ -151,6 +154,7 @@ class EditorConfig:
             kl_factor=self.kl_factor,
             clamp=self.clamp,
             stop_loss=self.stop_loss,
+            patience=self.patience,
             settle=bool(getattr(self, "settle", False)),
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
             compute_dtype=self.compute_dtype,

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kedit.values.plateau import Plateau
+
 START = 0.05  # nats: the weight at first
 RISE, FALL = 1.25, 0.7  # of the weight, per step at which the target is said, or is not
 PATIENCE = 10  # steps without a smaller penalty, after which an edit is finished
-PROGRESS = 0.01  # by how much a penalty must be smaller to count as such, relative
 
 
 class AdaptiveWeights:
@@ -36,8 +37,7 @@ class AdaptiveWeights:
         self._scale = delta.new_zeros(len(names), edits)  # 1 / D(δ₁); 0 where there is nothing to restrain
         self._weight = delta.new_zeros(edits)
         self._reached = torch.zeros(edits, dtype=torch.bool, device=delta.device)
-        self._least = delta.new_full((edits,), float("inf"))
-        self._waited = torch.zeros(edits, dtype=torch.int64, device=delta.device)
+        self._plateau = Plateau(edits, delta.detach())
         self._best = delta.detach().clone()
 
     def weigh(self, terms: dict[str, Tensor], delta: Tensor, active: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -67,15 +67,12 @@ class AdaptiveWeights:
         reached = self._reached[active]
         self._weight[active] = torch.where(said, weight * RISE, weight * FALL)
         columns = {"weight": weight} | {f"{name}_raw": one for name, one in zip(self.names, raw, strict=True)}
-        return columns, reached & ((self._waited[active] >= PATIENCE) | (self._least[active] <= 0))
+        ended = (self._plateau.waited[active] >= PATIENCE) | (self._plateau.least[active] <= 0)
+        return columns, reached & ended
 
     def _keep_best(self, score: Tensor, said: Tensor, delta: Tensor, active: Tensor) -> None:
-        better = said & (score < self._least[active] * (1 - PROGRESS))
-        chosen = active[better]
-        self._least[chosen] = score[better]
+        chosen = active[self._plateau.step(score, said, active)]
         self._best[chosen] = delta.detach()[chosen]
-        self._waited[active] += 1
-        self._waited[chosen] = 0
 
     def best(self, delta: Tensor) -> Tensor:
         """δ of all edits [E, S, H]: the best value of those that said the target, else the last one."""

@@ -15,6 +15,7 @@ from kedit.regularizers.base import ForwardRecord, Regularizer, is_adaptive, sco
 from kedit.utils.progress import Progress
 from kedit.values.adaptive_weights import AdaptiveWeights
 from kedit.values.forward import Reading, Runner, check_gradient
+from kedit.values.plateau import Plateau
 
 StepLog = dict[str, float]
 LOSS_SCALE = 1024.0  # of float16 passes, whose small gradients would become 0
@@ -35,6 +36,8 @@ class Objective:
             length of about ``lr`` · ‖v₀‖, so the same number means the same for every model.
         clamp: bound of ‖δ‖ / ‖v₀‖, enforced after every update.
         stop_loss: an edit whose total falls below is finished.
+        patience: with penalties, an edit whose NLL is at most ``stop_loss`` is also finished after so many steps in which its
+            total did not fall by 1%; 0: never (the published form).
         settle: PMET's rule: an edit is also finished when every target token is the first choice and the KL term is
             at most 0.01; its NLL counts a tenth after a step at which every target token was.
         dtype: of δ; ``None``: float32, or float64 for a float64 model.
@@ -50,6 +53,7 @@ class Objective:
     stop_loss: float
     lr_relative: bool = False
     settle: bool = False
+    patience: int = 0
     dtype: torch.dtype | None = None
     compute_dtype: str | None = None
 
@@ -113,6 +117,7 @@ def optimize(
     state = _State(runner, numbers or range(runner.wave.num_edits), objective.dtype)
     names = [regularizer.name for regularizer in regularizers if is_adaptive(regularizer)]
     adaptive = AdaptiveWeights(names, objective.stop_loss, state.delta) if names else None
+    plateau = Plateau(len(state.delta), state.delta.detach())
     with runner.installed():
         for step in range(objective.steps * max(state.facts.tolist())):
             reading = runner.run(state.delta[state.active])
@@ -125,6 +130,9 @@ def optimize(
             state.record(step, total, {**terms, **notes})
             if adaptive is None:
                 finished = total < objective.stop_loss
+                if regularizers and objective.patience:
+                    plateau.step(total.detach(), terms["nll"] <= objective.stop_loss, state.active)
+                    finished |= plateau.waited[state.active] >= objective.patience
                 if objective.settle:
                     finished |= state.settle(terms["kl"])
             finished |= step + 1 >= objective.steps * state.facts[state.active]
