@@ -15,10 +15,16 @@ from kedit.regularizers.base import Needs as Needs
 from kedit.regularizers.base import Regularizer as Regularizer
 from kedit.regularizers.base import blocks_from as blocks_from
 from kedit.regularizers.key_norm import KeyNorm as KeyNorm
+from kedit.regularizers.relations import Relations as Relations
 from kedit.utils.registry import Registry, import_file
 
 REGULARIZERS: Registry[Any] = Registry(
-    "regularizer", {"sadr": "kedit.regularizers.sadr:SADR", "key_norm": "kedit.regularizers.key_norm:KeyNorm"}
+    "regularizer",
+    {
+        "sadr": "kedit.regularizers.sadr:SADR",
+        "key_norm": "kedit.regularizers.key_norm:KeyNorm",
+        "relations": "kedit.regularizers.relations:Relations",
+    },
 )
 
 RESERVED = frozenset({"step", "total", "nll", "kl", "weight_decay", "weight", "written"})  # the log's own columns
