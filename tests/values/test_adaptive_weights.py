@@ -109,7 +109,7 @@ def test_the_weight_rises_while_the_target_is_said_and_falls_while_it_is_not():
     delta = torch.zeros(1, 1, 2)
     weights = AdaptiveWeights(["one"], 0.1, delta)
     seen = [weigh(weights, [nll], [4.0], delta)[1].item() for nll in (3.0, 0.05, 0.05, 0.5, 0.05)]
-    assert seen == pytest.approx([0, 0.05, 0.0625, 0.078125, 0.0546875])
+    assert seen == pytest.approx([0, START, START * 1.4, START * 1.96, START * 1.372])
 
 
 def test_an_edit_ends_when_its_penalty_falls_no_further():

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kedit.values.plateau import Plateau
 
-START = 0.05  # nats: the weight at first
-RISE, FALL = 1.25, 0.7  # of the weight, per step at which the target is said, or is not
+START = 0.3  # nats: the weight at first
+RISE, FALL = 1.4, 0.7  # of the weight, per step at which the target is said, or is not
 PATIENCE = 10  # steps without a smaller penalty, after which an edit is finished
 
 
@@ -23,8 +23,8 @@ class AdaptiveWeights:
 
         w · mean_r D_r(δ) / D_r(δ₁)
 
-    over the adaptive regularizers r, where δ₁ is the value that first said the target. The weight w starts at 0.05
-    nats. It is multiplied by 1.25 after a step at which the target is said and by 0.7 after one at which it is not. Of the
+    over the adaptive regularizers r, where δ₁ is the value that first said the target. The weight w starts at 0.3
+    nats. It is multiplied by 1.4 after a step at which the target is said and by 0.7 after one at which it is not. Of the
     values that said the target, the one with the least penalty is kept; where there is none, the last value.
 
     A penalty counts only relative to itself, so its unit, and the number of heads and blocks in it, have no influence.
