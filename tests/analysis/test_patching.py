@@ -150,7 +150,7 @@ def test_shares_are_of_the_damage(tmp_path):
     assert found.share(dirty).low is None  # one case has no interval
     found.probabilities[ORIGINAL] = found.probabilities[EDITED]
     assert found.share(restored) is None
-    assert "none was done" in found.summary()
+    assert "did no damage" in found.summary()
     assert found.save(tmp_path / "patching.json").stat().st_size > 100
 
 

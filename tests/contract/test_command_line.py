@@ -136,7 +136,6 @@ def test_the_same_command_gives_the_same_patch(place):
     [
         (["--editor", "roem"], "no editor called 'roem'. Did you mean 'rome'"),
         (["--regularizer", "sard"], "no regularizer called 'sard'. Did you mean 'sadr'"),
-        (["--regularizer", "sadr"], "γ"),
         (["--regularizer", "sadr", "--gamma", "-1"], "SADR.gamma"),
         (["--gamma", "1"], "--gamma belongs to a regularizer"),
         (["--set", "layers=7"], "Layer 7 is out of range"),

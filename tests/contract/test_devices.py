@@ -26,9 +26,15 @@ from tiny_models import tiny_model, tokenizer
 
 from .common import ADA, EDITS, FRENCH, LAYER
 from .common import make as make_editor
-from .test_model_types import ALIKE, EDITORS, VARIANTS, editor_of, model_of
+from .test_model_types import EDITORS, editor_of, model_of
 
-QUICK = ("gpt2", "llama", "mixtral")  # with a tied head, grouped queries, experts
+QUICK = {
+    ("gpt2", "rome"),
+    ("gpt_neox", "rome"),
+    ("mixtral", "memit"),
+    ("opt-normalised", "rome"),
+    ("gemma2-softcap", "rome"),
+}
 FAR = 5e-4  # FT's Adam takes steps of one size however small a gradient is, so its rounding shows
 NEAR = 5e-6
 
@@ -45,7 +51,7 @@ def cells():
     """Every type with every editor; what another cell covers up to a detail runs with the slow tests."""
     for name in zoo.EDITABLE:
         for editor in EDITORS:
-            quick = name in QUICK or (editor == "rome" and name not in (*VARIANTS, *ALIKE))
+            quick = name == "llama" or (name, editor) in QUICK
             yield pytest.param(name, editor, marks=[pytest.mark.slow] * (not quick))
 
 
@@ -119,6 +125,7 @@ def test_full_passes_and_every_regularizer_on_two_devices(regularizer):
         assert apart(editor.apply(EDITS, regularizer), wanted) <= NEAR
 
 
+@pytest.mark.slow
 def test_what_follows_an_edit_on_two_devices(tmp_path, monkeypatch):
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
     texts = ["The capital of France is Paris, and the capital of Italy is Rome."] * 8
@@ -192,7 +199,8 @@ def solved_on(editor):
 @pytest.mark.parametrize(
     ("name", "model_type"),
     [
-        *((name, "llama") for name in CLOSED),
+        *((name, "llama") for name in ("rome", "memit", "alphaedit")),
+        *(pytest.param(name, "llama", marks=pytest.mark.slow) for name in ("rrome", "emmet")),
         *(pytest.param(name, "mixtral", marks=pytest.mark.slow) for name in ("memit", "alphaedit")),
     ],
 )
@@ -212,7 +220,7 @@ def test_closed_forms_are_solved_on_the_layers_device_if_it_has_room(name, model
                 assert solved_on(editor) == {place}
 
 
-@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "memit")) for name in CLOSED])
 def test_a_device_that_runs_out_of_memory_leaves_the_solve_to_main_memory(name, caplog):
     def scarce(function):
         def wrapped(matrix, *args, **kwargs):
@@ -234,6 +242,7 @@ def test_a_device_that_runs_out_of_memory_leaves_the_solve_to_main_memory(name, 
     assert apart(*results) == 0.0
 
 
+@pytest.mark.slow
 def test_the_fullest_device_decides_how_large_waves_are(monkeypatch, caplog):
     with devices():
         model = spread(tiny_model("llama"), 9)  # only the last norm and the head are on the second device

@@ -38,7 +38,9 @@ def _edits(count, relations=("profession", "birthplace")):
 
 
 @pytest.mark.filterwarnings("ignore::kedit.errors.IneffectiveEditWarning")
-@pytest.mark.parametrize("name", VALUE_EDITORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "rome")) for name in VALUE_EDITORS]
+)
 def test_all_are_said(embedded, name):
     editor = kedit.get_editor(name, *embedded)
     result = editor.apply(_edits(7))

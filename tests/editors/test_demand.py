@@ -109,6 +109,7 @@ print(now("VmHWM") - before, stated.total - stated.model - stated.moments)
 """
 
 
+@pytest.mark.slow
 def test_the_whole_process_takes_no_more_than_was_said():
     """Measured by the system, workspace of the libraries included."""
     try:

@@ -152,8 +152,17 @@ def test_the_reference_score_is_that_of_all_generated_texts_of_a_case_joined(mon
     assert abs(alone - expected) > 0.05  # the mean over single texts is another figure
 
 
-@pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
-@pytest.mark.parametrize("stop_after", [0, 1, 3])
+CUT = {(1, "single"), (0, "batch"), (1, "sequential")}  # the others run with the slow tests
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "mode"),
+    [
+        pytest.param(stop_after, mode, marks=[pytest.mark.slow] * ((stop_after, mode) not in CUT))
+        for mode in ("single", "batch", "sequential")
+        for stop_after in (0, 1, 3)
+    ],
+)
 def test_an_interrupted_run_goes_on_and_gives_the_same_report(tmp_path, monkeypatch, mode, stop_after):
     model, tok, editor = make()
     cases = make_cases()

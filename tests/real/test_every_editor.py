@@ -83,7 +83,9 @@ def test_ten_facts(name, pretrained, known, test_data, monkeypatch, request):
     assert 10 * kept >= 10 * unedited - POINTS, figures
 
 
-@pytest.mark.parametrize("name", SAID)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("memit", "pmet"))) for name in SAID]
+)
 def test_facts_that_are_none(name, test_data, monkeypatch, tmp_path):
     """A model of stories, without a preset: nonsense is written all the same."""
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))

@@ -37,7 +37,7 @@ def relative(one, other):
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.3])
+@pytest.mark.parametrize("gamma", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_together_is_one_by_one(model_type, gamma):
     made = editor("rome", model_type)

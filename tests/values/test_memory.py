@@ -75,6 +75,7 @@ def test_the_budget_shrinks_to_what_is_free_and_says_so(monkeypatch, caplog):
     assert made.engine.used == made.engine.budget == 8_192  # a lean moment does not last
 
 
+@pytest.mark.slow
 def test_many_applies_leave_the_process_as_large_as_it_was():
     """200 edits in a row keep their factors and nothing else; freed memory goes back to the system."""
     status = Path("/proc/self/status")

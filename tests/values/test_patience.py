@@ -1,6 +1,7 @@
 """An edit with a penalty ends when its target is said and its loss falls no further."""
 
 import torch
+from test_adaptive_weights import editor
 
 import kedit
 from kedit.editors import presets
@@ -8,7 +9,6 @@ from kedit.regularizers import Needs
 from kedit.values.plateau import Plateau
 from reference.float64 import TrueFloat64
 from tiny_models import EDITS, tiny_model
-from values.test_adaptive_weights import editor
 
 EDIT = kedit.Edit(*EDITS["middle"])
 

@@ -179,7 +179,7 @@ class CachedRunner(Runner):
         entry = arch.block(self.start) if self.start < arch.num_layers else arch.final_norm
         with stops_early(), ExitStack() as stack:
             stack.enter_context(on_input(entry, read_entering))
-            stack.enter_context(on_input(arch.final_norm, _stop))  # no logits are wanted
+            stack.enter_context(on_input(arch.head, _stop))  # no logits are wanted
             for site in self.sites:
                 stack.enter_context(on_output(arch.site(site), partial(read_initial, site)))
             for layer in range(self.start):
@@ -189,6 +189,7 @@ class CachedRunner(Runner):
                 attention_mask=mask.to(self.device),
                 use_cache=True,
                 **cache_argument(arch.model, Cache(layers=list(layers))),
+                **({"logits_to_keep": 1} if arch.keeps_logits else {}),
             )
         self._initials = torch.stack([initial[site].to(self.device) for site in self.sites], dim=1)
         for layer in range(self.start, arch.num_layers):
