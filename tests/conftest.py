@@ -85,6 +85,12 @@ def _poisoned_memory(request: pytest.FixtureRequest):
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(autouse=True)
+def _scores_of_no_other_run(monkeypatch: pytest.MonkeyPatch):
+    """Evaluations keep nothing on disk, where it would outlive a change of the code."""
+    monkeypatch.setattr("kedit.evaluation.kept.disk_folder", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Give the folder of the test data, or skip: it is not part of the project."""

@@ -40,6 +40,7 @@ def evaluate(
     metrics: str | Sequence[str] | None = None,
     chunk: int = CHUNK,
     batch_size: int = 1,
+    cache: bool = True,
     **extent: Any,
 ) -> EvalReport:
     """Ask every case's probes before and after its edit; the model is unedited again when this returns or raises.
@@ -60,6 +61,8 @@ def evaluate(
         metrics: name or names of the metrics to report; all that have values if not given.
         chunk: cases whose values are optimised together in single mode.
         batch_size: cases per step of a sequence.
+        cache: reuse what an earlier run measured of this model, unedited, on the same chunk of cases: in memory, and in kedit's
+            cache folder where that exists. Attention is always measured anew.
         extent: what is measured beside the likelihoods: the fields of :class:`~kedit.evaluation.probing.EvalOptions`
             (``exact``, ``generate``, ``attention``, ``texts``, ...).
 
@@ -74,10 +77,10 @@ def evaluate(
     chosen = check_cases(cases)
     measured = _extent(extent)
     if base is not None or isinstance(editor, EditPatch):
-        run = _finished(model, tokenizer, chosen, editor, regularizer, mode, base, config, measured, chunk)
+        run = _finished(model, tokenizer, chosen, editor, regularizer, mode, base, config, measured, chunk, cache)
     else:
         made = _editor(model, tokenizer, editor, config)
-        run = Run(model, tokenizer, chosen, made, regularizer, mode, measured, chunk, batch_size)
+        run = Run(model, tokenizer, chosen, made, regularizer, mode, measured, chunk, batch_size, cache)
     journal = None if out is None else Journal(out, run.identity())
     records = run.go(journal)
     report = EvalReport(records, run.meta(), tuple(metrics) if metrics is not None else None)
@@ -98,6 +101,7 @@ def _finished(
     config: Mapping[str, Any] | None,
     measured: EvalOptions,
     chunk: int,
+    cache: bool,
 ) -> Run:
     if regularizer is not None and regularizer != [] or config or mode != "single":
         raise ConfigError(
@@ -105,10 +109,10 @@ def _finished(
         )
     if base is None:
         assert isinstance(editor, EditPatch)
-        return FinishedRun(model, tokenizer, cases, measured, chunk, patch=editor)
+        return FinishedRun(model, tokenizer, cases, measured, chunk, cache, patch=editor)
     if editor is not None:
         raise ConfigError("With base, the model is edited already. Give editor=None.")
-    return FinishedRun(base, tokenizer, cases, measured, chunk, changed=model)
+    return FinishedRun(base, tokenizer, cases, measured, chunk, cache, changed=model)
 
 
 def _editor(

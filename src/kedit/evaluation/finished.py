@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kedit.errors import ConfigError
 from kedit.evaluation.cases import EditCase, drop_edited
+from kedit.evaluation.kept import BeforeScores
 from kedit.evaluation.modes import edited
 from kedit.evaluation.probing import EvalOptions, ProbeScorer
 from kedit.evaluation.provenance import describe_model, digest
@@ -38,6 +39,7 @@ class FinishedRun(Run):
         cases: list[EditCase],
         extent: EvalOptions,
         chunk: int,
+        cache: bool = True,
         *,
         patch: EditPatch | None = None,
         changed: PreTrainedModel | None = None,
@@ -48,7 +50,7 @@ class FinishedRun(Run):
             )
         self.patch, self.changed = patch, changed
         kept, dropped = drop_edited(cases)
-        super().__init__(base, tokenizer, kept, None, None, "single", extent, chunk, 1)
+        super().__init__(base, tokenizer, kept, None, None, "single", extent, chunk, 1, cache)
         self.dropped = dropped
         self.unnamed = self._unnamed(cases)
 
@@ -97,11 +99,13 @@ class FinishedRun(Run):
         arch = ModelArch(self.model)
         return {name: tensor_fingerprint(arch.weight_of(name).stored) for name in self.patch.deltas}
 
-    def _single(self, examiner: ProbeScorer, done: Mapping[str, CaseRecord]) -> Generator[CaseRecord, None, None]:
+    def _single(
+        self, examiner: ProbeScorer, kept: BeforeScores, done: Mapping[str, CaseRecord]
+    ) -> Generator[CaseRecord, None, None]:
         start = time.perf_counter()
         before: dict[str, CaseScore] = {}
         for cases in self._chunks():
-            before |= {case.id: score for case, score in zip(cases, examiner.before(cases), strict=True)}
+            before |= {case.id: score for case, score in zip(cases, kept.scores(examiner, cases), strict=True)}
         shared = {"before": (time.perf_counter() - start) / len(self.cases)}
         with self._scorer_of_changed(examiner) as scorer:
             yield from self._asked_after(scorer, done, before, shared, {})

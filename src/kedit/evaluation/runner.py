@@ -12,6 +12,7 @@ from kedit.editors.base import Editor
 from kedit.errors import ConfigError, KEditError
 from kedit.evaluation.cases import EditCase, drop_edited
 from kedit.evaluation.journal import Journal
+from kedit.evaluation.kept import BeforeScores
 from kedit.evaluation.metrics import Running
 from kedit.evaluation.modes import FATAL_ERRORS, JointEdit, edited, propose_each
 from kedit.evaluation.probing import EvalOptions, ProbeScorer
@@ -47,6 +48,7 @@ class Run:
         extent: EvalOptions,
         chunk: int,
         batch_size: int,
+        cache: bool = True,
     ) -> None:
         check_choice("mode", mode, get_args(EvalMode))
         check_whole("chunk", chunk, 1)
@@ -55,7 +57,7 @@ class Run:
         self.regularizers = resolve(regularizer)
         if editor is None and self.regularizers:
             raise ConfigError("Without an editor there is nothing to regularize. Name an editor, or no regularizer.")
-        self.chunk, self.batch_size = chunk, batch_size
+        self.chunk, self.batch_size, self.cache = chunk, batch_size, cache
         self.dropped = 0
         if mode != "single" and editor is not None:
             cases, self.dropped = drop_edited(cases)
@@ -104,9 +106,12 @@ class Run:
         if len(done) < len(self.cases):
             with self._timed("prepare"):
                 examiner = ProbeScorer(self.model, self.tokenizer, self.extent, self.cases)
+                kept = BeforeScores(self.model, self.tokenizer, self.extent, self.cases, wanted=self.cache)
                 if self.editor is not None:
                     self.editor.prepare()
-            work = self._single(examiner, done) if self._each_alone else self._joint(examiner, done, journal)
+            work = (
+                self._single(examiner, kept, done) if self._each_alone else self._joint(examiner, kept, done, journal)
+            )
             # Closed here and now: an error would keep the generator, and with it the edited model, as long as its traceback.
             with closing(work), Progress(len(self.cases), "evaluating", unit="case") as progress:
                 running = Running()
@@ -127,13 +132,15 @@ class Run:
     def _each_alone(self) -> bool:
         return self.mode == "single" or self.editor is None
 
-    def _single(self, examiner: ProbeScorer, done: Mapping[str, CaseRecord]) -> Generator[CaseRecord, None, None]:
+    def _single(
+        self, examiner: ProbeScorer, kept: BeforeScores, done: Mapping[str, CaseRecord]
+    ) -> Generator[CaseRecord, None, None]:
         """Chunks are the same in every run, so that a resumed one rounds alike; only what is missing is asked again."""
         for cases in self._chunks():
             if all(case.id in done for case in cases):
                 continue
             begin = time.perf_counter()
-            before = dict(zip([case.id for case in cases], examiner.before(cases), strict=True))
+            before = dict(zip([case.id for case in cases], kept.scores(examiner, cases), strict=True))
             middle = time.perf_counter()
             patches: Mapping[str, EditPatch | str] = {}
             if self.editor is not None:
@@ -181,14 +188,14 @@ class Run:
         )
 
     def _joint(
-        self, examiner: ProbeScorer, done: Mapping[str, CaseRecord], journal: Journal | None
+        self, examiner: ProbeScorer, kept: BeforeScores, done: Mapping[str, CaseRecord], journal: Journal | None
     ) -> Generator[CaseRecord, None, None]:
         """All facts written, then everything asked."""
         assert self.editor is not None
         start = time.perf_counter()
         before: dict[str, CaseScore] = {}
         for cases in self._chunks():
-            before |= {case.id: score for case, score in zip(cases, examiner.before(cases), strict=True)}
+            before |= {case.id: score for case, score in zip(cases, kept.scores(examiner, cases), strict=True)}
         shared = {"before": (time.perf_counter() - start) / len(self.cases)}
         size = len(self.cases) if self.mode == "batch" else self.batch_size
         steps = [self.cases[first : first + size] for first in range(0, len(self.cases), size)]

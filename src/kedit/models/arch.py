@@ -203,7 +203,7 @@ class ModelArch:
         # transformers takes such a mask as `logits_to_keep` only in its newest versions, and on the device of the last
         # hidden states only. What a model does after its head it does to every logit alone.
         with ExitStack() as stack:
-            if self.keeps_logits and not self._compiled:
+            if self.keeps_logits and not self.compiled:
                 chosen = on_input(self.head, lambda hidden: by_prompt(hidden, len(keep))[keep.to(hidden.device)])
                 stack.enter_context(chosen)
             elif self.keeps_logits:
@@ -215,7 +215,7 @@ class ModelArch:
         return logits.to(self.input_device)
 
     @property
-    def _compiled(self) -> bool:
+    def compiled(self) -> bool:
         """Whether the model or its head is compiled in place, so that hooks would be compiled in, or not be seen."""
         return any(vars(module).get("_compiled_call_impl") for module in (self.model, self.head))
 

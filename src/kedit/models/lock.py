@@ -44,15 +44,28 @@ def editing(model: nn.Module) -> Iterator[None]:
     (:func:`kedit.models.hooks.on_output`). Weights may change under it.
     """
     lock = lock_of(model)
-    owner = threading.get_ident()
+    with lock, model.register_forward_pre_hook(_Wait(lock)):
+        yield
 
-    def wait(_module: nn.Module, _args: Any) -> None:
-        if threading.get_ident() != owner:
-            with lock:
+
+class _Wait:
+    """A hook that lets other threads wait for the lock that the thread which makes it holds."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self.lock, self.owner = lock, threading.get_ident()
+
+    def __call__(self, _module: nn.Module, _args: Any) -> None:
+        if threading.get_ident() != self.owner:
+            with self.lock:
                 pass
 
-    with lock, model.register_forward_pre_hook(wait):
-        yield
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether hooks may change what a model computes: any but those by which threads wait for one another."""
+    hooks = [
+        hook for part in model.modules() for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    ]
+    return not all(isinstance(hook, _Wait) for hook in hooks)
 
 
 def one_at_a_time(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:

@@ -1,7 +1,8 @@
 """Likelihood of continuations: many short texts in few forward passes.
 
 Prompt and continuation are encoded in one piece (:mod:`kedit.prompts.tokenize`); rows are padded on the right, sorted by length and
-packed by a token budget; the LM head runs only on the rows that are read; a text that begins another one is read there.
+packed by a token budget; the LM head runs only on the rows that are read; a text that begins another one is read there, and
+what texts have in common at their beginning runs once.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from torch import Tensor
 from kedit.errors import EditError
 from kedit.models import ModelArch
 from kedit.prompts.chat import gap, place_in_template
-from kedit.prompts.tokenize import Text, TokenizedPrompt, pad, separator
+from kedit.prompts.prefixes import PackedRunner, PrefixRunner, PrefixTree, can_share
+from kedit.prompts.tokenize import Text, TokenizedPrompt, separator
+from kedit.utils.packing import cut_by_length, fixed_cost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENS_PER_FORWARD = 16_384
 LOGITS_PER_FORWARD = 1 << 27  # numbers; half a GiB in float32
+_KEPT = 4  # of so many tokens that may run at once, the keys and values of one may be kept: they take more room than it does
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def pair_text(prompt: str, continuation: str, subject: tuple[int, int] | None = 
 
 @dataclass(frozen=True)
 class _Reading:
-    """The place at which one row's answer is read: forward row, first position, and the labels."""
+    """Where one row's answer is read: in which text, first place, and the labels."""
 
     source: int
     start: int
@@ -91,82 +95,139 @@ def score_rows(
     *,
     tokens: int = TOKENS_PER_FORWARD,
     logits: int = LOGITS_PER_FORWARD,
+    fixed: int | None = None,
 ) -> list[Answer]:
     """The likelihood of each row's continuation given its prompt.
+
+    Where it saves time, what rows have in common at their beginning runs once, and the rest against its keys and values
+    (:mod:`kedit.prompts.prefixes`).
 
     Args:
         arch: the model.
         rows: encoded prompts with continuations.
         tokens: padded tokens per forward pass at most (one row at least).
         logits: numbers that the head may return per forward pass.
+        fixed: what a forward pass costs besides its tokens, as so many tokens; by default by the kind of device.
     """
     for row in rows:
         if not row.labels:
             raise EditError("A row without continuation cannot be scored. Encode it with a target.")
-    inputs, readings = _share(rows)
-    answers: list[Answer | None] = [None] * len(rows)
-    by_source: list[list[int]] = [[] for _ in inputs]
-    for number, reading in enumerate(readings):
-        by_source[reading.source].append(number)
-    reads = [sum(len(readings[number].labels) for number in numbers) for numbers in by_source]
-    if not arch.keeps_logits:
-        reads = [len(ids) for ids in inputs]
-    for batch in _pack([len(ids) for ids in inputs], reads, tokens, places_per_pass(arch, logits)):
-        numbers = [number for source in batch for number in by_source[source]]
-        place = {source: i for i, source in enumerate(batch)}
-        scored = _forward(arch, [inputs[source] for source in batch], [readings[n] for n in numbers], place)
-        for number, answer in zip(numbers, scored, strict=True):
-            answers[number] = answer
-    return [answer for answer in answers if answer is not None]
+    texts, readings = _share(rows)
+    fixed = fixed_cost(arch.input_device.type) if fixed is None else fixed
+    places = places_per_pass(arch, logits)
+    whole = PrefixTree(texts, 0)
+    packed = PackedRunner.cheapest(arch, texts, _reads(texts, readings), tokens, places, fixed)
+    if packed.cost(fixed, tokens) < whole.cost(fixed) and can_share(arch, packed.tree, packed=True):
+        scoring = _Scoring(arch, packed.tree, readings)
+        for part in scoring.packed(packed, tokens, places):
+            scoring.read(packed, part)
+        return scoring.answers()
+    tree = PrefixTree.cheapest(texts, fixed)
+    if not can_share(arch, tree, packed=False):
+        tree = whole
+    scoring = _Scoring(arch, tree, readings)
+    for family in tree.families(tokens // _KEPT):
+        runner = PrefixRunner(arch, tree)
+        for level in tree.levels(family):
+            for batch in scoring.batches(level, tokens, places, fixed):
+                scoring.read(runner, batch)
+    return scoring.answers()
 
 
 def _share(rows: Sequence[TokenizedPrompt]) -> tuple[list[tuple[int, ...]], list[_Reading]]:
     """Find the texts that have to run: one that begins another one is left out and read there (attention is causal)."""
     fed = [row.ids[:-1] for row in rows]
-    inputs: list[tuple[int, ...]] = []
+    texts: list[tuple[int, ...]] = []
     source = [0] * len(rows)
     for number in sorted(range(len(rows)), key=lambda i: fed[i], reverse=True):
         ids = fed[number]
-        if not inputs or inputs[-1][: len(ids)] != ids:  # what extends ids stands right before it in this order
-            inputs.append(ids)
-        source[number] = len(inputs) - 1
-    return inputs, [_Reading(source[i], row.prompt_last, row.labels) for i, row in enumerate(rows)]
+        if not texts or texts[-1][: len(ids)] != ids:  # what extends ids stands right before it in this order
+            texts.append(ids)
+        source[number] = len(texts) - 1
+    return texts, [_Reading(source[i], row.prompt_last, row.labels) for i, row in enumerate(rows)]
 
 
-def _pack(lengths: Sequence[int], reads: Sequence[int], tokens: int, places: int) -> Iterator[list[int]]:
-    """Batches of rows of similar length; longest first, so that what does not fit in memory fails at once."""
-    batch: list[int] = []
-    held = 0
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        full = batch and ((len(batch) + 1) * lengths[batch[0]] > tokens or held + reads[number] > places)
-        if full:
-            yield batch
-            batch, held = [], 0
-        batch.append(number)
-        held += reads[number]
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def _forward(
-    arch: ModelArch, inputs: Sequence[tuple[int, ...]], readings: Sequence[_Reading], place: dict[int, int]
-) -> list[Answer]:
-    ids, mask = pad(inputs)
-    row = torch.tensor([place[r.source] for r in readings for _ in r.labels])
-    column = torch.tensor([r.start + i for r in readings for i in range(len(r.labels))])
-    keep = torch.zeros(ids.shape, dtype=torch.bool)
-    keep[row, column] = True
-    number = (keep.flatten().cumsum(0) - 1).view(ids.shape)[row, column]
-    logits = last_logits(arch, ids, mask, keep)
-    labels = torch.tensor([label for r in readings for label in r.labels], device=logits.device)
-    nll, argmax = _read(logits, number.to(logits.device), labels)
-    answers, start = [], 0
+def _reads(texts: Sequence[tuple[int, ...]], readings: Sequence[_Reading]) -> list[int]:
+    """At how many places each text is read, at most."""
+    reads = [0] * len(texts)
     for reading in readings:
-        stop = start + len(reading.labels)
-        answers.append(Answer(sum(nll[start:stop]) / (stop - start), reading.labels, tuple(argmax[start:stop])))
-        start = stop
-    return answers
+        reads[reading.source] += len(reading.labels)
+    return reads
+
+
+class _Scoring:
+    """Reads the labels of all rows where the texts' tokens run: one place of one text may serve several rows."""
+
+    def __init__(self, arch: ModelArch, tree: PrefixTree, readings: Sequence[_Reading]) -> None:
+        self.arch, self.tree, self.readings = arch, tree, readings
+        self.nll = [[math.nan] * len(reading.labels) for reading in readings]
+        self.argmax = [[0] * len(reading.labels) for reading in readings]
+        # By text, by place: which label of which row is read.
+        self.wanted: list[dict[int, list[tuple[int, int]]]] = [{} for _ in tree.branches]
+        for number, reading in enumerate(readings):
+            for i in range(len(reading.labels)):
+                place = reading.start + i
+                owner = tree.owner(reading.source, place)
+                self.wanted[owner].setdefault(place - tree.branches[owner].start, []).append((number, i))
+
+    def batches(self, level: Sequence[int], tokens: int, places: int, fixed: int) -> Iterator[list[int]]:
+        """Texts of similar length; longest first, so that what does not fit in memory fails at once."""
+        lengths = [self.tree.length(number) for number in level]
+        reads = [
+            len(self.wanted[number]) if self.arch.keeps_logits else n for number, n in zip(level, lengths, strict=True)
+        ]
+        for alike in reversed(cut_by_length(lengths, [1] * len(level), fixed)):
+            batch: list[int] = []
+            held = 0
+            for i in reversed(alike):
+                if batch and ((len(batch) + 1) * self.tree.length(batch[0]) > tokens or held + reads[i] > places):
+                    yield batch
+                    batch, held = [], 0
+                batch.append(level[i])
+                held += reads[i]
+            yield batch
+
+    def packed(self, runner: PackedRunner, tokens: int, places: int) -> Iterator[list[int]]:
+        """The texts of rows that run together."""
+        for rows in runner.batches(tokens):
+            batch: list[int] = []
+            held = 0
+            for row in rows:
+                width, texts = runner.widths[row], runner.rows[row]
+                reads = sum(len(self.wanted[text]) for text in texts) if self.arch.keeps_logits else width
+                if batch and held + reads > places:
+                    yield batch
+                    batch, held = [], 0
+                batch += texts
+                held += reads
+            yield batch
+
+    @torch.no_grad()
+    def read(self, runner: PrefixRunner | PackedRunner, batch: Sequence[int]) -> None:
+        """Run texts and read what is wanted of them."""
+        keep = torch.zeros((len(batch), max(map(self.tree.length, batch))), dtype=torch.bool)
+        number, labels, cells = [], [], []
+        count = 0
+        for row, text in enumerate(batch):
+            for place in sorted(self.wanted[text]):
+                keep[row, place] = True
+                for cell in self.wanted[text][place]:
+                    cells.append(cell)
+                    number.append(count)
+                    labels.append(self.readings[cell[0]].labels[cell[1]])
+                count += 1
+        logits = runner.logits(batch, keep)
+        where = torch.tensor(number, dtype=torch.int64, device=logits.device)
+        found = _read(logits, where, torch.tensor(labels, dtype=torch.int64, device=logits.device))
+        for (answer, i), nll, argmax in zip(cells, *found, strict=True):
+            self.nll[answer][i], self.argmax[answer][i] = nll, argmax
+
+    def answers(self) -> list[Answer]:
+        """The rows' answers, once every text has run."""
+        return [
+            Answer(sum(nll) / len(nll), reading.labels, tuple(argmax))
+            for reading, nll, argmax in zip(self.readings, self.nll, self.argmax, strict=True)
+        ]
 
 
 def places_per_pass(arch: ModelArch, logits: int = LOGITS_PER_FORWARD) -> int:

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -15,9 +14,11 @@ from kedit.errors import KEditError
 from kedit.keys.read import request_outputs
 from kedit.models import ModelArch, Site
 from kedit.models.compute_copy import compute_dtype, copy_in
+from kedit.prompts.prefixes import tolerance
 from kedit.regularizers.base import Needs, Regularizer
 from kedit.utils.device_memory import SHARE, TRIM_ABOVE, HeapTrim, free_memory
 from kedit.utils.distributed import current_group
+from kedit.utils.packing import cut_by_length, fixed_cost
 from kedit.utils.progress import Progress, logger
 from kedit.utils.validation import check_choice
 from kedit.values.cached_forward import CachedRunner, first_block
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["auto", "cached", "full"]
 TOKENS_PER_WAVE = 8_192
-FIXED_COST = {
-    "cpu": 64,
-    "cuda": 1_024,
-}  # of a step besides its tokens (weights read, kernels launched), as so many tokens
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass
@@ -229,7 +225,7 @@ class Engine:
 
     def _waves(self, requests: Sequence[Request], order: Sequence[int]) -> list[list[int]]:
         """Numbers of the edits that run together: of similar length, at most ``budget`` padded tokens (one edit at least)."""
-        fixed = FIXED_COST["cuda" if self.arch.input_device.type == "cuda" else "cpu"]
+        fixed = fixed_cost(self.arch.input_device.type)
         waves: list[list[int]] = []
         for alike in _alike(requests, order, fixed):
             width = rows = 0
@@ -265,7 +261,7 @@ class Engine:
             reason = f"{type(error).__name__}: {error}"
         else:
             error_size = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-30))
-            if not error_size <= _TOLERANCE.get(self.arch.dtype, 1e-2):
+            if not error_size <= tolerance(self.arch.dtype):
                 reason = f"its logits differ by {error_size:.1e} relative"
         if reason:
             logger.warning(
@@ -278,19 +274,9 @@ class Engine:
 
 def _alike(requests: Sequence[Request], order: Sequence[int], fixed: int) -> list[list[int]]:
     """``order`` (by span) cut where the padding saved is worth the fixed cost of one more wave, both in tokens."""
-    groups = [list(group) for _, group in groupby(order, key=lambda number: requests[number].span)]
-    spans = [requests[group[0]].span for group in groups]
-    rows = [sum(len(requests[number].prompts(0)) for number in group) for group in groups]
-    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first i groups, and where the last cut is
-    for i, span in enumerate(spans):
-        choices = ((best[j][0] + fixed + span * sum(rows[j : i + 1]), j) for j in range(i + 1))
-        best.append(min(choices))
-    waves, end = [], len(groups)
-    while end:
-        start = best[end][1]
-        waves.append([number for group in groups[start:end] for number in group])
-        end = start
-    return waves[::-1]
+    spans = [requests[number].span for number in order]
+    rows = [len(requests[number].prompts(0)) for number in order]
+    return [[order[i] for i in alike] for alike in cut_by_length(spans, rows, fixed)]
 
 
 def _by_span(requests: Sequence[Request]) -> list[int]:
