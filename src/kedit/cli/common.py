@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kedit.evaluation.cases import EditCase
 
 EDITOR = "rome"
+INTERRUPTED = 130  # exit status after Ctrl-C
 
 
 def say(*texts: str) -> None:

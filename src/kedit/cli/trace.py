@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise", type=float, default=3.0, help="noise in standard deviations of the embeddings (default: 3)"
     )
+    parser.add_argument(
+        "--precision",
+        type=float,
+        metavar="P",
+        help="draw no more noise for effects known to within P (default: draw all)",
+    )
     parser.add_argument("--window", type=int, help="blocks restored together (default: 10 of 48, in proportion)")
     parser.add_argument("--suggest", action="store_true", help="propose layers to edit, with the evidence")
     parser.add_argument("--out", metavar="FILE", help="write all effects to FILE (.json)")
@@ -50,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trace, print, propose."""
+    """Trace, print, propose; after an interrupt, what is done."""
     from kedit.analysis.causal_tracing import trace
 
     common.check_outputs(args, FIGURES)
@@ -64,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         noise=args.noise,
         samples=args.samples,
         seed=args.seed,
+        precision=args.precision,
     )
     lines = [result.summary()]
     if args.suggest:
@@ -79,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         drawn = dict(zip(FIGURES, (first, figures.tracing_handover(result)), strict=True))
         lines += [f"picture: {path}" for path in common.save_figures(args.figures, drawn)]
     common.say(*lines)
-    return 0
+    return common.INTERRUPTED if result.unfinished else 0
 
 
 def _proposal(result: TraceResult) -> str:

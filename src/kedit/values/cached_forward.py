@@ -140,7 +140,7 @@ class CachedRunner(Runner):
         if self._entering is None:
             self._store()
         for layer in range(self.start):
-            stack.enter_context(_passing_through(self.arch.block(layer), as_tuple=layer in self._tuples))
+            stack.enter_context(passing_through(self.arch.block(layer), as_tuple=layer in self._tuples))
         entry = self.arch.block(self.start) if self.start < self.arch.num_layers else self.arch.final_norm
         stack.enter_context(on_input(entry, self._enter))
         if self._gain is None:
@@ -183,7 +183,7 @@ class CachedRunner(Runner):
             for site in self.sites:
                 stack.enter_context(on_output(arch.site(site), partial(read_initial, site)))
             for layer in range(self.start):
-                stack.enter_context(self._noting_tuples(layer))
+                stack.enter_context(noting_tuples(arch, layer, self._tuples))
             arch.model(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
@@ -200,15 +200,6 @@ class CachedRunner(Runner):
                 _right_aligned(seen[1], skip, self.prefix),
             )
         self._attach_cache()
-
-    @contextmanager
-    def _noting_tuples(self, layer: int) -> Iterator[None]:
-        def note(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, tuple):
-                self._tuples.add(layer)
-
-        with self.arch.block(layer).register_forward_hook(note):
-            yield
 
     def _attach_cache(self) -> None:
         cache = Cache(layers=[_Prefix(self.prefix, self._stored.get(layer)) for layer in range(self.arch.num_layers)])
@@ -227,7 +218,22 @@ def _right_aligned(stored: Tensor, lengths: Tensor, prefix: int) -> Tensor:
 
 
 @contextmanager
-def _passing_through(block: nn.Module, *, as_tuple: bool) -> Iterator[None]:
+def noting_tuples(arch: ModelArch, layer: int, tuples: set[int]) -> Iterator[None]:
+    """Add the block to ``tuples`` if it returns one inside."""
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            tuples.add(layer)
+
+    handle = arch.block(layer).register_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def passing_through(block: nn.Module, *, as_tuple: bool) -> Iterator[None]:
     """The block returns its input inside."""
     own, before, mine = block.__dict__.get("forward"), block.forward, of_this_thread()
 

@@ -123,6 +123,7 @@ class TraceResult(AnalysisResult):
         num_layers: blocks of the model, L.
         settings: noise (in deviations), deviation (of the noise itself), samples, seed, window.
         skipped: prompts whose answer the model does not know.
+        unfinished: prompts that were not traced because of an interrupt.
     """
 
     facts: tuple[FactTrace, ...]
@@ -130,6 +131,7 @@ class TraceResult(AnalysisResult):
     num_layers: int
     settings: Mapping[str, Any]
     skipped: tuple[str, ...] = ()
+    unfinished: tuple[str, ...] = ()
     _averages: dict[str, Floats] = field(default_factory=dict, repr=False)
 
     def average(self, kind: str) -> Floats:
@@ -179,8 +181,9 @@ class TraceResult(AnalysisResult):
         clean = float(np.mean([fact.clean for fact in self.facts]))
         corrupted = float(np.mean([fact.corrupted for fact in self.facts]))
         number = "1 fact" if len(self.facts) == 1 else f"{len(self.facts)} facts"
+        left = f", {len(self.unfinished)} not finished" if self.unfinished else ""
         lines = [
-            f"{number} traced ({len(self.skipped)} not known, left out); the answer's probability is "
+            f"{number} traced ({len(self.skipped)} not known, left out{left}); the answer's probability is "
             f"{100 * clean:.1f}% clean and {100 * corrupted:.1f}% with noise on the subject.",
             "Largest average indirect effects, in points of probability [95%]:",
         ]
@@ -211,6 +214,7 @@ class TraceResult(AnalysisResult):
             "averages": averages,
             "facts": facts,
             "skipped": list(self.skipped),
+            **({"unfinished": list(self.unfinished)} if self.unfinished else {}),
         }
 
 
