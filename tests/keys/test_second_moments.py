@@ -408,3 +408,16 @@ def test_a_short_corpus_has_two_halves_and_says_where_it_ended(caplog):
     assert 0 < found[1].split_half < 2
     assert alone[1].split_half is None
     assert f"The corpus ended after {found[1].tokens} of 10,000 tokens." in caplog.text
+
+
+def test_in_half_precision_they_are_close_and_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
+    arch, tok = ModelArch(tiny_model("llama")), tokenizer()
+    texts = ["The capital of France is Paris, and the capital of Italy is Rome."] * 30
+    exact = estimate_moments(arch, tok, [1, 2], texts, tokens=300)
+    half = estimate_moments(arch, tok, [1, 2], texts, tokens=300, compute_dtype="bfloat16")
+    assert len(list((tmp_path / "moments").glob("*.safetensors"))) == 4
+    for layer in (1, 2):
+        one, other = exact[layer].matrix, half[layer].matrix
+        assert other.dtype == one.dtype
+        assert 0 < float((one - other).norm() / one.norm()) < 0.05

@@ -97,9 +97,11 @@ class ValueEditor(Editor):
     def moments(self) -> SecondMoments:
         """Second moments of :attr:`moment_layers`; estimated on first use."""
         if self._moments is None:
-            layers, ridge = self.moment_layers, presets.ridge(self.arch) or RIDGE
-            known = estimate_moments(self.arch, self.tokenizer, layers, ridge=ridge) if layers else SecondMoments({})
-            self._moments = known
+            options = {"ridge": presets.ridge(self.arch) or RIDGE, "compute_dtype": self.config.compute_dtype}
+            layers = self.moment_layers
+            self._moments = (
+                estimate_moments(self.arch, self.tokenizer, layers, **options) if layers else SecondMoments({})
+            )
         return self._moments
 
     @moments.setter

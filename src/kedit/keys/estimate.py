@@ -22,6 +22,8 @@ from kedit.errors import ConfigError
 from kedit.keys.corpus import Corpus, as_corpus
 from kedit.keys.second_moment import RIDGE, Accumulator, ExpertsAccumulator, Moment, SecondMoments
 from kedit.models import ModelArch
+from kedit.models.compute_copy import compute_dtype as dtype_for
+from kedit.models.compute_copy import copy_in
 from kedit.models.fingerprint import model_fingerprint
 from kedit.models.hooks import StopForward, by_prompt, inference_state, on_arguments, on_input, stops_early
 from kedit.models.lock import editing
@@ -48,6 +50,7 @@ def estimate_moments(
     tokens: int | None = None,
     ridge: float = RIDGE,
     cache: bool = True,
+    compute_dtype: str | None = None,
 ) -> SecondMoments:
     """Second moments of some layers' keys over a corpus, or over the model's default corpus.
 
@@ -62,6 +65,8 @@ def estimate_moments(
         tokens: how many keys to see; 50 per dimension by default, or what the corpus has.
         ridge: added to the diagonal, relative to its mean.
         cache: read and write the cache.
+        compute_dtype: of the forward passes, by :func:`kedit.models.compute_copy.compute_dtype`; another one than the model's runs
+            on a copy of the model. The sums stay in float32 (float64 for a float64 model).
 
     Raises:
         ConfigError: there is no default corpus for this model, or the corpus is empty; a number is out of range.
@@ -74,14 +79,16 @@ def estimate_moments(
     wanted = sorted({arch.check_layer(layer) for layer in layers})
     texts = as_corpus(corpus, arch.model)
     budget = tokens if tokens is not None else KEYS_PER_DIMENSION * max(map(arch.memory_width, wanted))
-    paths = _cache_paths(arch, tokenizer, texts, budget, ridge, wanted) if cache and texts.key else {}
+    dtype = dtype_for(arch, compute_dtype)
+    paths = _cache_paths(arch, tokenizer, texts, budget, ridge, wanted, dtype) if cache and texts.key else {}
     moments = {layer: moment for layer, path in paths.items() if (moment := _read(path)) is not None}
     group = current_group()
     missing = sorted({layer for each in group.gather([i for i in wanted if i not in moments]) for layer in each})
     if missing:
         logger.info("Second moments of layers %s from %s tokens of %s.", missing, f"{budget:,}", texts.name)
         checkpoint = _checkpoint_path([paths[layer] for layer in missing], group) if paths else None
-        for layer, accumulator in accumulate(arch, tokenizer, missing, texts, budget, checkpoint).items():
+        running = _running_in(arch, dtype)
+        for layer, accumulator in accumulate(running, tokenizer, missing, texts, budget, checkpoint).items():
             made = accumulator.moment(layer, ridge)
             moments[layer] = replace(made, matrix=made.matrix.cpu())  # as one that is read from the cache
             if layer in paths and group.leads:
@@ -92,6 +99,14 @@ def estimate_moments(
     for layer, moment in moments.items():
         moment.warn_if_scarce(layer)
     return SecondMoments(moments)
+
+
+def _running_in(arch: ModelArch, dtype: torch.dtype) -> ModelArch:
+    """The model, or a copy of it in ``dtype``."""
+    if dtype == arch.dtype:
+        return arch
+    with editing(arch.model):  # no other thread changes weights meanwhile
+        return copy_in(arch, dtype, backward=False) or arch
 
 
 def accumulate(
@@ -269,8 +284,11 @@ def _cache_paths(
     budget: int,
     ridge: float,
     layers: Sequence[int],
+    dtype: torch.dtype,
 ) -> dict[int, Path]:
     parts = [VERSION, model_fingerprint(arch.model), tokenizer_fingerprint(tokenizer), texts.key, budget, ridge]
+    if dtype != arch.dtype:
+        parts.append(str(dtype))
     paths = {}
     for layer in layers:
         content = json.dumps([*parts, layer])

@@ -64,11 +64,17 @@ def _seconds(x: Tensor, weight: Tensor) -> float:
     return best
 
 
-def copy_in(arch: ModelArch, dtype: torch.dtype) -> ModelArch | None:
+def copy_in(arch: ModelArch, dtype: torch.dtype, *, backward: bool = True) -> ModelArch | None:
     """The model with its weights in ``dtype``; ``None`` where it cannot be copied so, which is logged.
 
     The model itself is not touched, so whoever else uses it meanwhile notices nothing. Buffers keep their dtype, as with
     ``from_pretrained(dtype=...)``.
+
+    Args:
+        arch: the model.
+        dtype: of the copy.
+        backward: whether gradients will be computed: on the CPU sdpa's backward pass in half precision is many times slower
+            than that of "eager" attention, which the copy then uses.
     """
     model = arch.model
     reason = next(filter(None, map(_obstacle, model.modules())), None)
@@ -79,10 +85,9 @@ def copy_in(arch: ModelArch, dtype: torch.dtype) -> ModelArch | None:
             memo[id(parameter)] = nn.Parameter(half, requires_grad=False)
         try:
             copied = copy.deepcopy(model, memo)
-            if arch.input_device.type == "cpu" and getattr(model.config, "_attn_implementation", None) == "sdpa":
-                copied.set_attn_implementation(
-                    "eager"
-                )  # the backward pass of sdpa in half precision is many times slower
+            on_cpu = arch.input_device.type == "cpu"
+            if backward and on_cpu and getattr(model.config, "_attn_implementation", None) == "sdpa":
+                copied.set_attn_implementation("eager")
             return ModelArch(copied, arch.spec)
         except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
             reason = f"{type(error).__name__}: {error}"

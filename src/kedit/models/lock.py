@@ -54,6 +54,9 @@ class _Wait:
     def __init__(self, lock: threading.RLock) -> None:
         self.lock, self.owner = lock, threading.get_ident()
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Wait:
+        return self  # a lock cannot be copied; a copy of the model is used by the thread that holds it
+
     def __call__(self, _module: nn.Module, _args: Any) -> None:
         if threading.get_ident() != self.owner:
             with self.lock:
