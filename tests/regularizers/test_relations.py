@@ -75,10 +75,3 @@ def said(model):
 def test_prompts_need_a_place_for_the_subject():
     with pytest.raises(ConfigError, match=r"one '\{\}' each"):
         Relations(prompts=("nobody is",)).needs(None)
-
-
-def test_without_a_preset_it_has_more_steps():
-    rome = kedit.ROME(tiny_model("llama"), tokenizer())
-    assert rome.describe_call("relations")["config"]["steps"] == 45
-    assert rome.describe_call()["config"]["steps"] == 30
-    assert kedit.ROME(tiny_model("llama"), tokenizer(), steps=7).describe_call("relations")["config"]["steps"] == 7

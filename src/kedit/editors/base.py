@@ -368,7 +368,7 @@ class Editor(ABC):
         changes = {**presets.changes_for(self._preset, regularizers), **self._given}
         config = self._config_of(self.arch, self._preset, changes)
         if adaptive and "steps" not in changes:
-            config = config.replace(steps=presets.ADAPTIVE_STEPS * config.steps)
+            config = config.replace(steps=round(presets.ADAPTIVE_STEPS * config.steps))
         for layer in config.layers:
             self.arch.check_layer(layer)
         return config

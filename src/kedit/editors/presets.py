@@ -146,8 +146,8 @@ def _beside(arch: ModelArch) -> dict[str, Preset]:
 
 
 def changes_for(preset: Preset | None, regularizers: Iterable[str]) -> dict[str, Any]:
-    """Hyper-parameters that a preset, or the rule without one, changes where these regularizers are used."""
-    known = REGULARIZED_RULE if preset is None else preset.regularized
+    """Hyper-parameters that a preset changes where these regularizers are used."""
+    known = {} if preset is None else preset.regularized
     return {key: value for name in regularizers for key, value in known.get(name, {}).items() if key != "self"}
 
 
@@ -163,9 +163,8 @@ def complete(preset: Preset | None, regularizer: Regularizer) -> Regularizer:
 
 # Published step sizes are absolute: 0.5 per coordinate is a third of ‖v₀‖ on one model and many times ‖v₀‖ on another, where the
 # first step already ends at the clamp. Relative steps reach the target with a smaller value (docs/defaults.md has the numbers).
-VALUE_RULE: Mapping[str, Any] = {"steps": 30, "lr": 0.12, "lr_relative": True, "clamp": 2.0, "patience": 5}
-ADAPTIVE_STEPS = 2  # times as many where a penalty is made small once the target is said; most edits end earlier
-REGULARIZED_RULE: Mapping[str, Mapping[str, Any]] = {"relations": {"steps": 45}}  # the target takes longer to be said
+VALUE_RULE: Mapping[str, Any] = {"steps": 60, "lr": 0.12, "lr_relative": True, "clamp": 2.0, "patience": 5}
+ADAPTIVE_STEPS = 1.5  # times as many where a penalty is made small once the target is said; most edits end earlier
 MIN_SHARE = 0.9  # of the wanted change that the multi-layer editors write at least
 
 
