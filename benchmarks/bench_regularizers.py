@@ -45,7 +45,7 @@ def known_cases(
         if case.edit.subject in excluded:
             continue
         few = [probe for kind in KINDS for probe in [p for p in case.probes if p.kind is kind][:probes]]
-        case = EditCase.of(case.id, case.edit, few)
+        case = EditCase.of(f"{path.stem}-{case.id}", case.edit, few)
         rewrite = ProbeScorer(model, tokenizer, EvalOptions(exact=False), [case]).score([case])[0].probes[0]
         if rewrite.right and rewrite.wrong and rewrite.wrong.nll < rewrite.right.nll - 1:
             chosen.append(case)
