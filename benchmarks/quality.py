@@ -171,7 +171,7 @@ class Bench:
     def gamma(self, name: str, variant: Callable[..., Any] = kedit.SADR) -> float:
         """γ chosen on the development half: the best Score among those with ES >= 99 and PS at most 3 points lower.
 
-        Where none qualifies, the smallest. ``variant(gamma=...)`` makes the regularizer.
+        Of equal ones, the smallest; where none qualifies, the smallest of all. ``variant(gamma=...)`` makes the regularizer.
         """
         key = f"{name} {variant(gamma=0.0)!r}"
         if key not in self.gammas:
@@ -184,7 +184,7 @@ class Bench:
                 report = self.run(self.editor(name), variant(gamma=gamma), self.dev, exact=False)
                 if report["es"].value >= 99.0 and value(report, "ps") >= value(plain, "ps") - 3.0:
                     found[gamma] = balance(report)
-                best, last = max(found, key=lambda g: (found[g], g), default=None), gamma
+                best, last = max(found, key=lambda g: (found[g], -g), default=None), gamma
             self.gammas[key] = GAMMAS[0] if best is None else best
             self.marks[key] = "†" if best is None else "‡" if best == max(*GAMMAS, *WIDER) else ""
         return self.gammas[key]

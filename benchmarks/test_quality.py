@@ -144,7 +144,9 @@ def claims(bench, table3):
     share = recovered(none, sadr, "dns") if "dns" in none.estimates else None
     if share is not None:
         change = signed(sadr.compare(none, ["ps"])["ps"])
-        lines.append(f"SADR recovers {share[0]:.0f}% of the lost DNS at ES {sadr['es'].value:.2f}; PS {change}.")
+        qualifies = sadr["es"].value >= 99.0 and sadr["ps"].value >= none["ps"].value - 3.0
+        found = f"recovers {share[0]:.0f}% of" if qualifies else "is no cure for"
+        lines.append(f"SADR {found} the lost DNS at ES {sadr['es'].value:.2f}; PS {change}.")
     if "dns" in adr.estimates:
         against = sadr.compare(adr, ["ps", "dns", "rs"])
         lines.append(

@@ -97,6 +97,12 @@ def test_the_grid_of_gamma_grows_while_its_end_is_best(quality, best, tried, mar
     assert bench.mark("rome") == mark
 
 
+def test_of_equal_gammas_the_smallest_is_chosen(quality):
+    bench, ran = bench_of(quality, lambda select, gamma: {"es": 100.0, "ps": 100.0, "score": 90.0})
+    assert bench.gamma("rome") == quality.GAMMAS[0]
+    assert len(ran) == len(quality.GAMMAS)
+
+
 @pytest.mark.parametrize(
     ("chosen", "selected", "expected"),
     [
