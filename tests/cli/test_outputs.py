@@ -99,6 +99,15 @@ def test_the_model_alone_can_be_saved(tmp_path, capsys):
         not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True)
     )
     assert names(tmp_path) == ["edited"]
+    card = (tmp_path / "edited/README.md").read_text()
+    assert "# Edited model: Hulqui Gossam works as a" in card
+    [kept] = (tmp_path / "edited/kedit-patches").iterdir()
+    base.save_pretrained(tmp_path / "base")
+    words = ["--base", str(tmp_path / "base"), "--patch", str(kept), "--out", str(tmp_path / "back")]
+    assert main(["patch", "revert", str(tmp_path / "edited"), *words]) == 0, capsys.readouterr().err
+    back = kedit.load(tmp_path / "back")[0]
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), base.parameters(), strict=True))
+    assert not (tmp_path / "back/README.md").exists()
     assert main(EDIT) == 1
     assert "--out FILE" in (said := capsys.readouterr().err)
     assert "--save-model DIR" in said
@@ -130,6 +139,7 @@ def test_a_forced_model_folder_holds_one_model_and_what_was_not_a_model(tmp_path
     assert not (tmp_path / "other/pytorch_model.bin").exists()
     assert not list((tmp_path / "other").glob("*.index.json"))
     assert (tmp_path / "other/README.md").read_text() == "mine"
+    assert "Edited model" in (tmp_path / "other/README.kedit.md").read_text()
     assert kedit.load(tmp_path / "other")[0].config.model_type == "gpt2"
     assert names(tmp_path) == ["other"]
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from kedit.errors import KEditError, NonFiniteError, PatchError, PatchMismatchError
 from kedit.patch import EditPatch
+from kedit.patch.card import CARD
 from kedit.patch.checkpoint.apply import apply_to_checkpoint, revert_checkpoint
 from kedit.patch.checkpoint.copy import _copy_some
 from kedit.patch.checkpoint.manifest import FOLDER, RECORD
@@ -62,7 +63,7 @@ def test_on_disk_and_in_memory_give_the_same_bits(tmp_path, kind, dtype):
     assert bytes_of(loaded(tmp_path / "out")) == bytes_of(subject)
     assert tree(tmp_path / "base") == before
     after = tree(tmp_path / "out")
-    assert {name for name in after if not name.startswith(FOLDER)} == set(before) | {RECORD}
+    assert {name for name in after if not name.startswith(FOLDER)} == set(before) | {RECORD, CARD}
     assert len(list((tmp_path / "out" / FOLDER).iterdir())) == 2
     changed = {name for name, data in before.items() if after[name] != data}
     assert changed == set(report.rewritten)

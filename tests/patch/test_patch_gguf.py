@@ -85,6 +85,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert main(words) == 0, capsys.readouterr().err
     assert "adapter: adapter.gguf" in capsys.readouterr().out
     assert read(tmp_path / "adapter.gguf")[0]["general.name"] == "kedit: rome, 0 edit(s)"
+    assert "use the base model without this adapter" in read(tmp_path / "adapter.gguf")[0]["general.description"]
     assert main(words) == 1
     assert "exists already" in capsys.readouterr().err
     assert main([*words, "--force"]) == 0

@@ -63,7 +63,7 @@ def test_the_adapter_is_what_serving_engines_read(tmp_path):
     """One prefix, lora_A [r, I] and lora_B [O, r], alpha / r = 1 also for readers that ignore the patterns."""
     subject = model("llama")
     folder = patch_for(subject, {1: 1, 2: 3}).to_peft(tmp_path / "adapter", subject)
-    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] == 3
     assert config["rank_pattern"] == config["alpha_pattern"] == {"model.layers.1.mlp.down_proj": 1}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from kedit.editors.base import Editor
     from kedit.evaluation.cases import EditCase
+    from kedit.patch.content import PatchContent
 
 EDITOR = "rome"
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -189,12 +190,19 @@ def check_model_folder(path: str, option: str = "--save-model", *, force: bool =
         )
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> Path:
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str, patch: PatchContent | None = None
+) -> Path:
     """Write a model and its tokenizer into a folder, complete or not at all; weights that lie there already go.
+
+    With ``patch``, which the model carries, the folder holds a model card, and a record by which ``kedit patch revert`` takes the
+    patch away again.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
+    from kedit.patch.card import BESIDE, CARD, is_card
+    from kedit.patch.checkpoint.manifest import Entry, appended, write_record
     from kedit.utils.folders import partial_folder, replace_folder
 
     target = Path(os.path.realpath(folder))  # a link to a folder stays one
@@ -202,6 +210,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         with partial_folder(target) as new:
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
+            if patch is not None and patch.deltas:
+                base = Path(str(getattr(model.config, "_name_or_path", "") or os.devnull))
+                write_record(new, appended(base, [patch]) if base.is_dir() else [Entry.of(patch, 1)])
+                if (target / CARD).is_file() and not is_card(target / CARD):  # somebody's own, which stays
+                    os.replace(new / CARD, new / BESIDE)
             replace_folder(new, target, stale=_is_part_of_a_model)
     except OSError as error:
         raise ConfigError(f"Cannot write the model to {folder}: {error}. Choose another folder.") from error

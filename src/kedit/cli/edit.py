@@ -187,7 +187,7 @@ def _save(args: argparse.Namespace, patch: EditPatch, editor: Any, regularizers:
     if args.keys:
         yield f"keys: {_save_keys(editor, args.keys)}"
     if args.save_model:
-        yield f"model: {common.save_model(editor.model, editor.tokenizer, args.save_model)}"
+        yield f"model: {common.save_model(editor.model, editor.tokenizer, args.save_model, patch)}"
     if args.out:
         yield common.keep_settings(args, common.settings_path(args.out), editor, regularizers)
 

@@ -1,4 +1,4 @@
-"""Show, attach, apply, revert, merge, compare and export patches.
+"""Show, attach, apply, revert, merge, compare, export and push patches.
 
 Examples:
   kedit patch show edit.safetensors
@@ -9,6 +9,7 @@ Examples:
   kedit patch diff BASE_DIR EDITED_DIR --out edit.safetensors
   kedit patch export edit.safetensors --model BASE_DIR --out ADAPTER_DIR
   kedit patch export edit.safetensors --model BASE_DIR --format gguf --out adapter.gguf
+  kedit patch push edit.safetensors --repo USER/NAME
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from kedit.patch.checkpoint.rewrite import DiskReport
 
 _MOST = 20  # patches that are listed
-HELP = "show, attach, apply, revert, merge, compare and export patches"
+HELP = "show, attach, apply, revert, merge, compare, export and push patches"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="PATH", required=True, help="the new adapter: a folder for peft, a file for gguf"
     )
     common.add_force(export)
+    push = _action(actions, "push", _push, "upload a patch with a model card to the Hugging Face hub")
+    push.add_argument("patch", metavar="PATCH")
+    push.add_argument("--repo", metavar="USER/NAME", required=True, help="model repository; made if there is none")
+    push.add_argument("--private", action="store_true", default=None, help="make a private repository")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -278,3 +283,8 @@ def _export(args: argparse.Namespace) -> None:
     model = skeleton(args.model or ASSETS)
     written = patch.to_gguf(args.out, model) if args.format == "gguf" else patch.to_peft(args.out, model)
     common.say(f"adapter: {written}")
+
+
+def _push(args: argparse.Namespace) -> None:
+    (patch,) = _load([args.patch])
+    common.say(f"pushed: {patch.push_to_hub(args.repo, private=args.private)}")

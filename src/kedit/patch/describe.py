@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from kedit.patch.content import PatchContent
@@ -16,7 +17,7 @@ _MOST = 20
 def show(patch: PatchContent) -> str:
     """Describe who made a patch, of what and where, with norms and scores."""
     known = patch.provenance
-    lines = [_who(known), _base(known.get("model", {}))]
+    lines = [made_by(known), base_model(known.get("model", {}))]
     config = ", ".join(
         f"{key}={value}" for key, value in known.get("config", {}).items() if not isinstance(value, dict)
     )
@@ -69,7 +70,8 @@ def _weight(item: dict[str, Any]) -> str:
     )
 
 
-def _who(known: dict[str, Any]) -> str:
+def made_by(known: Mapping[str, Any]) -> str:
+    """The editor and its regularizers, as a line."""
     names = [_regularizer(item) for item in known.get("regularizers", [])]
     return f"editor: {known.get('editor', 'unknown')}" + (f" with {', '.join(names)}" if names else "")
 
@@ -79,7 +81,8 @@ def _regularizer(item: dict[str, Any]) -> str:
     return str(item.get("name", "?")) + (f" ({', '.join(fields)})" if fields else "")
 
 
-def _base(model: dict[str, Any]) -> str:
+def base_model(model: Mapping[str, Any]) -> str:
+    """The model that a patch was made for, as a line."""
     name = model.get("name") or "unnamed"
     facts = [f"{key} {model[key]}" for key in ("type", "num_layers", "hidden", "dtype") if key in model]
     return f"base model: {name}" + (f" ({', '.join(facts)})" if facts else "")

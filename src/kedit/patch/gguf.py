@@ -15,6 +15,7 @@ from kedit.models import unwrap, weight_of
 from kedit.patch.content import PatchContent
 from kedit.patch.peft import low_rank
 from kedit.utils.files import open_to_others
+from kedit.utils.terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,6 +102,11 @@ def to_gguf(patch: PatchContent, path: str | Path, model: PreTrainedModel) -> Pa
     if not rank:
         raise PatchError("The patch changes nothing, so there is nothing to export.")
     known = patch.provenance.get("edits") or []
+    texts = [
+        f"{str(edit.get('prompt')).replace('{}', str(edit.get('subject')))} → {edit.get('target_new')}"
+        for edit in known
+    ]
+    about = "; ".join(map(printable, texts)) or "No edits named"
 
     def write(file: str) -> None:
         writer: Any = gguf.GGUFWriter(file, architecture)
@@ -108,6 +114,7 @@ def to_gguf(patch: PatchContent, path: str | Path, model: PreTrainedModel) -> Pa
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
         writer.add_name(f"kedit: {patch.provenance.get('editor') or 'patch'}, {len(known)} edit(s)")
+        writer.add_description(f"{about[:1000]}. To undo the edit, use the base model without this adapter.")
         for name, low in factors.items():
             missing = rank - low.rank
             right = torch.nn.functional.pad(low.right.T, (0, 0, 0, missing))  # [r, I]

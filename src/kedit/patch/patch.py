@@ -12,12 +12,14 @@ from kedit.models.fingerprint import has_fingerprint, module_fingerprint, tensor
 from kedit.models.lock import editing
 from kedit.models.offload import check_held
 from kedit.patch.attach import Attachment, attach, check_not_attached
+from kedit.patch.card import model_card
 from kedit.patch.content import PatchContent
 from kedit.patch.describe import show
 from kedit.patch.diff import diff
 from kedit.patch.format import FORMAT_VERSION as FORMAT_VERSION
 from kedit.patch.format import read_patch, write_patch
 from kedit.patch.gguf import to_gguf
+from kedit.patch.hub import from_pretrained, push_to_hub
 from kedit.patch.ledger import Ledger, check_writable
 from kedit.patch.merge import merge
 from kedit.patch.peft import to_peft
@@ -129,6 +131,21 @@ class EditPatch(PatchContent):
     def to_gguf(self, path: str | Path, model: PreTrainedModel) -> Path:
         """Write the patch as a LoRA adapter for llama.cpp; see :func:`kedit.patch.gguf.to_gguf`."""
         return to_gguf(self, path, model)
+
+    # On the hub
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> EditPatch:
+        """Read a patch from a folder or from the hub; see :func:`kedit.patch.hub.from_pretrained`."""
+        return cls._of(from_pretrained(source, **options))
+
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Upload the patch with its model card and return the commit's address; see :func:`kedit.patch.hub.push_to_hub`."""
+        return push_to_hub(self, repo, **options)
+
+    def model_card(self) -> str:
+        """Write what was edited, with which result, and how to undo it: Markdown, for a README.md beside the patch."""
+        return model_card([self.provenance], list(self.deltas))
 
     # With other patches
 

@@ -13,6 +13,7 @@ import torch
 
 from kedit.errors import PatchError, UnsupportedError
 from kedit.models import unwrap, weight_of
+from kedit.patch.card import CARD, model_card
 from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, DenseDelta, LowRankDelta, check_finite
 from kedit.patch.merge import recompress
@@ -30,7 +31,7 @@ def to_peft(patch: PatchContent, folder: str | Path, model: PreTrainedModel) -> 
 
     Layers are named exactly, each with its own rank: ``r`` is the largest of them, ``rank_pattern`` and
     ``alpha_pattern`` give the others, so that every scaling alpha / r is 1. A dense update is factored to a relative
-    error of 1e-7.
+    error of 1e-7. ``README.md`` is a model card.
 
     Args:
         patch: what to export.
@@ -66,7 +67,7 @@ def to_peft(patch: PatchContent, folder: str | Path, model: PreTrainedModel) -> 
             "The patch changes nn.Linear and Conv1D layers at once; one adapter holds one of them. Split it."
         )
     config = _config(ranks, fan_in_fan_out=conv == {True}, base=_base(patch, model))
-    _write(target, tensors, config)
+    _write(target, tensors, config, model_card([patch.provenance], list(patch.deltas), "adapter"))
     return target
 
 
@@ -116,7 +117,7 @@ def _config(ranks: dict[str, int], *, fan_in_fan_out: bool, base: str | None) ->
     }
 
 
-def _write(target: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+def _write(target: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], card: str) -> None:
     partial: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -124,6 +125,7 @@ def _write(target: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any
         write_safetensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
         text = json.dumps(config, indent=2) + "\n"
         (partial / "adapter_config.json").write_text(text, encoding="utf-8")
+        (partial / CARD).write_text(card, encoding="utf-8")
         sync_folder(partial)
         open_to_others(partial)
         os.replace(partial, target)

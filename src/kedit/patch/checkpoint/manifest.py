@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit.errors import PatchError
+from kedit.patch.card import drop_card, model_card, write_card
 from kedit.patch.content import PatchContent
 from kedit.patch.format import identity, plain, read_patch, write_patch
 from kedit.utils.files import parse_json
@@ -128,8 +129,9 @@ def appended(folder: Path, patches: Sequence[PatchContent]) -> list[Entry]:
 
 
 def write_record(folder: Path, known: Sequence[Entry]) -> None:
-    """Write the record and the patches' files into a new checkpoint folder; neither where there is no patch."""
+    """Write the record, the patches' files and a model card into a new checkpoint folder; none of them where there is no patch."""
     if not known:
+        drop_card(folder)
         return
     content = {"kedit_version": version("kedit"), "patches": [item.record for item in known]}
     (folder / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -142,6 +144,9 @@ def write_record(folder: Path, known: Sequence[Entry]) -> None:
             shutil.copyfile(item.source / item.file, target)
         else:
             write_patch(target, item.source)
+    weights = dict.fromkeys(name for item in known for name in item.fingerprints)
+    files = [item.file for item in known if item.file is not None and item.source is not None]
+    write_card(folder, model_card([item.provenance for item in known], list(weights), "model", files=files))
 
 
 def ways_of_running(known: Sequence[Entry], patches: Sequence[PatchContent]) -> list[list[int]]:
