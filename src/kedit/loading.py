@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from kedit.errors import ArchitectureError, ConfigError, DependencyError
+from kedit.models.compat import auto_class
 from kedit.utils.network import UNREACHABLE, hub_is_reachable
 from kedit.utils.progress import logger
 
@@ -49,6 +50,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to be edited.
 
+    A vision-language model is loaded whole, and its language model is what kedit edits and asks.
+
     A GGUF file is de-quantized: the model is the one that ``save_pretrained`` and a folder would give, and is edited,
     saved and fingerprinted as any other. Needs the package ``gguf`` (``pip install "kedit[gguf]"``).
 
@@ -57,7 +60,7 @@ def load(
             Hugging Face hub; ``None`` is the model that ships with kedit. A string is a path if something is there, or
             if it is absolute, begins with ``.`` or ``~``, has more than one slash, or ends like a file of weights.
         dtype: of the weights; ``None``: as stored, and float32 for the embedded model and for GGUF.
-        options: passed to ``AutoModelForCausalLM.from_pretrained`` (``device_map="auto"``, ``revision=...``); those that
+        options: passed to transformers' ``from_pretrained`` (``device_map="auto"``, ``revision=...``); those that
             say where to find files hold for the tokenizer too (``gguf_file=...``: one file of several).
 
     Raises:
@@ -217,12 +220,10 @@ def _is_encoder_decoder(name: str, where: dict[str, Any]) -> bool:
 
 def _model(name: str, options: dict[str, Any]) -> PreTrainedModel:
     """The model, every weight of it from the files: what they do not fill, transformers would leave random."""
-    from transformers import AutoModelForCausalLM
-
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are refused here, by name
     if "gguf_file" in options:
         told |= _dequantized()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**options, **told})
+    loaded: Any = _class(name, options).from_pretrained(name, **{**options, **told})
     model: PreTrainedModel
     model, info = loaded
     if info["missing_keys"]:
@@ -233,6 +234,16 @@ def _model(name: str, options: dict[str, Any]) -> PreTrainedModel:
     if "gguf_file" in options:
         model.config._name_or_path = os.path.join(name, options["gguf_file"])
     return model
+
+
+def _class(name: str, options: dict[str, Any]) -> Any:
+    """The class of transformers that loads a model; that of causal language models where the configuration cannot be read."""
+    from transformers import AutoConfig
+
+    config = None
+    with suppress(Exception):  # a folder with an adapter alone has none
+        config = AutoConfig.from_pretrained(name, **{key: value for key, value in options.items() if key in _WHERE})
+    return auto_class(config)
 
 
 def _dequantized() -> dict[str, Any]:

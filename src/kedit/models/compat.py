@@ -82,3 +82,18 @@ def attention_scaling(module: nn.Module, width: int, *, eager: bool) -> float:
 def attention_softcap(given: float | None, *, eager: bool) -> float | None:
     """The softcap that an attention function applies of the one it is given."""
     return given if eager else None
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that builds a model with a language-model head of a configuration.
+
+    A vision-language model is built whole where transformers has no causal language model of its type: given no image, it is one.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    mappings = [kind._model_mapping for kind in (AutoModelForCausalLM, AutoModelForImageTextToText)]
+    return (
+        AutoModelForImageTextToText
+        if [type(config) in known for known in mappings] == [False, True]
+        else AutoModelForCausalLM
+    )

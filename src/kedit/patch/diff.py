@@ -16,7 +16,7 @@ from kedit.errors import ArchitectureError, ConfigError, KEditError, NonFiniteEr
 from kedit.models import unwrap, weight_of
 from kedit.models.fingerprint import tensor_fingerprint
 from kedit.models.offload import read
-from kedit.patch.checkpoint.read import Checkpoint, stored_experts
+from kedit.patch.checkpoint.read import Checkpoint, stored_experts, stored_names
 from kedit.patch.content import PatchContent
 from kedit.patch.delta import Delta, LowRankDelta, check_finite
 from kedit.patch.merge import check_tolerance, choose_rank, from_svd
@@ -162,6 +162,7 @@ class _Names:
         self.model = model
         parameters = dict(model.named_parameters())
         self._own = list(parameters)
+        self._renamed = {key: name for name, key in stored_names(model).items()}
         self._experts = {
             key: f"{name}[{number}]"
             for name, parameter in parameters.items()
@@ -172,6 +173,8 @@ class _Names:
     def of(self, key: str) -> str:
         """The model's name for a stored tensor."""
         known = {**self._experts, **{name: name for name in self._own}}
+        if key in self._renamed:
+            return self._renamed[key]
         names = [known[key]] if key in known else [known[name] for name in known if name.endswith(f".{key}")]
         if len(names) != 1:
             raise PatchMismatchError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kedit.errors import ArchitectureError, PatchError, PatchMismatchError
 from kedit.models import weight_of
+from kedit.models.compat import auto_class
 from kedit.utils.files import Header, numbered, parse_json, read_header, reading
 
 if TYPE_CHECKING:
@@ -116,8 +118,9 @@ class Checkpoint:
         return True
 
     def key_of(self, parameter: str) -> str:
-        """The name under which a model's parameter is stored: its own, or without (with) the base model's prefix.
+        """The name under which a model's parameter is stored: its own, without (with) the base model's prefix, or its type's.
 
+        Vision-language models, for one, store ``model.language_model.layers`` under older names.
         One expert of a fused tensor is a part of it, ``name[n]``, or a tensor of its own, as the model's type is stored.
 
         Raises:
@@ -127,7 +130,7 @@ class Checkpoint:
         fused, number = numbered(parameter)
         if number is not None:
             return self._key_of_expert(fused, number)
-        keys = self._keys_like(parameter)
+        keys = self._keys_like(parameter) or self._renamed(parameter)
         if len(keys) != 1:
             what = f"several that could be it ({', '.join(sorted(keys)[:3])})" if keys else "nothing of that name"
             raise PatchMismatchError(
@@ -135,6 +138,13 @@ class Checkpoint:
                 "checkpoint stores its layers otherwise; load it, apply the patch and use save_pretrained."
             )
         return keys[0]
+
+    def _renamed(self, parameter: str) -> list[str]:
+        """The name that the model's type has for a parameter in files, if that is there."""
+        with suppress(ArchitectureError):
+            stored = stored_names(self.model).get(parameter)
+            return [stored] if stored in self.files else []
+        return []
 
     @cached_property
     def _experts(self) -> dict[str, list[str]]:
@@ -197,7 +207,7 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
     Raises:
         ArchitectureError: the configuration is missing, malformed, or unknown to transformers.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     where = Path(folder)
     with reading(folder):
@@ -207,7 +217,7 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a malformed configuration sets off in there
         if b'"auto_map"' in raw:
             raise ArchitectureError(
@@ -218,6 +228,19 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
             f"The configuration in {folder} describes no model that can be built: {error}"
         ) from error
     return model
+
+
+def stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """By parameter: the name that checkpoints of a model's type have for it, where they hold it as it is."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marks = {name: torch.empty(1) for name, parameter in model.named_parameters() if parameter.ndim < 3}
+    named = {id(mark): name for name, mark in marks.items()}
+    try:
+        stored = revert_weight_conversion(model, marks)
+    except Exception:  # whatever a conversion does that expects other shapes
+        return {}
+    return {named[id(mark)]: key for key, mark in stored.items() if id(mark) in named}
 
 
 def stored_experts(model: PreTrainedModel, fused: str) -> list[str]:
