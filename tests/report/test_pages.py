@@ -20,6 +20,9 @@ from analysis_common import TOKENIZER, cases, embedded, few, patches, tiny_case,
 from kedit.analysis.activation_patching import patch_activations
 from kedit.cli import main
 from kedit.errors import DependencyError, EditError
+from kedit.evaluation.cases import EditCase
+from kedit.evaluation.own import with_own_probes
+from kedit.models import ModelArch
 from kedit.report import figures as plots
 from kedit.report.overview import head_sets, page, reveal
 from tiny_models import tiny_model
@@ -309,12 +312,44 @@ def test_trace_says_that_there_is_no_evidence_and_writes_the_effects(found, monk
         (["trace", "--prompt", "{} is", "--subject", "A", "--cases", "3"], "Give either --prompt"),
         (["drift", "--patch", "x", "--regularizer", "sadr"], "--patch is written already"),
         (["report", "--case", "nobody"], "no case called 'nobody'"),
+        (["report", "--prompt", "{} is", "--subject", "A"], "needs --prompt, --subject and --target-new"),
+        (["report", "--neighbour", "B is"], "--neighbour belongs to an edit of your own"),
+        (["report", "--patch", "x", "--editor", "memit"], "--patch is written already"),
+        (["report", "--system", "Be brief."], "--system is the system message of a chat"),
         (["drift", "--cases", "0"], "--cases must be at least 1"),
     ],
 )
 def test_commands_say_what_is_wrong(arguments, words, capsys):
     assert main(["-q", *arguments]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_the_page_of_an_edit_of_ones_own_and_of_its_patch(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fact = ["--prompt", "{} works as a", "--subject", "Hulqui Gossam", "--target-new", "pilot"]
+    more = ["--samples", "1", "--neighbour", "Nil Macor works as a"]
+    assert main(["-q", "report", *fact, *more, "--set", "steps=8", "--out", "own.html"]) == 0
+    text = Path("own.html").read_text(encoding="utf-8")
+    check_page(text)
+    assert "made to say “pilot” instead of “tailor”" in text  # what the model says before
+    assert "Hulqui Gossam works as a pilot. Nil Macor works as a" in text  # the distracted neighbour
+    assert "Hulqui Gossam is a" in text
+    assert main(["-q", "edit", *fact, "--set", "steps=8", "--out", "edit.safetensors"]) in (0, 3)
+    assert main(["-q", "report", "--patch", "edit.safetensors", *more, "--out", "patch.html"]) == 0
+    assert "made to say “pilot” instead of “tailor”" in Path("patch.html").read_text(encoding="utf-8")
+
+
+def test_the_models_own_answers_are_right_unless_they_are_the_target():
+    model, tokenizer = kedit.load()
+    arch = ModelArch(model)
+    plain = EditCase.of("x", kedit.Edit("{} works as a", "Hulqui Gossam", "pilot"))
+    case = with_own_probes(arch, tokenizer, plain, ["Nil Macor works as a"])
+    assert case.edit.target_true == "tailor"
+    assert [str(probe.kind) for probe in case.probes] == ["rewrite", "relation", "neighbour", "distracted_neighbour"]
+    assert {probe.wrong for probe in case.probes} == {"pilot", "tailor"}
+    assert with_own_probes(arch, tokenizer, case) is case
+    known = EditCase.of("x", kedit.Edit("{} works as a", "Hulqui Gossam", "tailor"))
+    assert with_own_probes(arch, tokenizer, known).edit.target_true is None
 
 
 @pytest.fixture(scope="module")

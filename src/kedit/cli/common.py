@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from kedit.editors.base import Editor
     from kedit.evaluation.cases import EditCase
+    from kedit.patch import EditPatch
     from kedit.patch.content import PatchContent
 
 EDITOR = "rome"
@@ -87,6 +88,17 @@ def load_cases(args: argparse.Namespace, count: int) -> list[EditCase]:
     from kedit.embedded.cases import world_cases
 
     return world_cases(load_world(), args.split, args.cases or count, args.seed)
+
+
+def cases_of(patch: EditPatch) -> list[EditCase]:
+    """The edits that a patch names, as cases."""
+    from kedit.edit import Edit
+    from kedit.evaluation.cases import EditCase
+
+    edits = [Edit.from_dict(edit) for edit in patch.provenance.get("edits") or []]
+    if not edits:
+        raise ConfigError("The patch names no edits, so there is nothing to ask. Give --data.")
+    return [EditCase.of(str(number), edit) for number, edit in enumerate(edits)]
 
 
 def add_editor(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,6 @@ from kedit.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kedit.evaluation.cases import EditCase
     from kedit.patch import EditPatch
 
 MAX_TEXTS = 200  # of which the first 512 tokens are read
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         common.check_folder(args.out, "--out", RESULTS, force=goes_on or args.force)
         check_settings_file(Path(args.out) / SETTINGS)
     patch = _patch(args.patch) if args.patch else None
-    cases = common.load_cases(args, 200) if args.data or patch is None else _cases_of(patch)
+    cases = common.load_cases(args, 200) if args.data or patch is None else common.cases_of(patch)
     common.check_chat(args)
     if args.chat:
         cases = [in_chat(case, args.system) for case in cases]
@@ -146,17 +145,6 @@ def _patch(paths: list[str]) -> EditPatch:
 
     patches = [EditPatch.load(path) for path in paths]
     return EditPatch.merge(patches) if len(patches) > 1 else patches[0]
-
-
-def _cases_of(patch: EditPatch) -> list[EditCase]:
-    """The edits that a patch names, as cases."""
-    from kedit.edit import Edit
-    from kedit.evaluation.cases import EditCase
-
-    edits = [Edit.from_dict(edit) for edit in patch.provenance.get("edits") or []]
-    if not edits:
-        raise ConfigError("The patch names no edits, so there is nothing to ask. Give --data.")
-    return [EditCase.of(str(number), edit) for number, edit in enumerate(edits)]
 
 
 def _base(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
