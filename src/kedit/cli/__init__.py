@@ -26,6 +26,7 @@ COMMANDS = {
     "report": "kedit.cli.report",
     "stats": "kedit.cli.stats",
     "trace": "kedit.cli.trace",
+    "ui": "kedit.cli.ui",
 }
 
 

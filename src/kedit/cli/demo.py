@@ -20,7 +20,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kedit.cli import common
 from kedit.errors import CaptureError, ConfigError, KEditError
@@ -136,17 +136,17 @@ def run(args: argparse.Namespace) -> int:
         scene = _own_scene(args, edit, model, tokenizer)
         write(scene.title)
         sadr = kedit.SADR(gamma=args.gamma)
-        _give_moments(args, editor, scene.notes)
+        scene.notes += give_moments(editor, args.moments_corpus)
     untouched = model_fingerprint(model)
 
     answers = {"before": [scene.answer(question) for question in scene.questions]}
-    attention = {"before": _attention(model, scene.watched)}
+    attention = {"before": attention_rows(model, scene.watched.ids)}
     for stage, regularizer in (("ROME", None), ("ROME + SADR", sadr)):
         if args.model is not None:
             logger.info("Editing with %s.", stage)
         result = editor.apply(scene.edit, regularizer)
         answers[stage] = [scene.answer(question) for question in scene.questions]
-        attention[stage] = _attention(model, scene.watched)
+        attention[stage] = attention_rows(model, scene.watched.ids)
         patch = result.patch
         result.revert()
     saved = patch.save(out / FILES[1])
@@ -271,19 +271,20 @@ def _holds(text: str, wanted: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def _give_moments(args: argparse.Namespace, editor: ValueEditor, notes: list[str]) -> None:
-    """Estimate the second moments from the text that is given, or from one that needs no network."""
+def give_moments(editor: ValueEditor, corpus: Any = None) -> list[str]:
+    """Estimate the second moments from the text that is given, or from one that needs no network; return a note on the latter."""
     from kedit.embedded.defaults import corpus as invented
     from kedit.keys.estimate import estimate_moments
 
-    layers, tokens, corpus = editor.config.layers, None, args.moments_corpus
+    layers, tokens, notes = editor.config.layers, None, []
     if corpus is None:
         corpus, tokens = invented(), KEYS_PER_DIMENSION * max(map(editor.arch.memory_width, layers))
         notes.append(
-            "The second moments come from the embedded model's text, a small invented world, so that the demo needs no "
-            "network. For an edit to keep, give text like the model's own with --moments-corpus FILE."
+            "The second moments come from the embedded model's text, a small invented world, so that no network is needed. For an "
+            "edit to keep, give text like the model's own with --moments-corpus FILE."
         )
     editor.moments = estimate_moments(editor.arch, editor.tokenizer, layers, corpus, tokens=tokens)
+    return notes
 
 
 def _sentence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> tuple[str, float]:
@@ -324,7 +325,7 @@ def _table(questions: Sequence[Question], answers: Mapping[str, Sequence[tuple[s
     return "\n".join(lines) + "\n"
 
 
-def _attention(model: PreTrainedModel, question: Question) -> Tensor | None:
+def attention_rows(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor | None:
     """The last token's attention, the highest of the heads in every block: [L, T]; ``None`` where it cannot be read."""
     import torch
 
@@ -332,7 +333,7 @@ def _attention(model: PreTrainedModel, question: Question) -> Tensor | None:
     from kedit.models import ModelArch
 
     device = ModelArch(model).input_device
-    ids = torch.tensor([question.ids], device=device)
+    ids = torch.tensor([list(tokens)], device=device)
     last = torch.tensor([[ids.shape[1] - 1]], device=device)
     try:
         with torch.no_grad(), capture_attention(model, last) as capture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kedit.evaluation.cases import EditCase, Kind, Probe
 from kedit.evaluation.probing import WATCHED, probe_text
@@ -14,7 +14,7 @@ from kedit.prompts.decode import continue_rows
 from kedit.prompts.tokenize import encode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RELATION = "{} is a"
 RELATION_IN_CHAT = "What do you know about {}?"
@@ -43,20 +43,35 @@ def with_own_probes(
         return case
     other = (RELATION_IN_CHAT if edit.in_chat else RELATION).replace("{}", edit.subject)
     asked = [(Kind.REWRITE, edit.text), (Kind.RELATION, other), *((Kind.NEIGHBOUR, text) for text in neighbours)]
-    blank = [Probe(kind=kind, prompt=text, right="?", in_chat=edit.in_chat, system=edit.system) for kind, text in asked]
-    rows = encode(tokenizer, [probe_text(tokenizer, probe, probe.right) for probe in blank])
-    answers = continue_rows(arch, tokenizer, [row.ids[: row.target] for row in rows], _LENGTH)
-    words = [_first_word(text) for text, _ in answers]
+    form: dict[str, Any] = {"in_chat": edit.in_chat, "system": edit.system}
+    said = greedy(arch.model, tokenizer, [text for _, text in asked], _LENGTH, **form)
+    words = list(map(_first_word, said))
     old, target = words[0], _first_word(edit.target_new)
     if old and edit.target_true is None and old.casefold() != target.casefold():
         edit = replace(edit, target_true=old)
     probes = [
-        replace(probe, right=word, wrong=edit.target_new)
-        for probe, word in zip(blank[1:], words[1:], strict=True)
-        if word and word.casefold() != target.casefold() and probe.prompt != edit.text
+        Probe(kind=kind, prompt=text, right=word, wrong=edit.target_new, **form)
+        for (kind, text), word in zip(asked[1:], words[1:], strict=True)
+        if word and word.casefold() != target.casefold() and text != edit.text
     ]
     kept = [probe for probe in case.probes if probe.kind is not Kind.REWRITE]
     return EditCase.of(case.id, edit, [*kept, *probes], more=case.more, references=case.references)
+
+
+def greedy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    length: int,
+    *,
+    in_chat: bool = False,
+    system: str | None = None,
+) -> list[str]:
+    """What a model says to prompts, or to a user's messages in its chat template, in at most ``length`` tokens each."""
+    probes = [Probe(kind=Kind.REWRITE, prompt=text, right="?", in_chat=in_chat, system=system) for text in prompts]
+    rows = encode(tokenizer, [probe_text(tokenizer, probe, probe.right) for probe in probes])
+    answers = continue_rows(ModelArch(model), tokenizer, [row.ids[: row.target] for row in rows], length)
+    return [text + ("" if ended else " …") for text, ended in answers]
 
 
 def _first_word(text: str) -> str:
