@@ -180,6 +180,45 @@ def test_recurrent_models_are_refused(kind):
         ModelArch(model)
 
 
+_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "moe_intermediate_size": 16}
+_ROUTED = {
+    **_HEADS,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+}
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+REASONS = {
+    "qwen3_next": (
+        {**_HEADS, **_LINEAR, "head_dim": 8, "num_experts": 4, "num_hidden_layers": 4},
+        "it is a hybrid: 3 of its 4 blocks keep a recurrent state",
+    ),
+    "glm4_moe": (
+        {**_ROUTED, "topk_group": 1},
+        "block 1 is a mixture of experts, with shared experts .* block 0 is dense",
+    ),
+    "deepseek_v3": (
+        {**_ROUTED, **_LATENT, "topk_group": 1},
+        "block 1 is a mixture of experts, with shared experts .* block 0 is dense",
+    ),
+    "llama4_text": (
+        {**_HEADS, "num_local_experts": 4, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 32, "head_dim": 8},
+        "several parts of block 0 .*feed_forward.experts.* as in mixtures with a shared expert",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_newer_families_are_refused_with_their_own_reason(kind):
+    sizes, reason = REASONS[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **sizes}))
+    with pytest.raises(ArchitectureError, match=f"'{kind}'.*{reason}"):
+        ModelArch(model)
+
+
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_encoder_decoders_are_refused(kind):
     sizes = {"t5": {"d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8}}

@@ -44,7 +44,7 @@ def detect(model: Any) -> ArchSpec:
     if getattr(config, "is_encoder_decoder", False):
         raise refused(kind, "it is an encoder-decoder, where no decoder-only prompt holds the fact")
     if getattr(model, "_is_stateful", False):
-        raise refused(kind, "it keeps a recurrent state, so there is no attention from the prompt's end to the subject")
+        raise refused(kind, _recurrent(config))
     names = {module: name for name, module in model.named_modules()}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None or not hasattr(model, "get_input_embeddings"):
@@ -105,7 +105,7 @@ def _verified(spec: ArchSpec, calls: Sequence[Call], kind: str) -> ArchSpec:
             except AttributeError:
                 linear = None
             if linear is None:
-                raise refused(kind, f"its blocks differ: block {number} has no linear layer {path!r}, as block 0 has")
+                raise refused(kind, _differs(call.block, number, path))
             ends.append(call.block.get_submodule(path))
         if extra := others(call, ends, spec.attention):
             raise refused(
@@ -122,6 +122,35 @@ def _verified(spec: ArchSpec, calls: Sequence[Call], kind: str) -> ArchSpec:
         raise refused(kind, "its blocks multiply what their MLPs give by different factors")
     scale = sum(known) / len(known)
     return replace(spec, scale=1.0 if abs(scale - 1) < _tolerance(calls[0].output) else scale)
+
+
+def _recurrent(config: Any) -> str:
+    """Why a model with a recurrent state is refused: in all of its blocks, or in some."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    types = list(getattr(text, "layer_types", None) or ())
+    without = sum(str(each) in ("linear_attention", "mamba", "recurrent") for each in types)
+    if 0 < without < len(types):
+        return (
+            f"it is a hybrid: {without} of its {len(types)} blocks keep a recurrent state in the place of attention, "
+            "and kedit's forward passes and its regularizers read attention in every block"
+        )
+    return "it keeps a recurrent state, so there is no attention from the prompt's end to the subject"
+
+
+def _differs(block: nn.Module, number: int, path: str) -> str:
+    """Why a block is refused that lacks a linear layer of block 0."""
+    names = [name.rpartition(".")[2] for name, _ in block.named_modules()]
+    if "experts" in names:
+        shared = (
+            ", with shared experts beside the routed ones"
+            if any(name.startswith("shared_exp") for name in names)
+            else ""
+        )
+        return (
+            f"its blocks differ: block {number} is a mixture of experts{shared}, and block 0 is dense ({path}). "
+            "Mixtures are edited where their type has an entry"
+        )
+    return f"its blocks differ: block {number} has no linear layer {path!r}, as block 0 has"
 
 
 def _tolerance(like: Tensor) -> float:
