@@ -18,7 +18,8 @@ PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the measured results and the pages at the root of the repository."""
-    found = {path: f"results/{path.name}" for path in sorted((ROOT / RESULTS).iterdir()) if path.suffix != ".json"}
+    measured = sorted(path for path in (ROOT / RESULTS).rglob("*.*") if path.suffix != ".json")
+    found = {path: f"results/{path.relative_to(ROOT / RESULTS).as_posix()}" for path in measured}
     found |= {ROOT / name: uri for name, uri in PAGES.items()}
     for path, uri in found.items():
         files.append(File.generated(config, uri, abs_src_path=str(path)))

@@ -97,11 +97,10 @@ class ValueEditor(Editor):
     def moments(self) -> SecondMoments:
         """Second moments of :attr:`moment_layers`; estimated on first use."""
         if self._moments is None:
-            options = {"ridge": presets.ridge(self.arch) or RIDGE, "compute_dtype": self.config.compute_dtype}
-            layers = self.moment_layers
-            self._moments = (
-                estimate_moments(self.arch, self.tokenizer, layers, **options) if layers else SecondMoments({})
-            )
+            layers, ridge, dtype = self.moment_layers, presets.ridge(self.arch) or RIDGE, self.config.compute_dtype
+            self._moments = SecondMoments({})
+            if layers:
+                self._moments = estimate_moments(self.arch, self.tokenizer, layers, ridge=ridge, compute_dtype=dtype)
         return self._moments
 
     @moments.setter
