@@ -8,7 +8,7 @@ from kedit.editors import presets
 from kedit.regularizers import Needs
 from kedit.values.plateau import Plateau
 from reference.float64 import TrueFloat64
-from tiny_models import EDITS, tiny_model
+from tiny_models import EDITS, tiny_model, tokenizer
 
 EDIT = kedit.Edit(*EDITS["middle"])
 
@@ -50,8 +50,9 @@ def test_without_a_penalty_it_has_no_influence():
     assert log_of(None, stop_loss=0.001, patience=1) == log_of(None, stop_loss=0.001, patience=0)
 
 
-def test_the_rule_has_it_and_the_presets_do_not():
+def test_the_rule_has_it_and_the_presets_and_given_steps_do_not():
     assert kedit.ROME.preset(tiny_model("llama")).patience == 5
+    assert kedit.ROME(tiny_model("llama"), tokenizer(), steps=80).config.patience == 0
     assert all("patience" not in preset.values for table in presets.PRESETS.values() for preset in table.values())
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # What a preset or rule says beside its own value of a hyper-parameter does not hold for a user's value: a step size that is
-# given is absolute, a weight that is given is not lowered.
-_BELONGING = {"lr": "lr_relative", "moment_weight": "min_share", "l2": "min_share"}
+# given is absolute, steps that are given are not cut short, a weight that is given is not lowered.
+_BELONGING = {"lr": "lr_relative", "steps": "patience", "moment_weight": "min_share", "l2": "min_share"}
 
 
 def hyper(
