@@ -27,7 +27,7 @@ from kedit.models import ModelArch, Site
 from kedit.models.compat import cache_argument, cache_name, forward_parameters
 from kedit.models.hooks import by_prompt, on_input, on_output
 from kedit.prompts.likelihood import last_logits, places_per_pass, prompts_per_pass
-from kedit.prompts.prefixes import PrefixLayer, tolerance
+from kedit.prompts.prefixes import CANNOT_RUN, PrefixLayer, tolerance
 from kedit.prompts.tokenize import pad
 from kedit.utils.packing import cut_by_length, fixed_cost
 from kedit.utils.progress import logger
@@ -330,7 +330,7 @@ def runs_of(arch: ModelArch, fact: Fact, kinds: Sequence[str], width: int, noise
                 reason = _difference(shared, WholePrompts(arch, fact, width, noise, tokens), kinds)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+        except CANNOT_RUN as error:
             if verdicts.get(key):
                 raise
             reason = f"{type(error).__name__}: {error}"

@@ -29,12 +29,20 @@ from kedit.utils.progress import logger
 LEAST = (4, 6, 8, 12, 16)  # tokens that a text must share with another one, or it runs whole: what is tried
 WIDTHS = (64, 128, 256, 512)  # tokens of rows that texts are packed into; attention looks at all pairs of them
 DEEPEST = 3  # how often a text may branch off from one that branches off itself
+# What a model raises that cannot be run in another way than whole.
+CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def tolerance(dtype: torch.dtype) -> float:
     """By how much the logits of two ways to run a model may differ, relative to the largest."""
     return _TOLERANCE.get(dtype, 1e-2)
+
+
+def disagreement(whole: Tensor, shared: Tensor, dtype: torch.dtype) -> str:
+    """How the logits of two ways to run a model of ``dtype`` differ; empty where they do not by more than :func:`tolerance`."""
+    size = float((whole - shared).abs().max() / whole.abs().max().clamp(min=1e-30))
+    return "" if size <= tolerance(dtype) else f"its logits differ by {size:.1e} relative"
 
 
 @dataclass(frozen=True)
@@ -414,12 +422,10 @@ def _agrees(arch: ModelArch, texts: Sequence[tuple[int, ...]], *, packed: bool) 
             logits.append(torch.cat(rows).double())
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+    except CANNOT_RUN as error:
         reason = f"{type(error).__name__}: {error}"
     else:
-        error_size = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-30))
-        if not error_size <= tolerance(arch.dtype):
-            reason = f"its logits differ by {error_size:.1e} relative"
+        reason = disagreement(logits[0], logits[1], arch.dtype)
     if reason and packed:
         logger.info("This %s takes no packed texts (%s).", arch.model_type, reason)
     elif reason:

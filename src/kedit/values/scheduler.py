@@ -14,7 +14,7 @@ from kedit.errors import KEditError
 from kedit.keys.read import request_outputs
 from kedit.models import ModelArch, Site
 from kedit.models.compute_copy import compute_dtype, copy_in
-from kedit.prompts.prefixes import tolerance
+from kedit.prompts.prefixes import CANNOT_RUN, disagreement
 from kedit.regularizers.base import Needs, Regularizer
 from kedit.utils.device_memory import SHARE, TRIM_ABOVE, HeapTrim, free_memory
 from kedit.utils.distributed import current_group
@@ -257,12 +257,10 @@ class Engine:
                     logits.append(runner.run(delta.to(self.arch.work_dtype)).logits.to(torch.float64))
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+        except CANNOT_RUN as error:
             reason = f"{type(error).__name__}: {error}"
         else:
-            error_size = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-30))
-            if not error_size <= tolerance(self.arch.dtype):
-                reason = f"its logits differ by {error_size:.1e} relative"
+            reason = disagreement(logits[0], logits[1], self.arch.dtype)
         if reason:
             logger.warning(
                 "This %s runs full forward passes at every step: prefix-cached passes failed their check (%s).",
