@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from kedit.errors import EditError
@@ -151,7 +152,7 @@ def _asked(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Iterator[EditCase], margin: float
 ) -> Iterator[tuple[EditCase, bool]]:
     """Each case, and whether the model knows its fact."""
-    while group := [case for case, _ in zip(cases, range(_ASKED_AT_ONCE), strict=False)]:
+    while group := list(islice(cases, _ASKED_AT_ONCE)):
         bare = [replace(case, probes=(_rewrite(case),), more=()) for case in group]
         scores = ProbeScorer(model, tokenizer, EvalOptions(exact=False), bare).score(bare)
         for case, score in zip(group, scores, strict=True):
