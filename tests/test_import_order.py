@@ -27,6 +27,7 @@ ORDER = [
     "loading",
     "analysis",
     "report",
+    "bench",
     "sequential",
     "cli",
     "__main__",

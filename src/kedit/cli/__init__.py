@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 COMMANDS = {
+    "bench": "kedit.cli.bench",
     "compare": "kedit.cli.compare",
     "demo": "kedit.cli.demo",
     "drift": "kedit.cli.drift",
