@@ -12,14 +12,13 @@ from kedit.bench.rows import NONE, Row
 from kedit.bench.suite import Suite
 from kedit.editors.base import Editor
 from kedit.errors import ConfigError
-from kedit.evaluation.cases import EditCase, Kind
+from kedit.evaluation.cases import EditCase
 from kedit.evaluation.report import EvalReport
 from kedit.utils.progress import logger
 
 GAMMAS = (0.02, 0.1, 0.5, 2.0, 10.0)
 STEP = 5.0  # between γ beyond those that are given
 BEYOND = 2  # of these on either side at most
-KINDS = (Kind.PARAPHRASE, Kind.NEIGHBOUR, Kind.DISTRACTED, Kind.RELATION)
 CHUNK = 8  # an interrupt loses so many cases at most
 
 

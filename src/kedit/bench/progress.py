@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kedit.utils.progress import duration
+
 
 class TimeLeft:
     """An estimate from the seconds per case of the runs that are finished, in this start or an earlier one.
@@ -39,11 +41,3 @@ class TimeLeft:
         if seconds is None:
             return f"{sum(self.left.values())} edits to do, the time is known after the first run"
         return f"about {duration(seconds)} left"
-
-
-def duration(seconds: float) -> str:
-    """``2 h 5 min``, ``12 min``, ``40 s``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

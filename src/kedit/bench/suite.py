@@ -54,7 +54,6 @@ class Suite:
         self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder)
         self.corpus, self.num_contexts, self.config = corpus, contexts, dict(config or {})
         self.weights = f"{model_fingerprint(unwrap(model))} {tokenizer_fingerprint(tokenizer)}"
-        self._described: dict[int, tuple[Editor, dict[str, Any]]] = {}
 
     def editor(self, name: str, **overrides: Any) -> Editor:
         """A new editor with the suite's corpus, contexts and hyper-parameters; ``overrides`` go before these."""
@@ -118,7 +117,7 @@ class Suite:
             [
                 versions(),
                 self.weights,
-                self._describe(editor),
+                describe_editor(editor),
                 None if editor is None else editor.config.to_dict(),
                 [describe(item) for item in regularizers],
                 [case.to_dict() for case in cases],
@@ -132,14 +131,6 @@ class Suite:
     def finished(self, *run: Any, **extent: Any) -> bool:
         """Whether a run, given as to :meth:`run`, is finished."""
         return (self.folder_of(*run, **extent) / FINISHED).is_file()
-
-    def _describe(self, editor: Editor | None) -> dict[str, Any]:
-        """What an editor reads beside the model; once per editor, as the moments are hashed."""
-        if editor is None:
-            return describe_editor(None)
-        if id(editor) not in self._described:
-            self._described[id(editor)] = (editor, describe_editor(editor))
-        return self._described[id(editor)][1]
 
 
 def fewer(contexts: Sequence[str], number: int) -> list[str]:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kedit.bench.choice import FIVE, LOST_PS, MARKS, qualifies, value
+from kedit.bench.choice import FIVE, LEAST_ES, LOST_PS, MARKS, qualifies, value
 from kedit.bench.experiment import Experiment
 from kedit.bench.rows import NONE
 from kedit.evaluation.metrics import METRICS
@@ -177,12 +177,14 @@ def _verdict(label: str, report: EvalReport, plain: EvalReport) -> str:
     for metric in ("dns", "rs"):
         share = won_back(plain, report, metric)
         if share is not None:
-            parts.append(f"{share.text(0, unit='%')} of the lost {METRICS[metric].label}")
+            clear = "" if share.low is not None and share.low > 0 else " (not clear of 0)"
+            parts.append(f"{share.text(0, unit='%')} of the lost {METRICS[metric].label}{clear}")
     if not parts:
         return f"{label}: {beside}."
     if qualifies(report, plain):
         return f"{label} wins back {' and '.join(parts)}, at {beside}."
-    return f"{label} is no cure: {' and '.join(parts)} won back, but {beside} (limits: ES 99 or the editor's own, PS −{LOST_PS:g})."
+    limits = f"ES {LEAST_ES:g} or the editor's own, PS at most {LOST_PS:g} points lower"
+    return f"{label} is no cure: {' and '.join(parts)} won back, but {beside} (the limits: {limits})."
 
 
 def _few_development_cases(experiment: Experiment) -> Iterator[str]:

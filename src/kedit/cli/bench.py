@@ -24,13 +24,12 @@ from kedit.cli import common
 from kedit.errors import ConfigError, DependencyError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from kedit.bench import Experiment
-    from kedit.evaluation.cases import EditCase
+    from kedit.bench import Experiment, Suite
+    from kedit.bench.cases import ChosenCases, Source
 
 HELP = "measure editors and regularizers on a model, as one table"
-RUNS, TABLE, CSV, PLOT, SETTINGS = "runs", "table.md", "table.csv", "tradeoff.svg", "config.yaml"
+RUNS, CASES, SETTINGS = "runs", "cases.json", "config.yaml"
+TABLE, CSV, PLOT = "table.md", "table.csv", "tradeoff.svg"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +113,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose the cases, run, write the table after each row."""
-    from kedit.bench import Experiment, Suite
+    from kedit.bench import Experiment
     from kedit.bench.experiment import GAMMAS
     from kedit.bench.rows import rows_of
     from kedit.bench.suite import check_hyper_parameters
@@ -128,24 +127,28 @@ def run(args: argparse.Namespace) -> int:
     config = hyper_parameters(args)
     check_hyper_parameters(editors, config)
     gammas = GAMMAS if args.gammas is None else numbers(args.gammas, "--gammas")
-    groups = groups_of(args, args.cases)
-    model, tokenizer = common.load_model(args)
+    sources = sources_of(args, args.cases)
+    suite = make_suite(args, config)
     needed = args.dev_cases if any(row.chooses_gamma for row in rows) else 0
-    development, held_out, about = choose_cases(args, groups, model, tokenizer, args.cases, needed)
-    for line in about:
-        sys.stderr.write(f"{line}\n")
-    suite = Suite(model, tokenizer, out / RUNS, corpus=args.moments_corpus, contexts=args.contexts, config=config)
+    cases = cases_for(args, suite, sources, development=needed, held_out=args.cases, fluency=args.fluency > 0)
     experiment = Experiment(
-        suite, editors, rows, development, held_out, fluency=args.fluency, chunk=args.chunk, gammas=gammas
+        suite,
+        editors,
+        rows,
+        cases.development,
+        cases.held_out,
+        gammas=gammas,
+        fluency=args.fluency,
+        chunk=args.chunk,
     )
     try:
-        experiment.go(lambda: _write(out, experiment, about))
+        experiment.go(lambda: _write(out, experiment, cases.about))
     except KeyboardInterrupt:
-        _write(out, experiment, about)
+        _write(out, experiment, cases.about)
         done = len(experiment.reports)
         sys.stderr.write(f"kedit bench: interrupted; {done} rows are in {out / TABLE}. The same command goes on.\n")
         return common.INTERRUPTED
-    common.say(*_write(out, experiment, about), common.keep_settings(args, out / SETTINGS))
+    common.say(*_write(out, experiment, cases.about), common.keep_settings(args, out / SETTINGS))
     return 0
 
 
@@ -198,8 +201,9 @@ def hyper_parameters(args: argparse.Namespace) -> dict[str, object]:
     return shared | common.overrides(args.set)
 
 
-def groups_of(args: argparse.Namespace, count: int) -> list[tuple[str, list[EditCase], list[EditCase]]]:
-    """Per file its name, and its cases for development and held-out; of the embedded world where no file is given."""
+def sources_of(args: argparse.Namespace, count: int) -> list[Source]:
+    """The cases of the files, divided by subject; those of the embedded world where no file is given."""
+    from kedit.bench.cases import Source
     from kedit.data import load_cases, with_new_targets
     from kedit.evaluation import split_by_subject
 
@@ -210,56 +214,57 @@ def groups_of(args: argparse.Namespace, count: int) -> list[tuple[str, list[Edit
         from kedit.embedded.cases import world_cases
 
         world = load_world()
-        return [("embedded", world_cases(world, "dev", max(1, args.dev_cases)), world_cases(world, "test", count))]
-    groups: list[tuple[str, list[EditCase], list[EditCase]]] = []
+        return [
+            Source("embedded", world_cases(world, "dev", max(1, args.dev_cases)), world_cases(world, "test", count))
+        ]
+    sources: list[Source] = []
     for path in dict.fromkeys(args.data):
         loaded = load_cases(path, args.format)
         sys.stderr.write(loaded.report() + "\n")
         name = Path(path).stem
-        if any(name == other for other, *_ in groups):
-            name = f"{name}-{len(groups) + 1}"
-        groups.append((name, *split_by_subject(with_new_targets(loaded.cases, path))))
-    return groups
+        if any(name == other.name for other in sources):
+            name = f"{name}-{len(sources) + 1}"
+        sources.append(Source(name, *split_by_subject(with_new_targets(loaded.cases, path))))
+    return sources
 
 
-def choose_cases(
+def cases_for(
     args: argparse.Namespace,
-    groups: list[tuple[str, list[EditCase], list[EditCase]]],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: int,
+    suite: Suite,
+    sources: list[Source],
+    *,
     development: int,
-) -> tuple[list[EditCase], list[EditCase], list[str]]:
-    """Development and held-out cases that the model knows, so many of each group, and sentences that say so."""
-    from dataclasses import replace
-
-    from kedit.bench.experiment import KINDS
+    held_out: int,
+    fluency: bool = False,
+) -> ChosenCases:
+    """The cases that the options ask for; says how many facts the model knows."""
+    from kedit.bench.cases import KINDS, choose_cases
     from kedit.data import load_cases
-    from kedit.errors import EditError
-    from kedit.evaluation import Kind, known_cases
+    from kedit.evaluation import Kind
 
-    excluded = {case.edit.subject for path in args.exclude for case in load_cases(path, args.format).cases}
-    kinds = (*KINDS, Kind.GENERATION) if getattr(args, "fluency", 0) else KINDS
-    chosen: dict[str, list[EditCase]] = {"development": [], "held-out": []}
-    about = []
-    for name, *halves in groups:
-        said = []
-        for half, cases, number in zip(chosen, halves, (development, held_out), strict=True):
-            if number == 0:
-                continue
-            try:
-                found = known_cases(
-                    model, tokenizer, cases, number, exclude=excluded, kinds=kinds, probes=args.probes, seed=args.seed
-                )
-            except EditError as error:
-                raise EditError(f"{name}, {half} ({len(cases)} cases): {error}") from error
-            chosen[half] += [replace(case, id=f"{name}-{case.id}") for case in found.cases]
-            excluded |= {case.edit.subject for case in found.cases}
-            said.append(
-                f"{half}: {found}" + ("" if len(found.cases) == number else f", fewer than the {number} asked for")
-            )
-        about.append(f"{name}, {'; '.join(said)}.")
-    return chosen["development"], chosen["held-out"], about
+    chosen = choose_cases(
+        suite,
+        sources,
+        development=development,
+        held_out=held_out,
+        exclude={case.edit.subject for path in args.exclude for case in load_cases(path, args.format).cases},
+        kinds=(*KINDS, Kind.GENERATION) if fluency else KINDS,
+        probes=args.probes,
+        seed=args.seed,
+        file=Path(args.out) / CASES,
+    )
+    sys.stderr.write("".join(f"{line}\n" for line in chosen.about))
+    return chosen
+
+
+def make_suite(args: argparse.Namespace, config: dict[str, object]) -> Suite:
+    """The model, and the folder of the runs."""
+    from kedit.bench import Suite
+
+    model, tokenizer = common.load_model(args)
+    return Suite(
+        model, tokenizer, Path(args.out) / RUNS, corpus=args.moments_corpus, contexts=args.contexts, config=config
+    )
 
 
 def _write(out: Path, experiment: Experiment, about: list[str]) -> list[str]:

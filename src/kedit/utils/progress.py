@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import ClassVar
 
 from tqdm.auto import tqdm
@@ -13,23 +14,40 @@ logger = logging.getLogger("kedit")
 class Progress:
     """A bar that shows itself only for work worth watching.
 
-    Nothing is drawn where standard error is not a terminal; the bar appears after ``delay`` seconds.
+    The bar appears after ``delay`` seconds. Where standard error is not a terminal, a line is logged every minute instead.
 
     Attributes:
         shown: whether this process draws bars at all; of several that share a job, one does.
+        seconds_per_line: time between two logged lines.
     """
 
     shown: ClassVar[bool] = True
+    seconds_per_line: ClassVar[float] = 60.0
 
     def __init__(self, total: int | None, what: str, unit: str = "edit", *, delay: float = 1.0) -> None:
         disable = None if self.shown else True
         self._bar = tqdm(
             total=total, desc=what, unit=unit, disable=disable, delay=delay, leave=False, dynamic_ncols=True
         )
+        self._total, self._what, self._unit = total, what, unit
+        self._done, self._start = 0, time.monotonic()
+        self._line = self._start
 
     def advance(self, steps: int = 1) -> None:
         """``steps`` more units are done."""
         self._bar.update(steps)
+        self._done += steps
+        if self._bar.disable and self.shown and time.monotonic() - self._line >= self.seconds_per_line:
+            self._line = time.monotonic()
+            self._log(self._line - self._start)
+
+    def _log(self, seconds: float) -> None:
+        if self._total is None or not self._done:
+            logger.info("%s: %s %ss done.", self._what, f"{self._done:,}", self._unit)
+            return
+        left = seconds * max(0, self._total - self._done) / self._done
+        numbers = f"{self._done:,} of {self._total:,}"
+        logger.info("%s: %s %ss done, about %s left.", self._what, numbers, self._unit, duration(left))
 
     def note(self, **values: object) -> None:
         """Show running values behind the bar."""
@@ -40,3 +58,11 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """``2 h 5 min``, ``12 min``, ``40 s``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
