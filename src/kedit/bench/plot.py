@@ -1,11 +1,13 @@
-"""The trade-off of an experiment as a figure."""
+"""Figures of experiments and sweeps."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kedit.bench.choice import FIVE
 from kedit.bench.experiment import Experiment
 from kedit.bench.rows import NONE
+from kedit.bench.sweep import Sweep, text
 from kedit.evaluation.metrics import METRICS
 from kedit.evaluation.report import EvalReport
 from kedit.report.figures import styled
@@ -55,4 +57,42 @@ def tradeoff(experiment: Experiment, across: str = ACROSS, up: str = UP) -> Figu
     axis.set_ylabel(f"{METRICS[up].label} (%)")
     axis.grid(color="#dddddd")
     figure.legend(loc="outside right upper")
+    return figure
+
+
+@styled
+def sweep_lines(sweep: Sweep) -> Figure:
+    """A panel per metric over the values of the first key, a line per combination of the others; a star marks the best point."""
+    from matplotlib.figure import Figure
+
+    metrics = [name for name in FIVE if any(name in report.estimates for report in sweep.reports.values())]
+    values = list(next(iter(sweep.grid.values())))
+    figure = Figure(figsize=(1.5 + 2.6 * len(metrics), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    lines = list(dict.fromkeys(point[1:] for point in sweep.reports))
+    best = sweep.best()
+    for axis, metric in zip(axes, metrics, strict=True):
+        for number, rest in enumerate(lines):
+            points = [
+                point for point in sweep.reports if point[1:] == rest and metric in sweep.reports[point].estimates
+            ]
+            found = [sweep.reports[point][metric] for point in points]
+            places = [values.index(point[0]) + 0.06 * number for point in points]
+            centre = [one.value for one in found]
+            low = [one.value - (one.value if one.low is None else one.low) for one in found]
+            high = [(one.value if one.high is None else one.high) - one.value for one in found]
+            label = ", ".join(f"{key}={text(value)}" for key, value in zip(sweep.keys[1:], rest, strict=True))
+            colour = COLOURS[number % len(COLOURS)]
+            axis.errorbar(places, centre, yerr=[low, high], marker="o", color=colour, elinewidth=0.8, label=label)
+            if best in points:
+                place = points.index(best)
+                axis.plot(places[place], centre[place], marker="*", markersize=16, color=colour)
+        axis.set_title(METRICS[metric].label)
+        axis.set_xticks(range(len(values)), list(map(text, values)))
+        axis.set_xlabel(sweep.keys[0])
+        axis.grid(color="#dddddd")
+    axes[0].set_ylabel("%")
+    if len(sweep.keys) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
     return figure

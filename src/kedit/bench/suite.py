@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kedit.editors import editor_class, get_editor, presets
+from kedit.editors import editor_class, presets
 from kedit.editors.base import Editor
 from kedit.editors.value_editor import ValueEditor
 from kedit.errors import ConfigError
@@ -53,22 +53,22 @@ class Suite:
             check_whole("contexts", contexts, 1)
         self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder)
         self.corpus, self.num_contexts, self.config = corpus, contexts, dict(config or {})
+        self._contexts: dict[Any, Sequence[str]] = {}  # the same for all editors that sample alike
         self.weights = f"{model_fingerprint(unwrap(model))} {tokenizer_fingerprint(tokenizer)}"
 
     def editor(self, name: str, **overrides: Any) -> Editor:
         """A new editor with the suite's corpus, contexts and hyper-parameters; ``overrides`` go before these."""
         config = hyper_parameters_of(name, self.config) | overrides
-        made = get_editor(name, self.model, self.tokenizer, **config)
-        if self.num_contexts is not None:
-            return get_editor(
-                name, self.model, self.tokenizer, contexts=fewer(made.contexts, self.num_contexts), **config
-            )
-        return made
+        kind = editor_class(name)
+        made = kind(self.model, self.tokenizer, **config)
+        key = (kind.context_lengths, kind.context_seed, kind.contexts)
+        if key not in self._contexts:
+            found = made.contexts
+            self._contexts[key] = found if self.num_contexts is None else fewer(found, self.num_contexts)
+        return kind(self.model, self.tokenizer, contexts=self._contexts[key], **config)
 
     def prepare(self, editors: Sequence[Editor]) -> None:
         """Estimate the second moments that some editors read, those of all their layers in one pass over the text."""
-        if self.corpus is None:
-            return
         readers = [editor for editor in editors if isinstance(editor, ValueEditor) and editor.moment_layers]
         layers = sorted({layer for editor in readers for layer in editor.moment_layers})
         if not layers:

@@ -1,4 +1,4 @@
-"""The table of an experiment as Markdown and CSV, and what may be said of it."""
+"""The tables of experiments and sweeps as Markdown and CSV, and what may be said of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kedit.bench.choice import FIVE, LEAST_ES, LOST_PS, MARKS, qualifies, value
+from kedit.bench.choice import FIVE, LEAST_ES, LOST_PS, MARKS, balance, qualifies, value
 from kedit.bench.experiment import Experiment
 from kedit.bench.rows import NONE
+from kedit.bench.suite import Suite
+from kedit.bench.sweep import BALANCE, Point, Sweep, text
+from kedit.evaluation.cases import Kind
 from kedit.evaluation.metrics import METRICS
 from kedit.evaluation.provenance import describe_model, environment
 from kedit.evaluation.report import EvalReport
 from kedit.evaluation.statistics import Estimate, case_weights
+from kedit.utils.validation import is_number
 
 COLUMNS = (*FIVE, "score", "fluency")
 PROMPTS_FOR_PS = 34  # with fewer, one prompt is worth more than the points that a γ may cost
@@ -35,8 +39,7 @@ def markdown(experiment: Experiment, about: Sequence[str] = ()) -> str:
         rows.append(["unedited", "", "", *before, ""])
     for (name, label), report in experiment.reports.items():
         cells = [cell(report.estimates[metric]["after"]) if metric in report.estimates else "–" for metric in shown]
-        seconds = report.seconds.get("edit", 0.0) / max(1, len(report.records))
-        rows.append([name, label, gamma_text(experiment, name, label), *cells, f"{seconds:.1f}"])
+        rows.append([name, label, gamma_text(experiment, name, label), *cells, f"{seconds_per_edit(report):.1f}"])
     lines = ["# Editors and regularizers", "", *_about(experiment, about), "", *_table(rows), ""]
     differences = list(_differences(experiment))
     if differences:
@@ -52,10 +55,10 @@ def markdown(experiment: Experiment, about: Sequence[str] = ()) -> str:
 
 def to_csv(experiment: Experiment) -> str:
     """A row per editor, regularizer and metric: before, after and the paired difference to the plain editor, with intervals."""
-    text = io.StringIO()
+    written = io.StringIO()
     names = ["editor", "regularizer", "gamma", "metric"]
     names += [f"{what}{end}" for what in ("before", "after", "against_none") for end in ("", "_low", "_high")]
-    writer = csv.DictWriter(text, [*names, "n", "cases"], lineterminator="\n")
+    writer = csv.DictWriter(written, [*names, "n", "cases"], lineterminator="\n")
     writer.writeheader()
     for (name, label), report in experiment.reports.items():
         plain = experiment.reports.get((name, NONE))
@@ -69,7 +72,7 @@ def to_csv(experiment: Experiment) -> str:
                     row |= {what: estimate.value, f"{what}_low": estimate.low, f"{what}_high": estimate.high}
             after = states["after"]
             writer.writerow(row | ({} if after is None else {"n": after.n, "cases": after.cases}))
-    return text.getvalue()
+    return written.getvalue()
 
 
 def sentences(experiment: Experiment) -> Iterator[str]:
@@ -127,6 +130,23 @@ def gamma_text(experiment: Experiment, name: str, label: str) -> str:
     return ", ".join(found) + (choice.mark if choice is not None else "")
 
 
+def seconds_per_edit(report: EvalReport) -> float:
+    """Seconds that the optimisation and the closed form of an edit took."""
+    return report.seconds.get("edit", 0.0) / max(1, len(report.records))
+
+
+def model_and_machine(suite: Suite) -> list[str]:
+    """The model, the versions and the machine that a table is from, and the hyper-parameters that were set."""
+    model, machine = describe_model(suite.model), environment()
+    size = f"{model['type']}, {model['num_layers']} blocks, {model['parameters']:,} parameters, {model['dtype']}"
+    versions = ", ".join(f"{key} {machine[key]}" for key in ("kedit", "torch", "transformers") if key in machine)
+    name = model["name"] or "The embedded model"
+    lines = [f"{name} ({size}); {versions}; {machine['machine']}, {machine['threads']} threads."]
+    given = [f"{key}={text(value)}" for key, value in suite.config.items()]
+    given += [] if suite.num_contexts is None else [f"{suite.num_contexts} contexts"]
+    return [*lines, f"Set: {', '.join(given)}."] if given else lines
+
+
 def cell(estimate: Estimate | None, sign: str = "") -> str:
     """``49.4 [45.0, 53.1]``."""
     if estimate is None:
@@ -136,12 +156,7 @@ def cell(estimate: Estimate | None, sign: str = "") -> str:
 
 
 def _about(experiment: Experiment, about: Sequence[str]) -> list[str]:
-    model, machine = describe_model(experiment.suite.model), environment()
-    size = f"{model['type']}, {model['num_layers']} blocks, {model['parameters']:,} parameters, {model['dtype']}"
-    versions = ", ".join(f"{key} {machine[key]}" for key in ("kedit", "torch", "transformers") if key in machine)
-    lines = [
-        f"{model['name'] or 'The embedded model'} ({size}); {versions}; {machine['machine']}, {machine['threads']} threads."
-    ]
+    lines = model_and_machine(experiment.suite)
     lines += [*about, f"{len(experiment.held_out)} held-out edits, each alone on the unedited model; "]
     lines[-1] += "in brackets: 95% bootstrap intervals by case."
     total = sum((name, row.label) not in experiment.skipped for name in experiment.editors for row in experiment.rows)
@@ -188,8 +203,6 @@ def _verdict(label: str, report: EvalReport, plain: EvalReport) -> str:
 
 
 def _few_development_cases(experiment: Experiment) -> Iterator[str]:
-    from kedit.evaluation.cases import Kind
-
     cases = experiment.development
     prompts = sum(probe.kind is Kind.PARAPHRASE for case in cases for probe in case.probes)
     if 0 < prompts < PROMPTS_FOR_PS:
@@ -203,3 +216,66 @@ def _few_development_cases(experiment: Experiment) -> Iterator[str]:
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def sweep_markdown(sweep: Sweep, about: Sequence[str] = ()) -> str:
+    """The table of a sweep: a row per point, the best one marked, with paired differences to it."""
+    shown = [name for name in (*FIVE, sweep.by) if any(name in report.estimates for report in sweep.reports.values())]
+    shown = list(dict.fromkeys(shown))
+    added = f" + {', '.join(sweep.regularizers)}" if sweep.regularizers else ""
+    heads = [*sweep.keys, *(METRICS[name].label for name in shown), "balance", f"{sweep.by} − the best's", "s per edit"]
+    rows, best = [heads, ["---"] * len(heads)], sweep.best()
+    first = next(iter(sweep.reports.values()), None)
+    if first is not None:
+        before = [cell(first.estimates[name]["before"]) for name in shown]
+        rows.append(["unedited", *[""] * (len(sweep.keys) - 1), *before, "", "", ""])
+    for point, report in sweep.reports.items():
+        cells = [cell(report.estimates[metric]["after"]) if metric in report.estimates else "–" for metric in shown]
+        cells.append(f"{balance(report):.1f}")
+        cells.append("**best**" if point == best else cell(sweep.against_best(point), "+"))
+        rows.append([*map(text, point), *cells, f"{seconds_per_edit(report):.1f}"])
+    lines = [f"# Sweep of {sweep.editor}{added}", "", *model_and_machine(sweep.suite), *about]
+    lines.append(f"{len(sweep.cases)} development edits, each alone; in brackets: 95% bootstrap intervals by case.")
+    if len(sweep.reports) < len(sweep.points):
+        lines.append(f"**Unfinished: {len(sweep.reports)} of {len(sweep.points)} points.** The same command goes on.")
+    lines += ["", *_table(rows), ""]
+    if best is not None:
+        lines += [f"- {sentence}" for sentence in _best(sweep, best)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def sweep_csv(sweep: Sweep) -> str:
+    """A row per point and metric, with its interval; ``best`` is 1 for the best point."""
+    written = io.StringIO()
+    names = [*sweep.keys, "best", "metric", "before", "after", "after_low", "after_high", "n", "cases"]
+    writer = csv.DictWriter(written, names, lineterminator="\n")
+    writer.writeheader()
+    for point, report in sweep.reports.items():
+        shared = dict(zip(sweep.keys, map(text, point), strict=True)) | {"best": int(point == sweep.best())}
+        for metric, states in report.estimates.items():
+            before, after = states["before"], states["after"]
+            assert after is not None
+            row = {"metric": metric, "after": after.value, "after_low": after.low, "after_high": after.high}
+            row |= {"before": None if before is None else before.value, "n": after.n, "cases": after.cases}
+            writer.writerow(shared | row)
+    return written.getvalue()
+
+
+def _best(sweep: Sweep, best: Point) -> Iterator[str]:
+    """Sentences on the best point: what was compared, which others are not clearly worse, whether it is at an end."""
+    what = "balance (of ES, PS, NS, RS, DNS)" if sweep.by == BALANCE else METRICS[sweep.by].label
+    least = min(LEAST_ES, max(value(report, "es") for report in sweep.reports.values()))
+    yield f"Best by {what} among the points with ES of at least {least:g}: **{sweep.label(best)}**."
+    near = []
+    for point, report in sweep.reports.items():
+        gap = sweep.against_best(point)
+        if point == best or value(report, "es") < least or gap is None:
+            continue
+        if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
+            near.append(sweep.label(point))
+    if near:
+        yield f"Not clearly worse (the interval of the paired difference holds 0): {'; '.join(near)}."
+    for key, values, chosen in zip(sweep.keys, sweep.grid.values(), best, strict=True):
+        if len(values) > 2 and all(is_number(one) for one in values) and chosen in (min(values), max(values)):
+            yield f"The best {key} is at an end of what was tried: try values beyond {text(chosen)}."
+    yield "The best of several is flattered on the cases that chose it: confirm it on others (kedit bench uses other subjects)."

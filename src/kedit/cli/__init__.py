@@ -26,6 +26,7 @@ COMMANDS = {
     "patch": "kedit.cli.patch",
     "report": "kedit.cli.report",
     "stats": "kedit.cli.stats",
+    "sweep": "kedit.cli.sweep",
     "trace": "kedit.cli.trace",
     "ui": "kedit.cli.ui",
 }

@@ -24,6 +24,8 @@ from kedit.cli import common
 from kedit.errors import ConfigError, DependencyError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kedit.bench import Experiment, Suite
     from kedit.bench.cases import ChosenCases, Source
 
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_whole("--fluency", args.fluency, 0)
     check_whole("--cases", args.cases, 1)
-    out = check_experiment(args)
+    out = check_experiment(args, (TABLE, CSV, PLOT))
     editors = editor_names(args.editors)
     rows = rows_of(split_names(args.regularizers))
     config = hyper_parameters(args)
@@ -152,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_experiment(args: argparse.Namespace) -> Path:
+def check_experiment(args: argparse.Namespace, names: Sequence[str]) -> Path:
     """The folder of the results; raises now, not after the work, where an option is out of range or it cannot be written."""
     from kedit.cli.config import check_settings_file
     from kedit.utils.validation import check_whole
@@ -162,7 +164,7 @@ def check_experiment(args: argparse.Namespace) -> Path:
     if args.contexts is not None:
         check_whole("--contexts", args.contexts, 1)
     out = Path(args.out)
-    common.check_folder(args.out, "--out", [TABLE, CSV, PLOT], force=(out / RUNS).is_dir())
+    common.check_folder(args.out, "--out", names, force=(out / RUNS).is_dir())
     check_settings_file(out / SETTINGS)
     return out
 

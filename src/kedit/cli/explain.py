@@ -20,12 +20,13 @@ def explain(args: argparse.Namespace) -> str:
     from kedit.editors import editor_class
     from kedit.regularizers import REGULARIZERS, regularizer_class
 
-    editor = editor_class(args.editor or common.EDITOR)
+    name = getattr(args, "editor", None) or common.EDITOR
+    editor = editor_class(name)
     parts = [
-        f"Hyper-parameters of {args.editor or common.EDITOR}, for example --set steps=40:",
+        f"Hyper-parameters of {name}, for example --set steps=40:",
         *_entries(editor.Config),
     ]
-    for name in args.regularizer or list(REGULARIZERS):
+    for name in getattr(args, "regularizer", None) or list(REGULARIZERS):
         kind = regularizer_class(name)
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             continue

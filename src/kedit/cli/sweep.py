@@ -1,0 +1,126 @@
+r"""Try hyper-parameters of an editor on development cases, every combination of the given values.
+
+Examples:
+  kedit sweep --set layers=0,1,2 --out sweep
+  kedit sweep --model DIR --data counterfact.json --moments-corpus wikitext.txt --set layers=3,5,8 --set clamp=1,2,4 --out sweep
+  kedit sweep --model DIR --data counterfact.json --moments-corpus wikitext.txt --editor memit --regularizer sadr \
+      --set layers=[3,4,5],[4,5,6] --set gamma=auto,0.1,1 --by dns --out sweep
+
+Values have commas between them; a value that is a list has brackets. gamma is γ of the regularizers, sadr.select a field of one.
+Among the points with ES of at least 99, the best one has the best balance, the harmonic mean of ES, PS, NS, RS and DNS, or the best
+metric --by. Cases are chosen as by kedit bench, which measures on other subjects. Without --data, they are the embedded model's.
+
+What is finished stays in --out. To go on after an interrupt, repeat the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kedit.cli import common
+from kedit.cli.bench import SETTINGS, add_experiment, cases_for, check_experiment, make_suite, sources_of
+from kedit.errors import ConfigError, DependencyError
+
+if TYPE_CHECKING:
+    from kedit.bench import Sweep
+
+HELP = "try hyper-parameters of an editor on development cases"
+TABLE, CSV, PLOT = "sweep.md", "sweep.csv", "sweep.svg"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    common.add_model(parser)
+    add_experiment(parser)
+    parser.add_argument("--editor", metavar="NAME", help=f"editing method (default: {common.EDITOR})")
+    parser.add_argument(
+        "--regularizer", action="append", metavar="NAME", help="regularizer of all points; repeat for several"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,VALUE...]",
+        help="values of a hyper-parameter, repeat for several: --set layers=3,5 --set clamp=2. --set help explains them",
+    )
+    parser.add_argument(
+        "--by", default="balance", metavar="METRIC", help="what the best point has most of (default: balance)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Choose the cases, run every point, write the table after each."""
+    from kedit.bench import Sweep
+    from kedit.utils.validation import check_whole
+
+    check_whole("--dev-cases", args.dev_cases, 1)
+    out = check_experiment(args, (TABLE, CSV, PLOT))
+    grid = values_of(args.set)
+    config = {} if args.compute_dtype is None else {"compute_dtype": args.compute_dtype}
+    sources = sources_of(args, 1)
+    options: dict[str, Any] = {"regularizers": args.regularizer or [], "by": args.by, "chunk": args.chunk}
+    Sweep.check(args.editor or common.EDITOR, grid, options["regularizers"], args.by)
+    suite = make_suite(args, config)
+    cases = cases_for(args, suite, sources, development=args.dev_cases, held_out=0)
+    sweep = Sweep(suite, args.editor or common.EDITOR, grid, cases.development, **options)
+    try:
+        sweep.go(lambda: _write(out, sweep, cases.about))
+    except KeyboardInterrupt:
+        _write(out, sweep, cases.about)
+        sys.stderr.write(
+            f"kedit sweep: interrupted; {len(sweep.reports)} of {len(sweep.points)} points are in {out / TABLE}. "
+            "The same command goes on.\n"
+        )
+        return common.INTERRUPTED
+    common.say(*_write(out, sweep, cases.about), common.keep_settings(args, out / SETTINGS))
+    return 0
+
+
+def values_of(items: list[str]) -> dict[str, list[Any]]:
+    """``KEY=VALUE,VALUE`` options as lists of values."""
+    grid: dict[str, list[Any]] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key or not text.strip():
+            raise ConfigError(f"--set needs KEY=VALUE or KEY=VALUE,VALUE, found {item!r}.")
+        try:
+            found = ast.literal_eval(f"[{text}]")
+        except (ValueError, SyntaxError):  # text, not in quotation marks
+            found = [_value(part.strip()) for part in text.split(",")]
+        values = [tuple(value) if isinstance(value, list) else value for value in found]
+        if not all(isinstance(value, bool | int | float | str | tuple | None) for value in values):
+            raise ConfigError(f"--set {key}: values are numbers, texts or lists like [3,4], not {text}.")
+        grid[key] = list(dict.fromkeys(values))
+    return grid
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _write(out: Path, sweep: Sweep, about: list[str]) -> list[str]:
+    """Write what is finished; the lines that say where."""
+    from kedit.bench.plot import sweep_lines
+    from kedit.bench.table import sweep_csv, sweep_markdown
+    from kedit.evaluation.journal import make_folder, write_text
+    from kedit.report.figures import as_svg
+
+    make_folder(out)
+    table = sweep_markdown(sweep, about)
+    write_text(out / TABLE, table)
+    write_text(out / CSV, sweep_csv(sweep))
+    lines = [table.removesuffix("\n"), "", f"table: {out / TABLE}, {out / CSV}"]
+    if not sweep.reports:
+        return lines
+    try:
+        write_text(out / PLOT, as_svg(sweep_lines(sweep)))
+    except DependencyError as error:
+        return [*lines, f"no plot: {error}"]
+    return [*lines, f"plot: {out / PLOT}"]
