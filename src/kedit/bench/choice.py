@@ -95,4 +95,4 @@ def choose_gamma(
     chosen = best()
     if chosen is None:
         return GammaChoice(min(tried), "†", tried)
-    return GammaChoice(chosen, "‡" if chosen == max(*gammas, *larger) else "", tried)
+    return GammaChoice(chosen, "‡" if chosen == max([*gammas, *larger]) else "", tried)
