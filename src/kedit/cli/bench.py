@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
         chunk=args.chunk,
     )
     try:
-        experiment.go(lambda: _write(out, experiment, cases.about))
+        experiment.go(lambda: _write_tables(out, experiment, cases.about))
     except KeyboardInterrupt:
         _write(out, experiment, cases.about)
         done = len(experiment.reports)
@@ -270,16 +270,12 @@ def make_suite(args: argparse.Namespace, config: dict[str, object]) -> Suite:
 
 
 def _write(out: Path, experiment: Experiment, about: list[str]) -> list[str]:
-    """Write what is finished; the lines that say where."""
+    """Write what is finished, with the plot; the table, and lines that say where it is."""
     from kedit.bench.plot import points_of, tradeoff
-    from kedit.bench.table import markdown, to_csv
-    from kedit.evaluation.journal import make_folder, write_text
+    from kedit.evaluation.journal import write_text
     from kedit.report.figures import as_svg
 
-    make_folder(out)
-    text = markdown(experiment, about)
-    write_text(out / TABLE, text)
-    write_text(out / CSV, to_csv(experiment))
+    text = _write_tables(out, experiment, about)
     lines = [text.removesuffix("\n"), "", f"table: {out / TABLE}, {out / CSV}"]
     if not points_of(experiment):
         return lines
@@ -288,3 +284,15 @@ def _write(out: Path, experiment: Experiment, about: list[str]) -> list[str]:
     except DependencyError as error:
         return [*lines, f"no plot: {error}"]
     return [*lines, f"plot: {out / PLOT}"]
+
+
+def _write_tables(out: Path, experiment: Experiment, about: list[str]) -> str:
+    """Write the tables of what is finished; the Markdown one."""
+    from kedit.bench.table import markdown, to_csv
+    from kedit.evaluation.journal import make_folder, write_text
+
+    make_folder(out)
+    text = markdown(experiment, about)
+    write_text(out / TABLE, text)
+    write_text(out / CSV, to_csv(experiment))
+    return text

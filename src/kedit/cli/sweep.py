@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     cases = cases_for(args, suite, sources, development=args.dev_cases, held_out=0)
     sweep = Sweep(suite, args.editor or common.EDITOR, grid, cases.development, **options)
     try:
-        sweep.go(lambda: _write(out, sweep, cases.about))
+        sweep.go(lambda: _write_tables(out, sweep, cases.about))
     except KeyboardInterrupt:
         _write(out, sweep, cases.about)
         sys.stderr.write(
@@ -106,16 +106,12 @@ def _value(text: str) -> Any:
 
 
 def _write(out: Path, sweep: Sweep, about: list[str]) -> list[str]:
-    """Write what is finished; the lines that say where."""
+    """Write what is finished, with the plot; the table, and lines that say where it is."""
     from kedit.bench.plot import sweep_lines
-    from kedit.bench.table import sweep_csv, sweep_markdown
-    from kedit.evaluation.journal import make_folder, write_text
+    from kedit.evaluation.journal import write_text
     from kedit.report.figures import as_svg
 
-    make_folder(out)
-    table = sweep_markdown(sweep, about)
-    write_text(out / TABLE, table)
-    write_text(out / CSV, sweep_csv(sweep))
+    table = _write_tables(out, sweep, about)
     lines = [table.removesuffix("\n"), "", f"table: {out / TABLE}, {out / CSV}"]
     if not sweep.reports:
         return lines
@@ -124,3 +120,15 @@ def _write(out: Path, sweep: Sweep, about: list[str]) -> list[str]:
     except DependencyError as error:
         return [*lines, f"no plot: {error}"]
     return [*lines, f"plot: {out / PLOT}"]
+
+
+def _write_tables(out: Path, sweep: Sweep, about: list[str]) -> str:
+    """Write the tables of what is finished; the Markdown one."""
+    from kedit.bench.table import sweep_csv, sweep_markdown
+    from kedit.evaluation.journal import make_folder, write_text
+
+    make_folder(out)
+    table = sweep_markdown(sweep, about)
+    write_text(out / TABLE, table)
+    write_text(out / CSV, sweep_csv(sweep))
+    return table
