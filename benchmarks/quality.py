@@ -1,7 +1,8 @@
 """The quality suite: what is run, with which hyper-parameters, and how the tables are written.
 
-Hyper-parameters are chosen on one half of the cases and used on the other. Every run is an ordinary resumable
-``kedit.evaluate`` into ``--runs``, so a suite that was interrupted goes on.
+Hyper-parameters are chosen on one half of the cases and used on the other. Runs and the choice of γ are those of ``kedit bench``
+(:mod:`kedit.bench`), so a suite that was interrupted goes on. This suite adds what is about the paper and the embedded model:
+ablations, modes, the trade-off over γ, and assertions.
 """
 
 from __future__ import annotations
@@ -16,23 +17,22 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import kedit
+from kedit.bench import Suite, choose_gamma
+from kedit.bench.choice import FIVE as FIVE
+from kedit.bench.choice import value as value
 from kedit.data import load_cases
 from kedit.editors import EDITORS, presets
 from kedit.editors import get_editor as make_editor
 from kedit.editors.base import Editor
 from kedit.editors.value_editor import ValueEditor
 from kedit.errors import ConfigError
-from kedit.evaluation.provenance import describe_editor, describe_model, digest, environment, versions
+from kedit.evaluation.provenance import describe_model, environment
 from kedit.evaluation.statistics import Estimate
-from kedit.keys.estimate import tokenizer_fingerprint
-from kedit.models import ModelArch, unwrap
-from kedit.models.fingerprint import model_fingerprint
-from kedit.regularizers import describe, resolve
+from kedit.models import ModelArch
 from kedit.report.figures import bounds, styled
 
 GAMMAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 WIDER = (30.0, 100.0)  # tried one by one while the largest so far is the best
-FIVE = ("es", "ps", "ns", "rs", "dns")
 ADR = "ADR (all heads)"
 GENERATE = 30  # tokens, for fluency
 
@@ -48,7 +48,7 @@ class Bench:
     large: list[kedit.EditCase]
     largest: int
     results: Path
-    runs: Path
+    suite: Suite
     names: list[str]
     added: list[str]
     embedded: bool
@@ -56,7 +56,6 @@ class Bench:
     editors: dict[str, Editor] = field(default_factory=dict)
     gammas: dict[str, float] = field(default_factory=dict)
     marks: dict[str, str] = field(default_factory=dict)
-    weights: str = ""
 
     @classmethod
     def of(cls, config: Any) -> Bench:
@@ -83,14 +82,13 @@ class Bench:
             large=large,
             largest=most,
             results=Path(config.getoption("results")),
-            runs=Path(config.getoption("runs")),
+            suite=Suite(model, tokenizer, config.getoption("runs")),
             names=chosen.split(",") if chosen else list(EDITORS),
             added=list(config.getoption("add_regularizer")),
             embedded=name is None,
             corpus=config.getoption("moments_corpus"),
         )
         made.results.mkdir(parents=True, exist_ok=True)
-        made.weights = f"{model_fingerprint(unwrap(model))} {tokenizer_fingerprint(tokenizer)}"
         return made
 
     def editor(self, name: str) -> Editor:
@@ -133,32 +131,7 @@ class Bench:
         **extent: Any,
     ):
         """One evaluation, or what is left of it."""
-        regularizers = resolve(regularizer)
-        identity = digest(
-            [
-                versions(),
-                self.weights,
-                describe_editor(editor),
-                None if editor is None else editor.config.to_dict(),
-                [describe(item) for item in regularizers],
-                [case.to_dict() for case in cases],
-                mode,
-                repr(sorted(extent.items())),
-            ]
-        )
-        label = "-".join(
-            [editor.name if editor else "unedited", *(item.name for item in regularizers), mode, str(len(cases))]
-        )
-        return kedit.evaluate(
-            self.model,
-            self.tokenizer,
-            cases,
-            editor,
-            regularizers,
-            mode,
-            out=self.runs / f"{label}-{identity}",
-            **extent,
-        )
+        return self.suite.run(editor, regularizer, cases, mode, **extent)
 
     def takes(self, name: str, regularizer: Any) -> bool:
         """Whether an editor knows what to do with a regularizer."""
@@ -169,24 +142,15 @@ class Bench:
         return True
 
     def gamma(self, name: str, variant: Callable[..., Any] = kedit.SADR) -> float:
-        """γ chosen on the development half: the best Score among those with ES >= 99 and PS at most 3 points lower.
-
-        Of equal ones, the smallest; where none qualifies, the smallest of all. ``variant(gamma=...)`` makes the regularizer.
-        """
+        """γ chosen on the development half (:func:`kedit.bench.choose_gamma`); ``variant(gamma=...)`` makes the regularizer."""
         key = f"{name} {variant(gamma=0.0)!r}"
         if key not in self.gammas:
-            plain = self.run(self.editor(name), None, self.dev, exact=False)
-            found: dict[float, float] = {}
-            best, last = None, GAMMAS[0]
-            for gamma in (*GAMMAS, *WIDER):
-                if gamma in WIDER and best != last:
-                    break
-                report = self.run(self.editor(name), variant(gamma=gamma), self.dev, exact=False)
-                if report["es"].value >= 99.0 and value(report, "ps") >= value(plain, "ps") - 3.0:
-                    found[gamma] = balance(report)
-                best, last = max(found, key=lambda g: (found[g], -g), default=None), gamma
-            self.gammas[key] = GAMMAS[0] if best is None else best
-            self.marks[key] = "†" if best is None else "‡" if best == max(*GAMMAS, *WIDER) else ""
+            editor = self.editor(name)
+            plain = self.run(editor, None, self.dev, exact=False)
+            choice = choose_gamma(
+                lambda gamma: self.run(editor, variant(gamma=gamma), self.dev, exact=False), plain, GAMMAS, WIDER
+            )
+            self.gammas[key], self.marks[key] = choice.gamma, choice.mark
         return self.gammas[key]
 
     def mark(self, name: str, variant: Callable[..., Any] = kedit.SADR) -> str:
@@ -228,7 +192,7 @@ class Bench:
 
 
 MARKS = (
-    "† No γ kept ES at 99 and PS within three points of no regularizer; the smallest is shown. ‡ The best is the largest "
+    "† No γ kept ES (99, or that of no regularizer) and PS within three points; the smallest is shown. ‡ The best is the largest "
     "that was tried."
 )
 
@@ -257,20 +221,6 @@ def _candidates(name: str, editor: Editor) -> list[dict[str, Any]]:
     if name == "ft":  # fine-tuning hangs on how far each weight may go
         return [{"layers": span, "clamp": bound, "lr": bound} for span in spans for bound in (0.005, 0.02, 0.05)]
     return [{"layers": span} for span in spans if span != editor.config.layers]
-
-
-def value(report: Any, name: str) -> float:
-    """A figure after the edits; NaN where no case has one."""
-    found = report.estimates.get(name)
-    return float("nan") if found is None else found["after"].value
-
-
-def balance(report: Any) -> float:
-    """The Score, or the mean of what there is of its parts."""
-    if "score" in report.estimates:
-        return value(report, "score")
-    parts = [value(report, name) for name in FIVE if name in report.estimates]
-    return sum(parts) / len(parts)
 
 
 def cell(found: Estimate | None) -> str:

@@ -7,8 +7,9 @@ import pytest
 from quality import ADR, FIVE, GAMMAS, GENERATE, MARKS, WIDER, cell, save_json, signed, table, tradeoff, value
 
 import kedit
+from kedit.bench.choice import qualifies
+from kedit.bench.table import won_back
 from kedit.evaluation.metrics import METRICS
-from kedit.evaluation.statistics import case_weights
 from kedit.regularizers import KeyNorm
 from kedit.report.figures import as_svg
 
@@ -44,22 +45,6 @@ def table3(bench):
     return reports
 
 
-def recovered(none, regularized, metric):
-    """Share of what the edits lost that the regularizer gives back, with its interval (cases drawn together)."""
-    weights = case_weights(len(none.records))
-    before = METRICS[metric].tallies(none.records, "before")[0].means(weights)
-    lost = before - METRICS[metric].tallies(none.records, "after")[0].means(weights)
-    gained = METRICS[metric].tallies(regularized.records, "after")[0].means(weights) - METRICS[metric].tallies(
-        none.records, "after"
-    )[0].means(weights)
-    shares = sorted(float(g / x) for g, x in zip(gained, lost, strict=True) if x > 0)
-    point = value(regularized, metric) - value(none, metric)
-    total = none.estimates[metric]["before"].value - value(none, metric)
-    if total <= 0 or not shares:
-        return None
-    return 100 * point / total, 100 * shares[int(0.025 * len(shares))], 100 * shares[int(0.975 * len(shares)) - 1]
-
-
 def test_table_3(bench, table3):
     rows, differences, figures = [], [], {}
     for (name, label), report in table3.items():
@@ -78,8 +63,8 @@ def test_table_3(bench, table3):
                 assert found.cases <= len(bench.test)
         if label and (name, "") in table3:
             against = report.compare(table3[name, ""], FIVE)
-            share = recovered(table3[name, ""], report, "dns")
-            text = "–" if share is None else f"{share[0]:.0f}% [{share[1]:.0f}, {share[2]:.0f}]"
+            share = won_back(table3[name, ""], report, "dns")
+            text = "–" if share is None else share.text(0, unit="%")
             differences.append([f"{name} + {label}", *(signed(against[metric]) for metric in FIVE), text])
     heads = ["editor", *(METRICS[name].label for name in COLUMNS), "γ"]
     text = (
@@ -141,11 +126,10 @@ def claims(bench, table3):
             fall = none.estimates[metric]["difference"]
             says = "loses" if fall.high is not None and fall.high < 0 else "does not clearly lose"
             lines.append(f"ROME {says} {METRICS[metric].label}: {signed(fall)}.")
-    share = recovered(none, sadr, "dns") if "dns" in none.estimates else None
+    share = won_back(none, sadr, "dns")
     if share is not None:
         change = signed(sadr.compare(none, ["ps"])["ps"])
-        qualifies = sadr["es"].value >= 99.0 and sadr["ps"].value >= none["ps"].value - 3.0
-        found = f"recovers {share[0]:.0f}% of" if qualifies else "is no cure for"
+        found = f"recovers {share.value:.0f}% of" if qualifies(sadr, none) else "is no cure for"
         lines.append(f"SADR {found} the lost DNS at ES {sadr['es'].value:.2f}; PS {change}.")
     if "dns" in adr.estimates:
         against = sadr.compare(adr, ["ps", "dns", "rs"])
@@ -169,7 +153,7 @@ def test_the_papers_claims_on_the_embedded_model(bench, table3):
     assert len(none.records) >= 200
     assert none.estimates["dns"]["difference"].high < 0
     assert none.estimates["rs"]["difference"].high < 0
-    assert recovered(none, sadr, "dns")[0] >= 50
+    assert won_back(none, sadr, "dns").value >= 50
     assert sadr["es"].value >= 99
     assert sadr["ps"].value >= none["ps"].value - 3
 
@@ -261,11 +245,11 @@ def test_how_the_time_splits(bench, tmp_path):
     """200 cases, before, after and a ROME edit with SADR: under four minutes on two cores."""
     if "rome" not in bench.names:
         pytest.skip("The figure is about ROME.")
-    bench.runs, runs = tmp_path, bench.runs
+    bench.suite.folder, runs = tmp_path, bench.suite.folder
     try:
         report = bench.run(bench.editor("rome"), kedit.SADR(gamma=bench_gamma(bench, runs)), bench.test, chunk=32)
     finally:
-        bench.runs = runs
+        bench.suite.folder = runs
     seconds = report.seconds
     total = sum(seconds.values())
     lines = [f"- {stage}: {found:.1f} s ({100 * found / total:.0f}%)" for stage, found in seconds.items()]
@@ -279,8 +263,8 @@ def test_how_the_time_splits(bench, tmp_path):
 
 def bench_gamma(bench, runs):
     """The chosen γ, from the runs that are already there."""
-    held, bench.runs = bench.runs, runs
+    held, bench.suite.folder = bench.suite.folder, runs
     try:
         return bench.gamma("rome")
     finally:
-        bench.runs = held
+        bench.suite.folder = held

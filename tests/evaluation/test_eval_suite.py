@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kedit.bench import Suite
 from kedit.embedded import load_world
 from kedit.embedded.cases import world_cases
 from tiny_models import tiny_model, tokenizer
@@ -124,25 +125,22 @@ def test_the_partner_at_equal_dns_is_the_nearest_within_its_interval(quality, ch
     assert ("all", 30.0) not in ran
 
 
-def test_a_run_is_taken_up_only_where_all_that_it_depends_on_is_the_same(quality, tmp_path, monkeypatch):
+def test_a_run_is_taken_up_only_where_all_that_it_depends_on_is_the_same(tmp_path, monkeypatch):
     from test_eval_runner import make, make_cases
 
     model, tok, editor = make()
-    monkeypatch.setattr(quality.kedit, "evaluate", lambda *args, out, **extent: out.name)
-    bench = object.__new__(quality.Bench)
-    vars(bench).update(model=model, tokenizer=tok, runs=tmp_path, weights="a")
+    suite = Suite(model, tok, tmp_path)
 
-    def place(cases=2, regularizer=None, **extent):
-        return bench.run(editor, regularizer, make_cases(cases), **extent)
+    def place(cases=2, regularizer=None, mode="single", **extent):
+        return suite.folder_of(editor, regularizer, make_cases(cases), mode, **extent).name
 
     names = [place(), place(3), place(regularizer="sadr"), place(mode="batch"), place(generate=3)]
-    bench.weights = "b"
+    known, suite.weights = suite.weights, "b"
     names.append(place())
-    bench.weights = "a"
-    monkeypatch.setattr(quality, "versions", lambda: {"kedit": "0.0"})
-    names.append(place())
-    monkeypatch.undo()
-    monkeypatch.setattr(quality.kedit, "evaluate", lambda *args, out, **extent: out.name)
+    suite.weights = known
+    with monkeypatch.context() as patched:
+        patched.setattr("kedit.bench.suite.versions", lambda: {"kedit": "0.0"})
+        names.append(place())
     assert place() == names[0]
     editor.moments = {1: torch.eye(112)}
     names.append(place())
