@@ -273,3 +273,50 @@ def test_averages_ignore_facts_without_the_role_and_have_intervals(tmp_path):
     assert np.isnan(found[1, 0])
     assert np.isnan(found[0, 1])
     assert "null" in result.save(tmp_path / "trace.json").read_text()
+
+
+def test_a_single_fact_has_intervals_over_the_noise_and_gives_no_proposal(capsys):
+    [case] = cases(1)
+    found = kedit.trace(*embedded(), case, samples=6)
+    mean, low, high = found.average("mlp")
+    there = ~np.isnan(mean)
+    assert (low[there] <= mean[there]).all()
+    assert (low[there] < high[there]).any()
+    # The interval is that of a mean over the samples: with precision the samples are the same ones, fewer of them.
+    few = kedit.trace(*embedded(), case, samples=1)
+    assert np.isnan(few.average("mlp")[1]).all()
+    with pytest.raises(EditError, match=r"(?s)95% over the noise samples.*No layers are proposed from a single fact"):
+        found.suggest()
+    assert "[95% over the noise samples]" in found.summary()
+    several = kedit.trace(*embedded(), cases(3), samples=2)
+    assert "[95% over facts]" in several.summary()
+    saved = found.to_dict()["facts"][0]
+    assert np.shape(saved["margins"]["mlp"]) == np.shape(saved["effects"]["mlp"])
+
+
+def one_fact(mlp, margin):
+    """A result of a single fact whose subject is one token, with the given effects and margins there."""
+    effects, margins = ({"mlp": np.array([values, [0.0] * len(values)])} for values in (mlp, margin))
+    return TraceResult(
+        (FactTrace("a b", "a", "c", ("a", " b"), (0, 0), 1.0, 0.0, effects, margins),), ("mlp",), len(mlp), {}
+    )
+
+
+def test_the_sweep_that_checks_a_proposal():
+    found = result_of([0.0, 0.1, 0.5, 0.3, 0.1, 0.0]).suggest()
+    assert (found.layer, found.to_try) == (2, (0, 1, 2, 3, 4))
+    assert "kedit sweep --set layers=0,1,2,3,4" in str(found)
+    with pytest.raises(
+        EditError, match="block 1 has the largest effect, 50.0 .40.0, 60.0. points.*sweep --set layers=0,1,2,3$"
+    ):
+        one_fact([0.0, 0.5, 0.1, 0.0, 0.0], [0.1] * 5).suggest()
+    with pytest.raises(EditError, match="does not clearly differ from 0") as error:
+        one_fact([0.0, 0.5, 0.1], [0.6] * 3).suggest()
+    assert "kedit sweep" not in str(error.value)
+
+
+def test_the_margin_is_that_of_a_mean_over_the_samples_that_were_drawn():
+    from kedit.analysis.causal_tracing import _margin
+
+    gains = np.array([[0.0, 2.0, 4.0, np.nan], [1.0, np.nan, np.nan, np.nan], [3.0, 3.0, 3.0, 3.0]])
+    assert _margin(gains) == pytest.approx([1.96 * 2 / 3**0.5, np.nan, 0.0], nan_ok=True)

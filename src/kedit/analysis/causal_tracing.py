@@ -20,6 +20,7 @@ from kedit.analysis.results.tracing import FactTrace, TraceResult
 from kedit.edit import Edit
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation.cases import EditCase
+from kedit.evaluation.statistics import Floats
 from kedit.models import ModelArch
 from kedit.models.hooks import inference_state
 from kedit.models.lock import holding_model
@@ -148,18 +149,13 @@ def _trace_fact(
         gains[active, drawn.start : drawn.stop] = found - corrupted[drawn.start : drawn.stop]
         if precision is not None:
             seen = gains[active, : drawn.stop]
-            wide = _DEVIATIONS * seen.std(1, ddof=1) / np.sqrt(drawn.stop) > precision
+            wide = _margin(seen) > precision
             done(int((~wide).sum()) * (samples - drawn.stop))
             active = active[wide]
         if not len(active):
             break
-    means = np.nanmean(gains, 1)
-    effects = {}
-    for i, kind in enumerate(kinds):
-        effect = np.zeros((fact.num_prompt, layers))
-        count = (fact.num_prompt - fact.row.first) * layers
-        effect[fact.row.first :] = means[i * count : (i + 1) * count].reshape(-1, layers)
-        effects[kind] = effect
+    effects = _by_place(fact, kinds, layers, np.nanmean(gains, 1))
+    margins = _by_place(fact, kinds, layers, _margin(gains))
     return FactTrace(
         fact.prompt,
         fact.subject,
@@ -169,7 +165,27 @@ def _trace_fact(
         float(np.exp(clean)),
         float(corrupted.mean()),
         effects,
+        margins,
     )
+
+
+def _by_place(fact: Fact, kinds: Sequence[str], layers: int, values: Floats) -> dict[str, Floats]:
+    """A number per restoration as maps by kind, [T, L]; 0 before the subject, where nothing is restored."""
+    maps = {}
+    count = (fact.num_prompt - fact.row.first) * layers
+    for i, kind in enumerate(kinds):
+        maps[kind] = np.zeros((fact.num_prompt, layers))
+        maps[kind][fact.row.first :] = values[i * count : (i + 1) * count].reshape(-1, layers)
+    return maps
+
+
+def _margin(gains: Floats) -> Floats:
+    """Half the width of the 95% interval of each row's mean, [N, S] to [N], NaN entries left out; NaN with fewer than two."""
+    there = (~np.isnan(gains)).sum(1)
+    margin = np.full(len(gains), np.nan)
+    enough = there > 1
+    margin[enough] = _DEVIATIONS * np.nanstd(gains[enough], 1, ddof=1) / np.sqrt(there[enough])
+    return margin
 
 
 def _rounds(samples: int, precision: float | None) -> Iterator[range]:

@@ -12,6 +12,7 @@ model's own prediction.
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING
 
 from kedit.cli import common
@@ -49,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw no more noise for effects known to within P (default: draw all)",
     )
     parser.add_argument("--window", type=int, help="blocks restored together (default: 10 of 48, in proportion)")
-    parser.add_argument("--suggest", action="store_true", help="propose layers to edit, with the evidence")
+    parser.add_argument(
+        "--suggest",
+        action="store_true",
+        help="propose layers to edit, with the evidence, and how to check them; needs several facts",
+    )
     parser.add_argument("--out", metavar="FILE", help="write all effects to FILE (.json)")
     parser.add_argument("--figures", metavar="DIR", help="draw the figures into DIR (PNG)")
     common.add_force(parser)
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     )
     lines = [result.summary()]
     if args.suggest:
-        lines += ["", _proposal(result), _known(model)]
+        lines += ["", *_proposal(result, args), _known(model)]
     if args.out:
         lines.append(f"effects: {result.save(args.out)}")
         lines.append(common.keep_settings(args, common.settings_path(args.out)))
@@ -89,12 +94,17 @@ def run(args: argparse.Namespace) -> int:
     return common.INTERRUPTED if result.unfinished else 0
 
 
-def _proposal(result: TraceResult) -> str:
-    """The proposed layers with their evidence, or that there is none."""
+def _proposal(result: TraceResult, args: argparse.Namespace) -> list[str]:
+    """The proposed layers with their evidence and how to check them, or that there are none."""
     try:
-        return str(result.suggest())
+        proposal = result.suggest()
     except EditError as error:
-        return str(error)
+        return [str(error)]
+    given = [
+        f"--{name} {shlex.quote(value)}" for name in ("model", "data") if (value := getattr(args, name)) is not None
+    ]
+    given += ["--moments-corpus FILE"] if args.model is not None else []
+    return [str(proposal), f"In full: {' '.join(['kedit sweep', *given, proposal.sweep, '--out sweep'])}"]
 
 
 def _known(model: PreTrainedModel) -> str:

@@ -83,7 +83,7 @@ def trace_html(result: TraceResult) -> str:
         fact = result.facts[0]
         text = f"Causal tracing of “{fact.prompt}”: what giving one activation its clean value back does for “{fact.answer}”."
         parts.append(figure(figures.tracing_fact(fact), text))
-        text = "The fact is handed over from the subject's last token to the last token."
+        text = "The fact is handed over from the subject's last token to the last token. Bands: 95% intervals over the noise."
         parts.append(figure(figures.tracing_handover(result), text))
     else:
         text = f"Causal tracing, mean over {len(result.facts)} facts: what giving one activation its clean value back brings."

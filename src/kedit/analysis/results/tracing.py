@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ ROLE_LABELS = (
     "further tokens",
     "last token",
 )
+BESIDE = 2  # blocks on each side of a proposal at which edits should be tried too
 MOST_LAYERS = 5  # a proposal for the multi-layer editors, as published ones
 
 
@@ -40,6 +41,7 @@ class FactTrace:
         clean: probability of the whole answer in the clean run.
         corrupted: the same with noise on the subject; mean over the samples.
         effects: indirect effect by kind, [T, L]: probability with the activation restored minus ``corrupted``.
+        margins: by kind, [T, L]: half the width of each effect's 95% interval over the samples of the noise; NaN with one sample.
     """
 
     prompt: str
@@ -50,6 +52,7 @@ class FactTrace:
     clean: float
     corrupted: float
     effects: Mapping[str, Floats]
+    margins: Mapping[str, Floats] = field(default_factory=dict)
 
     def roles(self) -> list[int]:
         """Each token's role as an index into :data:`ROLES`; -1 before the subject."""
@@ -67,12 +70,23 @@ class FactTrace:
 
     def by_role(self, kind: str) -> Floats:
         """Mean effect of the tokens in each role, [6, L]; NaN where no token has it."""
+        return self._by_role(self.effects[kind])
+
+    def interval_by_role(self, kind: str) -> Floats:
+        """:meth:`by_role` with its 95% interval over the samples of the noise: [3, 6, L] (mean, low, high).
+
+        The noise is the same for all tokens, so that the margin of a mean over tokens is taken as the mean of their margins.
+        """
+        mean = self.by_role(kind)
+        margin = self._by_role(self.margins[kind]) if kind in self.margins else np.full_like(mean, np.nan)
+        return np.stack([mean, mean - margin, mean + margin])
+
+    def _by_role(self, values: Floats) -> Floats:
         roles = np.asarray(self.roles())
-        effect = self.effects[kind]
-        means = np.full((len(ROLES), effect.shape[1]), np.nan)
+        means = np.full((len(ROLES), values.shape[1]), np.nan)
         for role in range(len(ROLES)):
             if (roles == role).any():
-                means[role] = effect[roles == role].mean(0)
+                means[role] = values[roles == role].mean(0)
         return means
 
 
@@ -87,6 +101,7 @@ class Suggestion:
             states were not traced); above it the fact has moved on to the last token.
         evidence: per block: MLP effect (mean, low, high) and hidden-state effect (the same, or ``None``).
         facts: how many were traced.
+        to_try: blocks that edits should be tried at, to check the proposal: those around it.
     """
 
     layer: int
@@ -94,22 +109,25 @@ class Suggestion:
     handover: int | None
     evidence: tuple[tuple[tuple[float, ...], tuple[float, ...] | None], ...]
     facts: int
+    to_try: tuple[int, ...] = ()
+
+    @property
+    def sweep(self) -> str:
+        """The option of ``kedit sweep`` that tries edits at :attr:`to_try`."""
+        return _sweep(self.to_try)
 
     def __str__(self) -> str:
-        lines = [
-            f"Indirect effect at the subject's last token (facts traced: {self.facts}), in points of probability [95%]:",
-            "block   MLP output             hidden state",
-        ]
-        for layer, (mlp, hidden) in enumerate(self.evidence):
-            mark = " *" if layer in self.layers else "  "
-            lines.append(f"{layer:5d}{mark} {_cell(mlp):22s} {'' if hidden is None else _cell(hidden)}".rstrip())
+        about = f"(facts traced: {self.facts}), in points of probability [95% over facts]"
+        lines = [f"Indirect effect at the subject's last token {about}:", *_rows(self.evidence, self.layers)]
         several = ", ".join(map(str, self.layers))
         lines.append(
             f"Proposal: layers={self.layer} for ROME, R-ROME and EMMET; layers=({several},) for MEMIT and its kin."
         )
         if self.handover is not None:
             lines.append(f"The hidden state there carries the fact up to block {self.handover}; edit no higher.")
-        lines.append("Tracing shows where a fact is read, not where editing works best: compare with kedit eval.")
+        lines.append(
+            f"Tracing shows where a fact is read, not where editing works best: check with kedit sweep {self.sweep}"
+        )
         return "\n".join(lines)
 
 
@@ -137,24 +155,42 @@ class TraceResult(AnalysisResult):
     def average(self, kind: str) -> Floats:
         """Average indirect effect by role and block with its 95% bootstrap interval over facts: [3, 6, L].
 
-        The first axis is mean, low, high; the second follows :data:`ROLES`. NaN where no fact has the role.
+        The first axis is mean, low, high; the second follows :data:`ROLES`. NaN where no fact has the role. Of a single fact, the
+        interval is over the samples of the noise.
         """
         if kind not in self._averages:
-            self._averages[kind] = mean_map(np.stack([fact.by_role(kind) for fact in self.facts]))
+            one = len(self.facts) == 1
+            self._averages[kind] = (
+                self.facts[0].interval_by_role(kind)
+                if one
+                else mean_map(np.stack([fact.by_role(kind) for fact in self.facts]))
+            )
         return self._averages[kind]
+
+    def evidence(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...] | None], ...]:
+        """Per block, at the subject's last token: the MLP's effect (mean, low, high) and the hidden state's, if it was traced."""
+        at = ROLES.index("subject last")
+        mlp = self.average("mlp")[:, at]
+        hidden = self.average("hidden")[:, at] if "hidden" in self.kinds else None
+        return tuple(
+            (tuple(map(float, mlp[:, i])), None if hidden is None else tuple(map(float, hidden[:, i])))
+            for i in range(self.num_layers)
+        )
 
     def suggest(self) -> Suggestion:
         """Propose edit layers; needs the kind ``"mlp"``.
 
-        Only a block where the MLP's effect at the subject's last token is above 0 is proposed; with several facts its whole
-        interval has to be.
+        Only a block where the MLP's effect at the subject's last token is above 0 with its whole interval over the facts is
+        proposed.
 
         Raises:
             ConfigError: MLP outputs were not traced.
-            EditError: there is no such block, so tracing speaks for none.
+            EditError: there is no such block, so tracing speaks for none; a single fact was traced, which says nothing of others.
         """
         if "mlp" not in self.kinds:
             raise ConfigError("Edit layers are proposed from the MLP's effects. Trace with kinds that include 'mlp'.")
+        if len(self.facts) == 1:
+            raise EditError(self._of_one_fact())
         at = ROLES.index("subject last")
         mlp = self.average("mlp")[:, at]
         hidden = self.average("hidden")[:, at] if "hidden" in self.kinds else None
@@ -170,11 +206,28 @@ class TraceResult(AnalysisResult):
                 f"brings nothing that differs from 0 (facts traced: {len(self.facts)}). Trace more facts, or more samples."
             )
         layers = _around(mlp[0], layer, top)
-        evidence = tuple(
-            (tuple(map(float, mlp[:, i])), None if hidden is None else tuple(map(float, hidden[:, i])))
-            for i in range(self.num_layers)
-        )
-        return Suggestion(layer, layers, handover, evidence, len(self.facts))
+        to_try = tuple(sorted({*layers, *self._beside(layer)}))
+        return Suggestion(layer, layers, handover, self.evidence(), len(self.facts), to_try)
+
+    def _beside(self, layer: int) -> range:
+        return range(max(0, layer - BESIDE), min(self.num_layers, layer + BESIDE + 1))
+
+    def _of_one_fact(self) -> str:
+        """The evidence of a single fact, and why nothing is proposed from it."""
+        evidence = self.evidence()
+        layer = int(np.argmax([mlp[0] for mlp, _ in evidence]))
+        mlp = np.array(evidence[layer][0])
+        said = f"the MLP output of block {layer} has the largest effect, {_cell(mlp)} points"
+        clear = bool(_supported(mlp[:, None])[0]) and not np.isnan(mlp[1])
+        said += "" if clear else ", which does not clearly differ from 0"
+        lines = [
+            "Indirect effect at the subject's last token in this fact, in points of probability [95% over the noise samples]:",
+            *_rows(evidence, ()),
+            f"No layers are proposed from a single fact, as others may be stored elsewhere. In this one {said}. Trace more facts "
+            "(--data, --cases)"
+            + (f", or see where edits work: kedit sweep {_sweep(self._beside(layer))}" if clear else "."),
+        ]
+        return "\n".join(lines)
 
     def summary(self) -> str:
         """The averages as text: per kind, where the largest effects are."""
@@ -185,7 +238,7 @@ class TraceResult(AnalysisResult):
         lines = [
             f"{number} traced ({len(self.skipped)} not known, left out{left}); the answer's probability is "
             f"{100 * clean:.1f}% clean and {100 * corrupted:.1f}% with noise on the subject.",
-            "Largest average indirect effects, in points of probability [95%]:",
+            f"Largest average indirect effects, in points of probability [95% over {self._interval_over}]:",
         ]
         for kind in self.kinds:
             average = self.average(kind)
@@ -196,6 +249,10 @@ class TraceResult(AnalysisResult):
                 lines.append(f"  {LABELS[kind]:16s} {label:18s} block {layer:2d}: {_cell(average[:, role, layer])}")
         return "\n".join(lines)
 
+    @property
+    def _interval_over(self) -> str:
+        return "the noise samples" if len(self.facts) == 1 else "facts"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every fact's effects and the averages (NaN as null)."""
         facts = [
@@ -204,6 +261,7 @@ class TraceResult(AnalysisResult):
                 "tokens": list(fact.tokens),
                 "span": list(fact.span),
                 "effects": {kind: fact.effects[kind].tolist() for kind in self.kinds},
+                "margins": {kind: _no_nan(fact.margins[kind].tolist()) for kind in self.kinds if kind in fact.margins},
             }
             for fact in self.facts
         ]
@@ -234,6 +292,19 @@ def _around(effect: Floats, peak: int, top: int) -> tuple[int, ...]:
         best = max(sides, key=lambda i: effect[i])
         low, high = min(low, best), max(high, best)
     return tuple(range(low, high + 1))
+
+
+def _sweep(layers: Iterable[int]) -> str:
+    return f"--set layers={','.join(map(str, layers))}"
+
+
+def _rows(evidence: Iterable[tuple[Any, Any]], marked: Collection[int]) -> list[str]:
+    """The table of :meth:`TraceResult.evidence`, a line per block."""
+    lines = ["block   MLP output             hidden state"]
+    for layer, (mlp, hidden) in enumerate(evidence):
+        mark = " *" if layer in marked else "  "
+        lines.append(f"{layer:5d}{mark} {_cell(mlp):22s} {'' if hidden is None else _cell(hidden)}".rstrip())
+    return lines
 
 
 def _cell(interval: Any) -> str:
