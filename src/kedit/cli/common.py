@@ -123,6 +123,7 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
         help="hyper-parameter of the editor, or field of a regularizer; repeat for several: --set steps=40 --set sadr.select=all. "
         "--set help explains them",
     )
+    add_preset(parser)
     parser.add_argument(
         "--moments-corpus",
         metavar="FILE",
@@ -134,6 +135,16 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
         choices=["plain", "mixed"],
         help="contexts of the optimisation: plain text, or mixed: half of them in the model's chat template, for an edit "
         "that holds in text and in a chat (default: plain)",
+    )
+
+
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """--preset."""
+    parser.add_argument(
+        "--preset",
+        metavar="FILE",
+        help="file of presets, as kedit calibrate writes it (default: kedit_preset.json in the model's folder, then the cache, "
+        "then kedit's own)",
     )
 
 
@@ -413,7 +424,8 @@ def make_editor(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Pre
     from kedit.models import ModelArch
 
     kind, given = choose_editor(args)
-    made = kind(model, tokenizer, contexts="mixed" if args.contexts == "mixed" else None, **given)
+    contexts: Any = "mixed" if args.contexts == "mixed" else None
+    made: Any = kind(model, tokenizer, contexts=contexts, preset=args.preset, **given)
     if args.moments_corpus and isinstance(made, ValueEditor):  # FT reads none
         layers = made.moment_layers
         made.moments = estimate_moments(ModelArch(model), tokenizer, layers, args.moments_corpus)

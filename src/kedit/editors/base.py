@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kedit.edit import Edit, as_edits
@@ -58,6 +59,7 @@ class Editor(ABC):
         config: all hyper-parameters; missing: the model's preset.
         contexts: templates with one ``{}`` each, the first of them ``"{}"``; missing: sampled from the model, seeded.
             ``"mixed"``: sampled, and every second one in the model's chat template, for an edit that holds in text and in a chat.
+        preset: a file of presets to use in place of those found for the model (docs/defaults.md).
         overrides: single hyper-parameters, before preset and ``config``.
 
     Attributes:
@@ -84,6 +86,7 @@ class Editor(ABC):
         config: EditorConfig | None = None,
         *,
         contexts: Sequence[str] | Literal["mixed"] | None = None,
+        preset: str | Path | None = None,
         **overrides: Any,
     ) -> None:
         check_model(model)
@@ -99,7 +102,8 @@ class Editor(ABC):
         if config is not None and not isinstance(config, self.Config):
             raise ConfigError(f"config must be a {owner}.Config, not {type(config).__name__}.")
         self._given: dict[str, Any] = {**({} if config is None else vars(config)), **overrides}
-        self._preset = presets.find(self.name, self.arch)
+        self._preset = presets.find(self.name, self.arch, preset)
+        presets.announce(self.name, self.arch, self._preset)
         self.config = self._configure([])
         self.engine = Engine(self.arch)
         self._mixed = contexts == "mixed"

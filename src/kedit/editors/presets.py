@@ -9,16 +9,23 @@ EasyEdit's for Llama-2, Llama-3, Mistral and Qwen2. γ of SADR is published for 
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from kedit.errors import ConfigError
+from kedit.errors import ConfigError, PatchError
+from kedit.keys.estimate import cache_folder
 from kedit.models import ModelArch
 from kedit.models.defaults import Preset as Preset
 from kedit.models.defaults import model_defaults
-from kedit.regularizers.base import Regularizer
+from kedit.models.fingerprint import bit_sum, model_fingerprint
+from kedit.models.offload import stored
+from kedit.patch.ledger import Ledger
+from kedit.regularizers.base import Regularizer, WithGamma
+from kedit.utils.files import write_text
 from kedit.utils.progress import logger
 
 Model = tuple[str, int, int]  # model type, blocks, width
@@ -118,31 +125,127 @@ FILE = "kedit_preset.json"
 """Presets in a model's folder: ``{editor: {"values": {...}, "regularized": {regularizer: {...}}}}`` (:class:`Preset`)."""
 
 
-def find(editor: str, arch: ModelArch) -> Preset | None:
-    """The preset of an editor for a model: of the file in its folder, of its own defaults, or published; or ``None``.
+def find(editor: str, arch: ModelArch, file: str | Path | None = None) -> Preset | None:
+    """The preset of an editor for a model, of the first of these that has one; or ``None``.
+
+    1. ``file``, where one is given; 2. the file in the model's folder (:data:`FILE`); 3. kedit's cache
+    (:func:`cache_path`); 4. the model's own defaults; 5. the published values.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: a file cannot be read, or ``file`` holds presets of other editors only.
     """
+    if file is not None:
+        known = read(file)
+        if editor not in known:
+            raise ConfigError(f"{file} holds no preset of {editor}. It has {', '.join(known) or 'none'}.")
+        return known[editor]
+    return _beside(arch).get(editor) or _cached(arch).get(editor) or built_in(editor, arch)
+
+
+def built_in(editor: str, arch: ModelArch) -> Preset | None:
+    """The preset that comes with the model's type: its own default, or the published values; or ``None``."""
     own = model_defaults(arch.model)
-    for presets in (_beside(arch), {} if own is None else own.presets):
-        if editor in presets:
-            return presets[editor]
+    if own is not None and editor in own.presets:
+        return own.presets[editor]
     return PRESETS.get(editor, {}).get((arch.model_type, arch.num_layers, arch.hidden))
+
+
+def read(file: str | Path) -> dict[str, Preset]:
+    """The presets of a file by editor; the evidence that :func:`save` writes beside them is left aside.
+
+    Raises:
+        ConfigError: the file is missing or is not a file of presets.
+    """
+    try:
+        if not Path(file).is_file():
+            raise ConfigError(f"There is no file of presets {str(file)!r}. Check the path; kedit calibrate writes one.")
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+        parts = {editor: {k: v for k, v in entry.items() if k != "evidence"} for editor, entry in entries.items()}
+        return {editor: Preset(**entry, source=str(file)) for editor, entry in parts.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f'{file} is not a file of presets ({error}). It is JSON: {{"rome": {{"values": {{"layers": [5]}}}}}}.'
+        ) from error
+
+
+def save(file: str | Path, editor: str, preset: Preset, evidence: Mapping[str, Any] | None = None) -> Path:
+    """Write an editor's preset into a file, with what it rests on; the entries of other editors stay.
+
+    Raises:
+        ConfigError: the file holds something else, or cannot be written.
+    """
+    path = Path(file)
+    entries: dict[str, Any] = {}
+    if path.exists():
+        read(path)
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    entry: dict[str, Any] = {"values": dict(preset.values)}
+    if preset.regularized:
+        entry["regularized"] = {name: dict(changes) for name, changes in preset.regularized.items()}
+    if evidence is not None:
+        entry["evidence"] = dict(evidence)
+    try:
+        write_text(path, json.dumps({**entries, editor: entry}, indent=2, ensure_ascii=False) + "\n")
+    except PatchError as error:
+        raise ConfigError(f"The preset is not saved. {error}") from error
+    return path
+
+
+def cache_path(arch: ModelArch, fingerprint: str | None = None) -> Path:
+    """Where kedit's cache keeps the presets of a model: named by its size and its fingerprint.
+
+    Args:
+        arch: the model.
+        fingerprint: of its unedited weights, where it is known.
+    """
+    known = fingerprint or _fingerprint(arch.model)
+    return _cache_folder() / f"{_size(arch)}-{known.removeprefix('sha256:')}.json"
+
+
+def announce(editor: str, arch: ModelArch, preset: Preset | None) -> None:
+    """Log where an editor's preset comes from, once per model and place."""
+    place = "" if preset is None else preset.source
+    known = _ANNOUNCED.setdefault(arch.model, set())
+    if place and (editor, place) not in known:
+        logger.info("%s: hyper-parameters from %s.", editor, place)
+    known.add((editor, place))
+
+
+_ANNOUNCED: WeakKeyDictionary[Any, set[tuple[str, str]]] = WeakKeyDictionary()
+_FINGERPRINTS: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 
 
 def _beside(arch: ModelArch) -> dict[str, Preset]:
     """The presets of the file in the folder from which the model was loaded."""
     path = Path(str(getattr(arch.model.config, "_name_or_path", "") or "")) / FILE
-    try:
-        if not path.is_file():
-            return {}
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return {editor: Preset(**entry) for editor, entry in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'{path} is not a file of presets ({error}). It is JSON: {{"rome": {{"values": {{"layers": [5]}}}}}}.'
-        ) from error
+    return read(path) if path.is_file() else {}
+
+
+def _cached(arch: ModelArch) -> dict[str, Preset]:
+    """The presets in the cache; the model's weights are read only where one of a model of its size is kept."""
+    if not any(_cache_folder().glob(f"{glob.escape(_size(arch))}-*.json")):
+        return {}
+    path = cache_path(arch)
+    return read(path) if path.is_file() else {}
+
+
+def _cache_folder() -> Path:
+    return cache_folder() / "presets"
+
+
+def _size(arch: ModelArch) -> str:
+    return f"{arch.model_type}-{arch.num_layers}-{arch.hidden}"
+
+
+def _fingerprint(model: Any) -> str:
+    """The fingerprint of a model as it was before its edits, computed once for the same weights."""
+    ledger = Ledger.of(model)
+    originals = {name: original for name in ledger.touched if (original := ledger.original(name)) is not None}
+    weights = hash(tuple(bit_sum(originals.get(name, tensor)) for name, tensor in stored(model)))
+    known = _FINGERPRINTS.get(model)
+    if known is None or known[0] != weights:
+        known = _FINGERPRINTS[model] = weights, model_fingerprint(model, originals)
+    return known[1]
 
 
 def changes_for(preset: Preset | None, regularizers: Iterable[str]) -> dict[str, Any]:
@@ -152,12 +255,14 @@ def changes_for(preset: Preset | None, regularizers: Iterable[str]) -> dict[str,
 
 
 def complete(preset: Preset | None, regularizer: Regularizer) -> Regularizer:
-    """A regularizer with the fields that are ``None`` from a preset."""
+    """A regularizer with the fields that are ``None`` from a preset; its usual γ where neither says one."""
     values = {} if preset is None else preset.regularized.get(regularizer.name, {}).get("self", {})
     missing = {key: value for key, value in values.items() if getattr(regularizer, key, 0) is None}
     if missing and dataclasses.is_dataclass(regularizer) and not isinstance(regularizer, type):
         regularizer = dataclasses.replace(regularizer, **missing)
         logger.info("%s: %s from the preset.", regularizer.name, missing)
+    if isinstance(regularizer, WithGamma) and regularizer.gamma is None and regularizer.usual_gamma is not None:
+        regularizer = dataclasses.replace(regularizer, gamma=regularizer.usual_gamma)
     return regularizer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
@@ -41,6 +42,7 @@ class ValueEditor(Editor):
         moments: second moments by layer, used as they are; missing: estimated from the default corpus and cached.
         contexts: templates with one ``{}`` each, the first of them ``"{}"``; missing: sampled from the model, seeded;
             ``"mixed"``: sampled, and every second one in the model's chat template.
+        preset: a file of presets to use in place of those found for the model (docs/defaults.md).
         overrides: single hyper-parameters, before preset and ``config``.
     """
 
@@ -54,9 +56,10 @@ class ValueEditor(Editor):
         *,
         moments: SecondMoments | Mapping[int, Moment | Tensor] | None = None,
         contexts: Sequence[str] | Literal["mixed"] | None = None,
+        preset: str | Path | None = None,
         **overrides: Any,
     ) -> None:
-        super().__init__(model, tokenizer, config, contexts=contexts, **overrides)
+        super().__init__(model, tokenizer, config, contexts=contexts, preset=preset, **overrides)
         self._moments: SecondMoments | None = None
         if moments is not None:
             self.moments = moments

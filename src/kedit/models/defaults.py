@@ -18,10 +18,12 @@ class Preset:
     Attributes:
         values: fields of the editor's ``Config``.
         regularized: by regularizer name: changed ``Config`` fields, and fields of the regularizer under ``"self"``.
+        source: the file that it was read from, or else where it comes from.
     """
 
     values: Mapping[str, Any]
     regularized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    source: str = field(default="kedit's presets for this type of model", compare=False)
 
 
 @dataclass(frozen=True)

@@ -53,20 +53,25 @@ def has_fingerprint(tensor: Tensor, expected: str | None) -> bool:
     return False
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel, originals: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256 of what a model computes with, as ``"sha256:..."``: its configuration, parameters and stored buffers.
 
     Of the configuration, everything counts but where the model came from and what it is asked to return. Where the model
     lies does not count; of offloaded weights, what accelerate keeps is read.
+
+    Args:
+        model: the model.
+        originals: weights that count in place of the model's, by name.
     """
     about = json.dumps(_computing(model.config.to_dict()), sort_keys=True, default=repr)
-    return module_fingerprint(model, about)
+    return module_fingerprint(model, about, originals)
 
 
-def module_fingerprint(module: nn.Module, about: str = "") -> str:
-    """SHA-256 of a text and of all that a module stores, as ``"sha256:..."``."""
+def module_fingerprint(module: nn.Module, about: str = "", originals: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 of a text and of all that a module stores, as ``"sha256:..."``; ``originals`` count in place of what is stored."""
     digest = hashlib.sha256(about.encode())
-    for name, tensor in stored(module):
+    for name, kept in stored(module):
+        tensor = kept if originals is None else originals.get(name, kept)
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         _update(digest, tensor)
     return f"sha256:{digest.hexdigest()}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -224,8 +224,8 @@ class WithGamma:
     """A regularizer whose penalty is γ times a measure.
 
     Attributes:
-        gamma: γ; ``None``: that of the editor's preset for the model, and where there is none as ``"auto"``: the optimisation
-            finds, per edit, the least measure among the values that say the target
+        gamma: γ; ``None``: that of the editor's preset for the model, and where there is none ``usual_gamma`` of the class,
+            or, without one, as ``"auto"``: the optimisation finds, per edit, the least measure among the values that say the target
             (:class:`kedit.values.adaptive_weights.AdaptiveWeights`).
 
     Raises:
@@ -233,6 +233,7 @@ class WithGamma:
     """
 
     gamma: float | Literal["auto"] | None = None
+    usual_gamma: ClassVar[float | None] = None  # where neither γ is given nor a preset has one
 
     def __post_init__(self) -> None:
         """Check γ."""
@@ -245,12 +246,16 @@ class WithGamma:
     @property
     def adaptive(self) -> bool:
         """Whether the optimisation chooses the factor."""
-        return not is_number(self.gamma)
+        return not is_number(self._gamma)
 
     @property
     def factor(self) -> float:
         """What the measure is multiplied by: γ, or 1 where the optimisation weighs it."""
-        return self.gamma if is_number(self.gamma) else 1.0
+        return self._gamma if is_number(self._gamma) else 1.0
+
+    @property
+    def _gamma(self) -> float | Literal["auto"] | None:
+        return self.usual_gamma if self.gamma is None else self.gamma
 
 
 def is_adaptive(regularizer: Regularizer) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from einops import einsum
@@ -46,14 +46,15 @@ class Relations(WithGamma):
     them as it answered the edit's. The same idea, with a single prompt and without the overlap, is the KL term of ROME.
 
     Attributes:
-        gamma: γ. The penalty is in nats, as the target's NLL is, so that 1 would count every prompt as much as the target.
+        gamma: γ; ``None``: that of the editor's preset for the model, or 0.25. The penalty is in nats, as the target's NLL is, so
+            that 1 would count every prompt as much as the target.
         prompts: texts about the subject, one ``{}`` each; ``None``: 16 general ones (:data:`PROMPTS`).
 
     Raises:
         ConfigError: γ is negative or not finite, or a prompt has no ``{}``.
     """
 
-    gamma: float | Literal["auto"] | None = 0.25
+    usual_gamma: ClassVar[float | None] = 0.25
     prompts: tuple[str, ...] | None = None
 
     @property
