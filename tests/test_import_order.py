@@ -28,6 +28,7 @@ ORDER = [
     "analysis",
     "report",
     "bench",
+    "calibration",
     "sequential",
     "cli",
     "__main__",

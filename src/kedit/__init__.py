@@ -35,6 +35,7 @@ _NAMES = {
     "SADR": "kedit.regularizers.sadr",
     "SecondMoments": "kedit.keys.second_moment",
     "ValueEditor": "kedit.editors.value_editor",
+    "calibrate": "kedit.calibration.search",
     "drift": "kedit.analysis.attention_drift",
     "get_editor": "kedit.editors",
     "evaluate": "kedit.evaluation.api",
@@ -47,6 +48,7 @@ _NAMES = {
 if TYPE_CHECKING:
     from kedit.analysis.attention_drift import drift as drift
     from kedit.analysis.causal_tracing import trace as trace
+    from kedit.calibration.search import calibrate as calibrate
     from kedit.edit import Edit as Edit
     from kedit.editors import get_editor as get_editor
     from kedit.editors.alphaedit import AlphaEdit as AlphaEdit

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 COMMANDS = {
     "bench": "kedit.cli.bench",
+    "calibrate": "kedit.cli.calibrate",
     "compare": "kedit.cli.compare",
     "demo": "kedit.cli.demo",
     "drift": "kedit.cli.drift",

@@ -1,0 +1,40 @@
+"""The figure of a calibration: what its candidates say of the target, and what they keep of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+from kedit.calibration.choice import kept
+from kedit.report.figures import styled
+
+if TYPE_CHECKING:
+    from kedit.calibration.result import Stage
+
+COLOUR, FADED, BEST = "#4477aa", "#bbbbbb", "#ee6677"
+WIDTH, HEIGHT = 5.2, 4.6  # inches per stage
+
+
+@styled
+def tradeoff(stages: Sequence[Stage]) -> Figure:
+    """A panel per stage: PS across, the mean of NS, DNS and RS up; grey: tried on the first cases only; red: chosen."""
+    figure = Figure(figsize=(WIDTH * len(stages), HEIGHT), layout="constrained")
+    panels = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
+    for axis, stage in zip(panels, stages, strict=True):
+        most = max(row.cases for row in stage.rows)
+        for number, row in enumerate(stage.rows):
+            place = row.metrics.get("ps", row.metrics["es"]), kept(row.metrics)
+            chosen = number == stage.best
+            colour = BEST if chosen else COLOUR if row.cases == most else FADED
+            axis.plot(*place, marker="D" if chosen else "o", color=colour, linestyle="none", zorder=2 + chosen)
+            short = row.label.split(" ", 1)[-1] if row.value is not None else row.label
+            side = (6, 6) if number % 2 else (6, -14)
+            axis.annotate(short, place, side, textcoords="offset points", fontsize=10, color="#444444")
+        axis.set_title(stage.name)
+        axis.set_xlabel("PS (%)")
+        axis.margins(0.2)
+        axis.grid(color="#dddddd")
+    panels[0].set_ylabel("mean of NS, DNS, RS (%)")
+    return figure
