@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
 from kedit.calibration.choice import kept
+from kedit.calibration.stage import Stage
 from kedit.report.figures import styled
 
 if TYPE_CHECKING:
-    from kedit.calibration.result import Stage
+    from matplotlib.figure import Figure
 
 COLOUR, FADED, BEST = "#4477aa", "#bbbbbb", "#ee6677"
 WIDTH, HEIGHT = 5.2, 4.6  # inches per stage
@@ -20,6 +19,8 @@ WIDTH, HEIGHT = 5.2, 4.6  # inches per stage
 @styled
 def tradeoff(stages: Sequence[Stage]) -> Figure:
     """A panel per stage: PS across, the mean of NS, DNS and RS up; grey: tried on the first cases only; red: chosen."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH * len(stages), HEIGHT), layout="constrained")
     panels = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
     for axis, stage in zip(panels, stages, strict=True):

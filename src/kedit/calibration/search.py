@@ -26,7 +26,8 @@ from kedit.calibration.candidates import (
 from kedit.calibration.cases import development_cases
 from kedit.calibration.choice import KEPT, ranked
 from kedit.calibration.names import STAGES
-from kedit.calibration.result import Calibration, Row, Stage
+from kedit.calibration.result import Calibration
+from kedit.calibration.stage import Row, Stage
 from kedit.calibration.trials import Trials
 from kedit.editors import editor_class, presets
 from kedit.editors.config import EditorConfig

@@ -4,7 +4,7 @@ Examples:
   kedit calibrate --model DIR --data counterfact.json --quick
   kedit calibrate --model DIR --data counterfact.json relations.json --regularizer relations --beside
   kedit calibrate --model DIR --data counterfact.json --editor memit --search moment_weight --out memit.json
-  kedit edit --model DIR --preset memit.json --editor memit ...
+  kedit edit --model DIR --preset memit.json --editor memit --edits edits.jsonl --out edits.safetensors
 
 The data are facts with a true object, and with paraphrases, neighbours or other relations (docs/evaluation.md). One third of the
 subjects is used, by a hash, so that other commands can measure on the rest. Blocks, clamp, λ, AlphaEdit's threshold and γ are
