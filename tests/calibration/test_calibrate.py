@@ -146,10 +146,27 @@ def test_a_remembered_log_is_not_shared():
     assert len(editor.engine.kept) == 2
 
 
+def test_it_begins_with_a_preset_and_keeps_what_is_not_searched(tmp_path):
+    file = presets.save(tmp_path / "p.json", "rome", presets.Preset({"layers": [3], "steps": 2, "clamp": 1.0}))
+    found = run(preset=file, search=["clamp"])
+    assert found.chosen.config.layers == (3,)
+    assert found.chosen.config.steps == 2
+    assert [row.value for row in found.stages[0].rows] == [1.0, 0.5, 2.0]
+
+
+def test_a_model_that_carries_edits_is_refused():
+    model, tok = tiny_model("gpt2"), tokenizer()
+    editor = kedit.FT(model, tok, steps=1)
+    with editor.unchecked():
+        editor.apply(kedit.Edit("{} lives in", "Ada Lovelace", "Paris"))
+    with pytest.raises(ConfigError, match="carries edits"):
+        run(model=model)
+
+
 def test_tracing_is_evidence_beside_the_edits(monkeypatch):
     monkeypatch.setattr("kedit.calibration.search.SAMPLES", 2)
     monkeypatch.setattr("kedit.analysis.causal_tracing.known", lambda _, facts: [True] * len(facts))
-    monkeypatch.setattr("kedit.calibration.search.known", lambda _, facts: [True] * len(facts))
+    monkeypatch.setattr("kedit.analysis.facts.known", lambda _, facts: [True] * len(facts))
     found = run(quick=False, check=0, search=["layers"])
     assert all(row.effect is not None for row in found.stages[0].rows)
     assert "traced" in found.to_markdown()

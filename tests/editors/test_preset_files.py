@@ -100,5 +100,6 @@ def test_a_preset_fills_the_gamma_of_relations(tmp_path, preset, given, expected
     editor = kedit.ROME(tiny_model("gpt2"), tokenizer(), preset=file)
     chosen = "relations" if given is None else Relations(gamma=given)
     assert editor.describe_call(chosen)["regularizers"][0]["gamma"] == expected
-    assert not Relations().adaptive and Relations().factor == 0.25
+    assert not Relations().adaptive
+    assert Relations().factor == 0.25
     assert Relations(gamma="auto").adaptive

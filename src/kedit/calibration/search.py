@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kedit.analysis import facts
 from kedit.analysis.causal_tracing import trace
-from kedit.analysis.facts import as_facts, known
 from kedit.analysis.results.tracing import ROLES
 from kedit.calibration.candidates import (
     Candidate,
@@ -30,7 +30,6 @@ from kedit.calibration.result import Calibration
 from kedit.calibration.stage import Row, Stage
 from kedit.calibration.trials import Trials
 from kedit.editors import editor_class, presets
-from kedit.editors.config import EditorConfig
 from kedit.editors.value_editor import ValueEditor
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation import METRICS, EditCase, EvalReport
@@ -43,6 +42,7 @@ from kedit.models import ModelArch
 from kedit.models.fingerprint import model_fingerprint
 from kedit.models.hooks import inference_state
 from kedit.models.lock import holding_model
+from kedit.patch.ledger import Ledger
 from kedit.regularizers import Regularizer, make, takes_gamma
 from kedit.utils.files import write_text
 from kedit.utils.progress import Progress, logger
@@ -68,6 +68,7 @@ def calibrate(
     *,
     regularizer: str | None = None,
     search: Sequence[str] | None = None,
+    preset: str | Path | None = None,
     number: int | None = None,
     check: int | None = None,
     quick: bool = False,
@@ -83,7 +84,7 @@ def calibrate(
 
     Coordinate by coordinate (:data:`~kedit.calibration.candidates.STAGES`), every candidate edits a third of the cases, each
     alone on the unedited model; the best third of the candidates, and the present value, edit the others too.
-    :data:`kedit.calibration.choice.RULE` says what is best. The start is the built-in preset, or the rule where there is none.
+    :data:`kedit.calibration.choice.RULE` says what is best.
     Every finished part is kept in ``work``, so that an interrupted call goes on when it is repeated, and one with more cases too.
 
     Args:
@@ -93,6 +94,7 @@ def calibrate(
         editor: name of an editor that optimises a value.
         regularizer: name of one whose γ is chosen; ``None``: none.
         search: stages to run; all that the editor has by default.
+        preset: file whose preset is the start; by default kedit's own for the model, or the rule where there is none.
         number: development cases; 36 by default, 12 with ``quick``.
         check: further cases, on which the choice is compared with the start in the end; half of ``number`` by default,
             none with ``quick``.
@@ -106,7 +108,8 @@ def calibrate(
         compute_dtype: as of the editor.
 
     Raises:
-        ConfigError: the editor optimises no value, the regularizer has no γ, a number is out of range.
+        ConfigError: the editor optimises no value, the regularizer has no γ, a number is out of range, the model
+            carries edits.
         EditError: there are no cases, the model knows none of them, or they ask nothing that must stay as it is.
     """
     number = (QUICK_CASES if quick else CASES) if number is None else number
@@ -115,10 +118,13 @@ def calibrate(
     check_whole("check", check, 0)
     check_whole("contexts", contexts, 1)
     arch = ModelArch(model)
+    if Ledger.of(arch.model).touched:
+        raise ConfigError("The model carries edits, on which a calibration would build. Revert them first.")
     kind = _editor(editor)
-    start = Candidate(_built_in(kind, arch))
+    known = presets.read_one(preset, editor) if preset is not None else presets.built_in(editor, arch)
+    start = Candidate(kind.Config.over(known.values if known else kind.rule(arch), {}))
     stages = _stages(start, kind, regularizer, search)
-    usual, maker = _regularizer(regularizer, presets.built_in(editor, arch))
+    usual, maker = _regularizer(regularizer, known)
     texts = as_corpus(corpus, model)
     fingerprint = model_fingerprint(arch.model)
     folder = make_folder(work or cache_folder() / "calibration" / digest([fingerprint, editor]))
@@ -231,11 +237,6 @@ def _editor(name: str) -> type[ValueEditor]:
     return kind
 
 
-def _built_in(kind: type[ValueEditor], arch: ModelArch) -> EditorConfig:
-    known = presets.built_in(kind.name, arch)
-    return kind.Config.over(known.values if known else kind.rule(arch), {})
-
-
 def _stages(
     start: Candidate, kind: type[ValueEditor], regularizer: str | None, search: Sequence[str] | None
 ) -> list[str]:
@@ -300,15 +301,19 @@ def _trace(
     """
     arch = ModelArch(model)
     with inference_state(model):
-        keep = known(arch, as_facts(arch, tokenizer, cases))
-    facts = [case for case, knows in zip(cases, keep, strict=True) if knows][:TRACED]
-    if not facts:
+        keep = facts.known(arch, facts.as_facts(arch, tokenizer, cases))
+    chosen = [case for case, knows in zip(cases, keep, strict=True) if knows][:TRACED]
+    if not chosen:
         logger.info("The first choice of the model is another answer in all cases, so nothing is traced.")
         return {}
-    path = folder / f"tracing-{digest([case.edit.to_dict() for case in facts])}.json"
-    if path.is_file():
-        return {int(block): effect for block, effect in json.loads(path.read_text(encoding="utf-8")).items()}
-    result = trace(model, tokenizer, facts, kinds=("mlp",), samples=SAMPLES)
+    path = folder / f"tracing-{digest([case.edit.to_dict() for case in chosen])}.json"
+    try:
+        return {int(block): float(effect) for block, effect in json.loads(path.read_text(encoding="utf-8")).items()}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, AttributeError) as error:
+        logger.warning("%s is damaged (%s); the facts are traced again.", path, error)
+    result = trace(model, tokenizer, chosen, kinds=("mlp",), samples=SAMPLES)
     if result.unfinished:
         raise KeyboardInterrupt
     means = result.average("mlp")[0][ROLES.index("subject last")]

@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all-subjects", action="store_true", help="use all subjects, not one third of them")
     parser.add_argument("--editor", metavar="NAME", help=f"editing method (default: {common.EDITOR})")
     parser.add_argument("--regularizer", metavar="NAME", help="regularizer whose γ is chosen (default: none)")
+    parser.add_argument(
+        "--preset", metavar="FILE", help="begin with the preset of this file, and keep what is not searched"
+    )
     parser.add_argument("--search", nargs="+", choices=STAGES, help="what to search (default: all that the editor has)")
     parser.add_argument("--quick", action="store_true", help="fewer cases and candidates, no tracing")
     parser.add_argument("--no-trace", action="store_true", help="choose the blocks without causal tracing")
@@ -94,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             args.editor or common.EDITOR,
             regularizer=args.regularizer,
             search=args.search,
+            preset=args.preset,
             number=args.cases,
             check=args.check,
             quick=args.quick,

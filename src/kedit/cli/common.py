@@ -123,7 +123,12 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
         help="hyper-parameter of the editor, or field of a regularizer; repeat for several: --set steps=40 --set sadr.select=all. "
         "--set help explains them",
     )
-    add_preset(parser)
+    parser.add_argument(
+        "--preset",
+        metavar="FILE",
+        help="file of presets, as kedit calibrate writes it (default: kedit_preset.json in the model's folder, then the cache, "
+        "then kedit's own)",
+    )
     parser.add_argument(
         "--moments-corpus",
         metavar="FILE",
@@ -135,16 +140,6 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
         choices=["plain", "mixed"],
         help="contexts of the optimisation: plain text, or mixed: half of them in the model's chat template, for an edit "
         "that holds in text and in a chat (default: plain)",
-    )
-
-
-def add_preset(parser: argparse.ArgumentParser) -> None:
-    """--preset."""
-    parser.add_argument(
-        "--preset",
-        metavar="FILE",
-        help="file of presets, as kedit calibrate writes it (default: kedit_preset.json in the model's folder, then the cache, "
-        "then kedit's own)",
     )
 
 

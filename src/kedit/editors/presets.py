@@ -135,10 +135,7 @@ def find(editor: str, arch: ModelArch, file: str | Path | None = None) -> Preset
         ConfigError: a file cannot be read, or ``file`` holds presets of other editors only.
     """
     if file is not None:
-        known = read(file)
-        if editor not in known:
-            raise ConfigError(f"{file} holds no preset of {editor}. It has {', '.join(known) or 'none'}.")
-        return known[editor]
+        return read_one(file, editor)
     return _beside(arch).get(editor) or _cached(arch).get(editor) or built_in(editor, arch)
 
 
@@ -168,6 +165,14 @@ def read(file: str | Path) -> dict[str, Preset]:
         ) from error
 
 
+def read_one(file: str | Path, editor: str) -> Preset:
+    """The preset of one editor in a file; raises as :func:`read`, and where the file has none of it."""
+    known = read(file)
+    if editor not in known:
+        raise ConfigError(f"{file} holds no preset of {editor}. It has {', '.join(known) or 'none'}.")
+    return known[editor]
+
+
 def save(file: str | Path, editor: str, preset: Preset, evidence: Mapping[str, Any] | None = None) -> Path:
     """Write an editor's preset into a file, with what it rests on; the entries of other editors stay.
 
@@ -191,15 +196,9 @@ def save(file: str | Path, editor: str, preset: Preset, evidence: Mapping[str, A
     return path
 
 
-def cache_path(arch: ModelArch, fingerprint: str | None = None) -> Path:
-    """Where kedit's cache keeps the presets of a model: named by its size and its fingerprint.
-
-    Args:
-        arch: the model.
-        fingerprint: of its unedited weights, where it is known.
-    """
-    known = fingerprint or _fingerprint(arch.model)
-    return _cache_folder() / f"{_size(arch)}-{known.removeprefix('sha256:')}.json"
+def cache_path(arch: ModelArch) -> Path:
+    """Where kedit's cache keeps the presets of a model: named by its size and the fingerprint of its unedited weights."""
+    return _cache_folder() / f"{_size(arch)}-{_fingerprint(arch.model).removeprefix('sha256:')}.json"
 
 
 def announce(editor: str, arch: ModelArch, preset: Preset | None) -> None:
