@@ -188,6 +188,7 @@ def test_the_plot_shows_every_candidate():
         ({"search": ["speed"]}, "search is 'layers'"),
         ({"search": ["threshold"]}, "has none of the stages threshold"),
         ({"search": ["gamma"]}, "needs a regularizer"),
+        ({"search": ["clamp"], "regularizer": "relations"}, "which is not searched"),
         ({"number": 2}, "number must be"),
         ({"contexts": 0}, "contexts must be"),
     ],

@@ -30,12 +30,14 @@ def answer(nll):
     return Answer(nll, (1,), (1,))
 
 
-def report(cases=10, **shares):
+def report(cases=10, good=0.0, **shares):
     """A run in which these shares (in per cent) of the probes succeed, one probe of each kind per case."""
     records = []
     for number in range(cases):
         probes = tuple(
-            ProbeScore(kind=PROBES[name], right=answer(0.0 if number < share * cases / 100 else 2.0), wrong=answer(1.0))
+            ProbeScore(
+                kind=PROBES[name], right=answer(good if number < share * cases / 100 else 2.0), wrong=answer(1.0)
+            )
             for name, share in shares.items()
         )
         score = CaseScore(probes=probes)
@@ -85,6 +87,12 @@ def test_slack_is_one_prompt():
     runs = {"start": report(6, es=100, ps=100, ns=50), "one less": report(6, es=83, ps=83, ns=100)}
     assert ranked(runs)[0] == "start"
     assert ranked(runs, slack=True)[0] == "one less"
+
+
+def test_equals_of_a_first_look_are_ordered_by_their_margins():
+    runs = {"start": report(es=100, ns=50), "weak": report(good=0.9, es=100, ns=50), "strong": report(es=100, ns=50)}
+    assert ranked(runs) == ["start", "weak", "strong"]
+    assert ranked(runs, slack=True) == ["start", "strong", "weak"]
 
 
 def test_metrics_that_the_cases_lack_do_not_count():

@@ -31,6 +31,13 @@ def measured(report: EvalReport, state: Literal["before", "after"] = "after") ->
     return {name: float(tally.sums.sum() / tally.counts.sum()) for name, tally in tallies.items() if tally.n}
 
 
+def margin(report: EvalReport) -> float:
+    """The mean of NM, DNM and RM, p(right) − p(wrong), of those that there are: tells apart what few prompts do not."""
+    tallies = [METRICS[f"{name[:-1]}m"].tallies(report.records, "after")[0] for name in KEPT]
+    parts = [float(tally.sums.sum() / tally.counts.sum()) for tally in tallies if tally.n]
+    return sum(parts) / len(parts)
+
+
 def kept(figures: Mapping[str, float]) -> float:
     """The mean of NS, DNS and RS, of those that are there."""
     parts = [figures[name] for name in KEPT if name in figures]
@@ -43,7 +50,7 @@ def ranked(reports: Mapping[Key, EvalReport], reference: EvalReport | None = Non
     Args:
         reports: by candidate, in the order in which ties are decided; all on the same cases.
         reference: a run whose ES and PS count among the best, and which cannot be chosen.
-        slack: allow one prompt of ES and of PS more, for a first look at few cases.
+        slack: for a first look at few cases: allow one prompt of ES and of PS more, and order equals by :func:`margin`.
     """
     figures = {key: measured(report) for key, report in reports.items()}
     every = [*figures.values(), *([] if reference is None else [measured(reference)])]
@@ -63,7 +70,8 @@ def ranked(reports: Mapping[Key, EvalReport], reference: EvalReport | None = Non
     fit = [key for key in figures if qualifies(figures[key])]
     best = max((kept(figures[key]) for key in fit), default=0.0)
     first = next((key for key in fit if kept(figures[key]) >= best - TIE), None)
-    order = sorted(fit, key=lambda key: (key is not first, -kept(figures[key])))
+    finer = {key: margin(reports[key]) if slack else 0.0 for key in fit}
+    order = sorted(fit, key=lambda key: (key is not first, -kept(figures[key]), -finer[key]))
     rest = [key for key in figures if key not in fit]
     return order + sorted(rest, key=lambda key: (-figures[key]["es"], -figures[key].get("ps", 0.0)))
 

@@ -244,6 +244,10 @@ def _stages(
         check_choice("search", name, STAGES)
     known = stages_of(start.config, regularizer is not None)
     stages = [name for name in known if search is None or name in search]
+    if regularizer is not None and "gamma" not in stages:
+        raise ConfigError(
+            f"{regularizer} is named for its γ, which is not searched. Add gamma to the search, or drop it."
+        )
     if not stages:
         raise ConfigError(
             f"{kind.__name__} has none of the stages {', '.join(search or ())} to search; it has {', '.join(known)}. The stage "
