@@ -4,11 +4,11 @@ Examples:
   kedit calibrate --model DIR --data counterfact.json --quick
   kedit calibrate --model DIR --data counterfact.json relations.json --regularizer relations --beside
   kedit calibrate --model DIR --data counterfact.json --editor memit --search moment_weight --out memit.json
-  kedit edit --model DIR --preset memit.json --editor memit --edits edits.jsonl --out edits.safetensors
 
 The data are facts with a true object, and with paraphrases, neighbours or other relations (docs/evaluation.md). One third of the
 subjects is used, by a hash, so that other commands can measure on the rest. Blocks, clamp, λ, AlphaEdit's threshold and γ are
-searched one after the other (docs/defaults.md). Ctrl-C keeps what is done: the same command goes on.
+searched one after the other (docs/defaults.md). Editors find the preset in the cache, with --beside in the model's folder, and that
+of --out with kedit edit --preset FILE. Ctrl-C keeps what is done: the same command goes on.
 """
 
 from __future__ import annotations
