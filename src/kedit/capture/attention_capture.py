@@ -26,6 +26,7 @@ class AttentionCapture:
         detach: whether the rows carry no gradient.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         sdpa: whether GPT-J and its kind compute captured blocks with SDPA.
+        paused: while true, forward passes run as without a capture, and leave no rows.
         columns: column of one key per prompt, int64 [B], or ``None``; assign to it as to ``positions``.
         keys: by block, [B, A / G, D]: the keys in those columns as the attention sees them, with gradient unless
             ``detach``; empty without ``columns``.
@@ -45,6 +46,7 @@ class AttentionCapture:
         self.detach = detach
         self.backend = backend
         self.sdpa = sdpa
+        self.paused = False
         self.rows: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}
         self.columns: Tensor | None = None

@@ -18,10 +18,11 @@ LOCK = threading.RLock()
 
 
 class OpenContext(Protocol):
-    """A capture or a substitution: the attention modules that it is for, by block, and the thread that opened it."""
+    """A capture or a substitution: its attention modules by block, the thread that opened it, whether it has no effect now."""
 
     modules: dict[int, nn.Module]
     thread: int
+    paused: bool
 
 
 Context = TypeVar("Context", bound=OpenContext)
@@ -60,7 +61,9 @@ class OpenContexts(Generic[Context]):
         return next((context for context in self._open.get(id(module), ()) if context.thread == here), None)
 
     def running(self, module: nn.Module) -> Context | None:
-        """The context that the running forward pass of ``module`` belongs to; a recomputed pass runs on another thread.
+        """The context that the running forward pass of ``module`` belongs to, unless it is paused.
+
+        A recomputed pass runs on another thread.
 
         Raises:
             CaptureError: a block is recomputed, and several threads have a context open.
@@ -68,13 +71,13 @@ class OpenContexts(Generic[Context]):
         own = self.of(module)
         contexts = self._open.get(id(module), ())
         if own is not None or not contexts or not recomputing():
-            return own
+            return None if own is None or own.paused else own
         if len(contexts) > 1:
             raise CaptureError(
                 "Two threads capture one model while a checkpointed block is recomputed on a third, which may belong to "
                 "either. Give each thread its own model."
             )
-        return contexts[0]
+        return None if contexts[0].paused else contexts[0]
 
 
 def recomputing() -> bool:

@@ -28,6 +28,7 @@ class Substitution:
                 f"Blocks {missing} have no attention to substitute: this model has it in blocks {sorted(modules)}."
             )
         self.thread = threading.get_ident()
+        self.paused = False
         self.modules = {layer: modules[layer] for layer in rows}
         self._rows = {id(self.modules[layer]): new for layer, new in rows.items()}
         self._where = {id(self.modules[layer]): heads for layer, heads in (where or {}).items() if layer in rows}

@@ -10,6 +10,8 @@ from torch import Tensor
 from kedit.capture.attention_rule import Grads, Memo, Rule, accumulator, gather_queries, visible
 from kedit.capture.reference import normalise
 
+COPIED = 1 << 20  # numbers of the keys that are copied at once
+
 
 def _bias(rule: Rule, positions: Tensor, q: Tensor, k: Tensor, memo: Memo | None) -> Tensor:
     """The bias of the scores, -inf at hidden keys: [B, A|1, R, Tk]; made once for all layers that share masks."""
@@ -29,11 +31,13 @@ def _bias(rule: Rule, positions: Tensor, q: Tensor, k: Tensor, memo: Memo | None
     return bias
 
 
-def _batches(q: Tensor) -> Iterator[slice]:
-    """One prompt at a time on a CPU, where a batched product would first copy keys laid out [B, T, A, D]; else all."""
-    step = 1 if q.device.type == "cpu" else q.shape[0]
-    for start in range(0, q.shape[0], max(step, 1)):
-        yield slice(start, start + step)
+def _batches(k: Tensor) -> Iterator[slice]:
+    """Prompts whose products are computed together: on a CPU, where keys laid out [B, T, A, D] are copied first, a few MB."""
+    step = k.shape[0]
+    if k.device.type == "cpu":
+        step = COPIED * step // max(k.numel(), 1)
+    for start in range(0, k.shape[0], max(step, 1)):
+        yield slice(start, start + max(step, 1))
 
 
 def _queries(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ def _products(q: Tensor, k: Tensor, positions: Tensor, scaling: float) -> Tensor
     """Scaled q kᵀ of the captured rows: [B, A / G, G R, Tk]."""
     rows = _queries(q, k, positions)
     scores = rows.new_empty((*rows.shape[:3], k.shape[2]))
-    for batch in _batches(q):
+    for batch in _batches(k):
         torch.matmul(rows[batch], k[batch].transpose(2, 3).to(rows.dtype), out=scores[batch])
     return scores.mul_(scaling)
 
@@ -85,7 +89,7 @@ def backward(grad: Tensor, rows: Tensor, q: Tensor, k: Tensor, positions: Tensor
     ds = ds * rule.scaling
     queries = _queries(q, k, positions)
     products = torch.empty_like(queries) if dq is not None else None
-    for batch in _batches(q):
+    for batch in _batches(k):
         if products is not None:
             torch.matmul(ds[batch], k[batch].to(ds.dtype), out=products[batch])
         if dk is not None:

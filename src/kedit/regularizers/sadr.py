@@ -94,15 +94,19 @@ class SADR(WithGamma):
         if self.layers is not None and not now.attention:
             raise ConfigError(f"SADR.layers {self.layers} lie above the model's last block. Choose lower blocks.")
         total = now.subject.new_zeros(num_edits, dtype=torch.float32)
-        for layer, current in now.attention.items():
-            original = before.attention[layer]
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for layer, rows in now.attention.items():
+            alike.setdefault((rows.shape, rows.dtype), []).append(layer)
+        for (
+            layers
+        ) in alike.values():  # all blocks of one shape at once: many small operations cost more than the arithmetic
             per_head = row_divergence(
-                current,
-                original,
+                torch.stack([now.attention[layer] for layer in layers], 2),
+                torch.stack([before.attention[layer] for layer in layers], 2),
                 divergence=self.divergence,
                 exact=self.exact,
                 eps=self.eps,
                 subject_column=now.subject if self.select == "max" else None,
             )
-            total = total + now.mean_per_edit(per_head.sum(1), num_edits)
+            total = total + now.mean_per_edit(per_head.sum((1, 2)), num_edits)
         return total

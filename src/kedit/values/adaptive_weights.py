@@ -44,13 +44,18 @@ class AdaptiveWeights:
         """Replace the penalties in ``terms`` by what counts of them at this step.
 
         Args:
-            terms: the objective's terms, one value per active edit each; those of the adaptive regularizers are D.
+            terms: the objective's terms, one value per active edit each; those of the adaptive regularizers are D. They may be
+                missing as long as no edit has said its target.
             delta: δ of all edits, [E, S, H].
             active: the edits at work, [A].
 
         Returns:
             Further columns of the log ("weight", and D as "NAME_raw"), and which active edits are finished, [A].
         """
+        if self.names[0] not in terms:
+            nothing = torch.zeros_like(terms["nll"])
+            terms.update(dict.fromkeys(self.names, nothing))
+            return {"weight": nothing}, torch.zeros_like(active, dtype=torch.bool)
         said = terms["nll"].detach() <= self.threshold
         penalties = torch.stack([terms[name] for name in self.names])
         raw = penalties.detach()
@@ -69,6 +74,10 @@ class AdaptiveWeights:
         columns = {"weight": weight} | {f"{name}_raw": one for name, one in zip(self.names, raw, strict=True)}
         ended = (self._plateau.waited[active] >= PATIENCE) | (self._plateau.least[active] <= 0)
         return columns, reached & ended
+
+    def any_reached(self, active: Tensor) -> bool:
+        """Whether one of the edits ``active`` [A] has said its target, now or earlier: only then do the penalties count."""
+        return bool(self._reached[active].any())
 
     def _keep_best(self, score: Tensor, said: Tensor, delta: Tensor, active: Tensor) -> None:
         chosen = active[self._plateau.step(score, said, active)]

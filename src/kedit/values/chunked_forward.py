@@ -33,6 +33,7 @@ class ChunkedForward(Runner):
         self._captured_names: list[tuple[str, int]] = []
         self._initial_value = self._at = torch.empty(0)
         self._leaves: list[Tensor] = []
+        self._paused = False
         cuts = range(0, len(self.wave.prompts), rows)
         self.parts = [self._part(Wave(self.wave.prompts[start : start + rows], self.wave.num_edits)) for start in cuts]
 
@@ -49,6 +50,16 @@ class ChunkedForward(Runner):
     def installed(self) -> Iterator[None]:
         """Nothing: each part is installed for its own pass."""
         yield
+
+    def pause_capture(self, paused: bool) -> None:
+        """See :meth:`Runner.pause_capture`; the backward pass of a step runs the parts as its forward pass did."""
+        self._paused = paused
+
+    @contextmanager
+    def _installed(self, part: Runner) -> Iterator[None]:
+        with part.installed():
+            part.pause_capture(self._paused)
+            yield
 
     def forward(self, delta: Tensor) -> tuple[Tensor, Activations, Tensor]:
         """See :meth:`Runner.forward`."""
@@ -69,7 +80,7 @@ class ChunkedForward(Runner):
         passes: list[list[Tensor]] = []
         initial: list[Tensor] = []
         for part in self.parts:
-            with part.installed():
+            with self._installed(part):
                 logits, rows, start = part.forward(delta)
             self._captured_names = [(kind, layer) for kind in _KINDS for layer in getattr(rows, kind)]
             passes.append([logits, *self._captured_of(rows)])
@@ -83,7 +94,7 @@ class ChunkedForward(Runner):
         ends = [0] * len(self._leaves)
         for part in self.parts:
             delta = self._at.detach().requires_grad_()
-            with part.installed():
+            with self._installed(part):
                 logits, rows, _ = part.forward(delta)
                 outputs, shares = [], []
                 for number, output in enumerate([logits, *self._captured_of(rows)]):

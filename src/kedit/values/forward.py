@@ -265,6 +265,11 @@ class Runner:
             finally:
                 self._capture = None
 
+    def pause_capture(self, paused: bool) -> None:
+        """Whether the next passes leave out attention rows and keys, which take a fifth of their time."""
+        if self._capture is not None:
+            self._capture.paused = paused
+
     def _install(self, stack: ExitStack) -> None:
         for number, site in enumerate(self.sites):
             stack.enter_context(on_output(self.arch.site(site), partial(self._inject, number, site)))
@@ -304,7 +309,7 @@ class Runner:
 
     def _captured(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Attention rows [P, A, Tk] and the subject's keys [P, A / G, D] of the last pass, by block."""
-        if self._capture is None:
+        if self._capture is None or self._capture.paused:
             return {}, {}
         captured = self._capture.rows.items()
         rows = {layer: rows[:, :, 0].to(self.device) for layer, rows in captured if layer in self.needs.attention}

@@ -117,12 +117,18 @@ def optimize(
     state = _State(runner, numbers or range(runner.wave.num_edits), objective.dtype)
     names = [regularizer.name for regularizer in regularizers if is_adaptive(regularizer)]
     adaptive = AdaptiveWeights(names, objective.stop_loss, state.delta) if names else None
+    # Attention that nothing weighs yet need not be captured.
+    lazy = len(names) == len(regularizers) and bool(runner.needs.attention or runner.needs.keys)
     plateau = Plateau(len(state.delta), state.delta.detach())
     with runner.installed():
         for step in range(objective.steps * max(state.facts.tolist())):
-            reading = runner.run(state.delta[state.active])
-            check_gradient(reading.logits)
-            terms = state.terms(reading, step, objective, regularizers)
+            watched = step == 0 or not lazy or adaptive.any_reached(state.active)
+            runner.pause_capture(not watched)
+            terms = state.run(step, objective, regularizers if watched else ())
+            if not watched and bool((terms["nll"] <= objective.stop_loss).any()):
+                del terms  # this pass lacks what the penalties see
+                runner.pause_capture(False)
+                terms = state.run(step, objective, regularizers)
             notes: dict[str, Tensor] = {}
             if adaptive is not None:
                 notes, finished = adaptive.weigh(terms, state.delta, state.active)
@@ -141,7 +147,7 @@ def optimize(
             if finished.all():
                 break
             state.update(total, ~finished, objective)
-            del reading, terms, total  # or this step's logits would live on through the next one
+            del terms, total  # or this step's logits would live on through the next one
             if finished.any():
                 state.keep(torch.nonzero(~finished).flatten())
     values = state.values()
@@ -178,10 +184,10 @@ class _State:
     def values(self) -> Values:
         return Values(self.delta.detach(), self.initial, self.log, self.known)
 
-    def terms(
-        self, reading: Reading, step: int, objective: Objective, regularizers: Sequence[Regularizer]
-    ) -> dict[str, Tensor]:
-        """The objective's terms, one value per active edit each."""
+    def run(self, step: int, objective: Objective, regularizers: Sequence[Regularizer]) -> dict[str, Tensor]:
+        """One forward pass: the objective's terms, one value per active edit each."""
+        reading = self.runner.run(self.delta[self.active])
+        check_gradient(reading.logits)
         dtype, device = self.delta.dtype, self.delta.device
         if step == 0:
             self._initial = reading.initial.to(dtype)
