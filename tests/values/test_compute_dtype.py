@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 import kedit
 from kedit.errors import ConfigError
 from kedit.models import ModelArch, compute_copy
+from kedit.regularizers import Needs
 from kedit.values import optimize
 from tiny_models import CONTEXTS, EDITS, MODEL_TYPES, moments, tiny_model, tokenizer
 
@@ -87,3 +88,48 @@ def test_a_gradient_that_overflows_float16_costs_a_step_not_the_edit(monkeypatch
     with_scale = change(model, compute_dtype="float16", steps=30, clamp=0.5)
     assert bool(with_scale.isfinite().all())
     assert float(with_scale.norm()) > 0
+
+
+class Steep:
+    """A penalty of the first edit, whose gradient is too large for float16 at first."""
+
+    name = "steep"
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def needs(self, site):
+        return Needs(hidden=range(3, 4))
+
+    def penalty(self, now, before):
+        sums = now.rewrite.hidden[3].float().sum(-1).abs()
+        own = torch.zeros(now.num_edits)
+        own[0] = self.factor
+        return own * now.rewrite.mean_per_edit(sums, now.num_edits)
+
+
+def test_an_overflow_costs_no_other_edit_a_step():
+    model = tiny_model("llama", dtype=torch.float32)
+    made = editor(model, "memit", compute_dtype="float16", steps=12)
+    edits = [EDIT, kedit.Edit(*EDITS["start"])]
+
+    def logs(factor):
+        result = made.apply(edits, regularizer=Steep(factor))
+        result.revert()
+        return result.log
+
+    steep, flat = logs(300.0), logs(0.0)
+    assert [row["nll"] for row in steep[1]] == [row["nll"] for row in flat[1]]
+    assert steep[0][0]["nll"] == steep[0][1]["nll"], "nothing overflowed"
+    assert steep[0][0]["nll"] != steep[0][-1]["nll"], "no step was made"
+
+
+def test_the_copy_of_the_model_counts_as_memory():
+    model = tiny_model("llama", dtype=torch.float32)
+    plain, half = (
+        editor(model, compute_dtype=dtype).estimate_memory(EDIT, kedit.SADR(gamma=0.3)) for dtype in (None, "bfloat16")
+    )
+    copied = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert (plain.wave.copy, half.wave.copy) == (0, copied)
+    assert half.wave.total - copied < plain.wave.total
+    assert "copy of the model" in str(half.wave)

@@ -152,7 +152,8 @@ class ValueEditor(Editor):
     def largest_wave(self, requests: Sequence[Request], call: Call) -> Footprint:
         """The memory that the optimisation holds at its peak."""
         groups = self._groups(requests)
-        waves = (self.engine.largest_footprint(self.sites(), group, call.needs) for group in groups)
+        dtype = self.config.compute_dtype
+        waves = (self.engine.largest_footprint(self.sites(), group, call.needs, dtype) for group in groups)
         return max(waves, key=lambda footprint: footprint.total)
 
     def memory_of(self, requests: Sequence[Request], call: Call) -> MemoryEstimate:

@@ -30,16 +30,18 @@ class Footprint:
         stored: hidden states entering the first running block, and keys and values of the tokens before.
         activations: what autograd keeps of the running tokens.
         logits: logits of the read positions, their log-probabilities and gradients.
+        copy: parameters of the copy of the model that the passes run on, where that is needed.
     """
 
     stored: int
     activations: int
     logits: int
+    copy: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.stored + self.activations + self.logits
+        return self.stored + self.activations + self.logits + self.copy
 
     @classmethod
     def in_parts(cls, parts: Sequence[Footprint]) -> Footprint:
@@ -54,6 +56,8 @@ class Footprint:
 
     def __str__(self) -> str:
         parts = {"stored": self.stored, "activations": self.activations, "logits": self.logits}
+        if self.copy:
+            parts["copy of the model"] = self.copy
         listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
         return f"{self.total / 2**20:,.0f} MiB ({listed})"
 

@@ -14,7 +14,7 @@ from kedit.errors import NonFiniteError
 from kedit.regularizers.base import ForwardRecord, Regularizer, is_adaptive, score
 from kedit.utils.progress import Progress
 from kedit.values.adaptive_weights import AdaptiveWeights
-from kedit.values.forward import Reading, Runner, check_gradient
+from kedit.values.forward import Runner, check_gradient
 from kedit.values.plateau import Plateau
 
 StepLog = dict[str, float]
@@ -173,7 +173,9 @@ class _State:
         self._nll_factor = torch.ones(num_edits, device=device)
         self._missed: Tensor | None = None  # target tokens that are not the first choice, per active edit
         self._adam: torch.optim.Adam | None = None
-        self._loss_scale = LOSS_SCALE if arch.dtype == torch.float16 else 1.0
+        self._loss_scale: Tensor | None = None  # per edit, [E]
+        if arch.dtype == torch.float16:
+            self._loss_scale = self.delta.new_full((num_edits,), LOSS_SCALE)
 
     @property
     def initial(self) -> Tensor:
@@ -255,20 +257,18 @@ class _State:
         if self._adam is None:
             self._adam = torch.optim.Adam([self.delta], lr=objective.lr)
         self._adam.zero_grad()
-        (total[goes_on].sum() * self._loss_scale).backward()
+        scaled = total if self._loss_scale is None else total * self._loss_scale[self.active]
+        scaled[goes_on].sum().backward()
         self.runner.backward_chunks()
-        if self._loss_scale > 1:
-            assert self.delta.grad is not None
-            if not bool(
-                self.delta.grad.isfinite().all()
-            ):  # too large for float16: try a smaller scale at the next step
-                self._loss_scale = max(1.0, self._loss_scale / 8)
-                return
-            self.delta.grad /= self._loss_scale
         frozen = torch.ones(len(self.delta), dtype=torch.bool, device=self.delta.device)
         frozen[self.active[goes_on]] = False
         before = self.delta.detach().clone()
+        skipped = self._unscale()
+        averages = [average[skipped].clone() for average in self._averages()]
         self._adam.step()
+        for average, own in zip(self._averages(), averages, strict=bool(averages)):
+            average[skipped] = own
+        frozen |= skipped
         with torch.no_grad():
             initial = self.initial.norm(dim=-1, keepdim=True)
             if objective.lr_relative:  # Adam's step does not depend on the gradient's scale
@@ -278,6 +278,24 @@ class _State:
             norm = self.delta.norm(dim=-1, keepdim=True)
             self.delta.mul_(torch.where(norm > bound, bound / norm, torch.ones_like(norm)))
             self.delta[frozen] = before[frozen]  # Adam's momentum would carry finished edits on
+
+    def _unscale(self) -> Tensor:
+        """Undo the loss scale; returns the edits [E] whose gradient is too large for float16: a smaller scale at the next step."""
+        gradient = self.delta.grad
+        assert gradient is not None
+        if self._loss_scale is None:
+            return torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
+        skipped = ~gradient.isfinite().flatten(1).all(1) & (self._loss_scale > 1)
+        gradient /= self._loss_scale[:, None, None]
+        gradient[skipped] = 0
+        self._loss_scale = torch.where(skipped, (self._loss_scale / 8).clamp(min=1), self._loss_scale)
+        return skipped
+
+    def _averages(self) -> list[Tensor]:
+        """Adam's running averages [E, S, H], which an edit that skips a step keeps; none before the first step."""
+        assert self._adam is not None
+        known = self._adam.state.get(self.delta, {})
+        return [known[name] for name in ("exp_avg", "exp_avg_sq") if name in known]
 
     def keep(self, stays: Tensor) -> None:
         """Let the other edits leave the batch."""

@@ -171,11 +171,17 @@ class Engine:
         logger.log(level, "%d edits in %d wave(s); the largest holds %s.", len(requests), len(waves), footprint)
         return footprint
 
-    def largest_footprint(self, sites: Sequence[Site], requests: Sequence[Request], needs: Needs) -> Footprint:
-        """The memory that the largest of the waves of ``requests`` takes."""
-        self.used = self.budget
-        waves = self._waves(requests, _by_span(requests))
-        return self.footprint(sites, _wave(requests, _largest(requests, waves)), needs)
+    def largest_footprint(
+        self, sites: Sequence[Site], requests: Sequence[Request], needs: Needs, dtype: str | None = None
+    ) -> Footprint:
+        """The memory that the largest of the waves of ``requests`` takes, with the copy of the model in ``dtype`` if any."""
+        engine = self._computing_in(compute_dtype(self.arch, dtype))
+        engine.used = engine.budget
+        waves = engine._waves(requests, _by_span(requests))
+        footprint = engine.footprint(sites, _wave(requests, _largest(requests, waves)), needs)
+        if engine is self:
+            return footprint
+        return replace(footprint, copy=sum(parameter.nbytes for parameter in engine.arch.model.parameters()))
 
     def footprint(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Footprint:
         """The memory that ``wave`` takes at its peak, beside the model."""
