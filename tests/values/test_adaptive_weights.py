@@ -9,7 +9,7 @@ import kedit
 from kedit.errors import ConfigError
 from kedit.models import ModelArch
 from kedit.regularizers import KeyNorm
-from kedit.values.adaptive_weights import PATIENCE, START, AdaptiveWeights
+from kedit.values.adaptive_weights import LEAST, PATIENCE, SHARE, START, AdaptiveWeights
 from reference.float64 import TrueFloat64
 from tiny_models import CONTEXTS, EDITS, moments, tiny_model, tokenizer
 
@@ -99,7 +99,7 @@ def test_other_texts_are_no_gamma():
 
 def weigh(weights, nll, penalty, delta):
     terms = {"nll": torch.tensor(nll), "one": torch.tensor(penalty)}
-    columns, finished = weights.weigh(terms, delta, torch.arange(len(nll)))
+    columns, finished, _ = weights.weigh(terms, delta, torch.arange(len(nll)))
     return terms["one"], columns["weight"], finished
 
 
@@ -107,7 +107,7 @@ def test_the_weight_rises_while_the_target_is_said_and_falls_while_it_is_not():
     delta = torch.zeros(1, 1, 2)
     weights = AdaptiveWeights(["one"], 0.1, delta)
     seen = [weigh(weights, [nll], [4.0], delta)[1].item() for nll in (3.0, 0.05, 0.05, 0.5, 0.05)]
-    assert seen == pytest.approx([0, START, START * 1.4, START * 1.96, START * 1.372])
+    assert seen == pytest.approx([0, START, START * 1.4, START * 1.96, START * 0.98])
 
 
 def test_an_edit_ends_when_its_penalty_falls_no_further():
@@ -115,6 +115,34 @@ def test_an_edit_ends_when_its_penalty_falls_no_further():
     weights = AdaptiveWeights(["one"], 0.1, delta)
     ends = [bool(weigh(weights, [0.05], [4.0], delta)[2]) for _ in range(PATIENCE + 1)]
     assert ends == [False] * PATIENCE + [True]
+
+
+@pytest.mark.parametrize("before", [3, 30])
+def test_an_edit_makes_a_third_more_steps_at_most(before):
+    delta = torch.zeros(1, 1, 2)
+    weights = AdaptiveWeights(["one"], 0.1, delta)
+    for _ in range(before):
+        assert not bool(weigh(weights, [3.0], [1.0], delta)[2])
+    most = max(LEAST, round(SHARE * before))
+    ends = [bool(weigh(weights, [0.05], [0.5**step], delta)[2]) for step in range(most + 1)]
+    assert ends == [False] * most + [True]
+
+
+def test_attention_is_read_only_where_it_counts(monkeypatch):
+    """It changes no value, and costs nothing until the target is said."""
+    seen = []
+
+    class Counting(kedit.SADR):
+        def penalty(self, now, before):
+            seen.append(now.step)
+            return super().penalty(now, before)
+
+    lazy, log = optimised(Counting())
+    first = next(i for i, row in enumerate(log) if row["nll"] <= SAID)
+    assert seen == [0, *range(first, len(log))]
+    assert ["sadr_raw" in row for row in log] == [step in seen for step in range(len(log))]
+    monkeypatch.setattr(AdaptiveWeights, "any_reached", lambda *_: True)
+    assert torch.equal(optimised("sadr")[0], lazy)
 
 
 def test_the_best_value_is_kept_per_edit():
@@ -138,5 +166,5 @@ def test_a_penalty_of_zero_needs_no_further_steps():
 
 def test_there_are_more_steps_unless_the_user_gives_them():
     rome = kedit.ROME(tiny_model("llama"), tokenizer())
-    assert rome.describe_call("sadr")["config"]["steps"] == 1.5 * rome.describe_call()["config"]["steps"]
+    assert rome.describe_call("sadr")["config"]["steps"] == 1.25 * rome.describe_call()["config"]["steps"]
     assert kedit.ROME(tiny_model("llama"), tokenizer(), steps=7).describe_call("sadr")["config"]["steps"] == 7

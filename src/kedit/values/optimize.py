@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div, log_softmax
 from kedit.errors import NonFiniteError
 from kedit.regularizers.base import ForwardRecord, Regularizer, is_adaptive, score
 from kedit.utils.progress import Progress
+from kedit.values.adam import Adam
 from kedit.values.adaptive_weights import AdaptiveWeights
 from kedit.values.forward import Runner, check_gradient
 from kedit.values.plateau import Plateau
@@ -122,7 +123,7 @@ def optimize(
     plateau = Plateau(len(state.delta), state.delta.detach())
     with runner.installed():
         for step in range(objective.steps * max(state.facts.tolist())):
-            watched = step == 0 or not lazy or adaptive.any_reached(state.active)
+            watched = step == 0 or adaptive is None or not lazy or adaptive.any_reached(state.active)
             runner.pause_capture(not watched)
             terms = state.run(step, objective, regularizers if watched else ())
             if not watched and bool((terms["nll"] <= objective.stop_loss).any()):
@@ -131,7 +132,8 @@ def optimize(
                 terms = state.run(step, objective, regularizers)
             notes: dict[str, Tensor] = {}
             if adaptive is not None:
-                notes, finished = adaptive.weigh(terms, state.delta, state.active)
+                notes, finished, started = adaptive.weigh(terms, state.delta, state.active)
+                state.adam.restart(started)  # what it averaged so far belongs to another objective
             total = torch.stack(list(terms.values())).sum(0)
             state.record(step, total, {**terms, **notes})
             if adaptive is None:
@@ -172,7 +174,7 @@ class _State:
         self._subject_log_probs: Tensor | None = None
         self._nll_factor = torch.ones(num_edits, device=device)
         self._missed: Tensor | None = None  # target tokens that are not the first choice, per active edit
-        self._adam: torch.optim.Adam | None = None
+        self.adam = Adam(self.delta.detach())
         self._loss_scale: Tensor | None = None  # per edit, [E]
         if arch.dtype == torch.float16:
             self._loss_scale = self.delta.new_full((num_edits,), LOSS_SCALE)
@@ -254,48 +256,33 @@ class _State:
 
     def update(self, total: Tensor, goes_on: Tensor, objective: Objective) -> None:
         """One Adam step for the edits that go on, and the clamp."""
-        if self._adam is None:
-            self._adam = torch.optim.Adam([self.delta], lr=objective.lr)
-        self._adam.zero_grad()
+        self.delta.grad = None
         scaled = total if self._loss_scale is None else total * self._loss_scale[self.active]
         scaled[goes_on].sum().backward()
         self.runner.backward_chunks()
-        frozen = torch.ones(len(self.delta), dtype=torch.bool, device=self.delta.device)
-        frozen[self.active[goes_on]] = False
-        before = self.delta.detach().clone()
-        skipped = self._unscale()
-        averages = [average[skipped].clone() for average in self._averages()]
-        self._adam.step()
-        for average, own in zip(self._averages(), averages, strict=bool(averages)):
-            average[skipped] = own
-        frozen |= skipped
-        with torch.no_grad():
-            initial = self.initial.norm(dim=-1, keepdim=True)
-            if objective.lr_relative:  # Adam's step does not depend on the gradient's scale
-                unit = initial / math.sqrt(self.initial.shape[-1])
-                self.delta.copy_(before + (self.delta - before) * unit)
-            bound = objective.clamp * initial
-            norm = self.delta.norm(dim=-1, keepdim=True)
-            self.delta.mul_(torch.where(norm > bound, bound / norm, torch.ones_like(norm)))
-            self.delta[frozen] = before[frozen]  # Adam's momentum would carry finished edits on
-
-    def _unscale(self) -> Tensor:
-        """Undo the loss scale; returns the edits [E] whose gradient is too large for float16: a smaller scale at the next step."""
         gradient = self.delta.grad
         assert gradient is not None
-        if self._loss_scale is None:
-            return torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
-        skipped = ~gradient.isfinite().flatten(1).all(1) & (self._loss_scale > 1)
-        gradient /= self._loss_scale[:, None, None]
-        gradient[skipped] = 0
-        self._loss_scale = torch.where(skipped, (self._loss_scale / 8).clamp(min=1), self._loss_scale)
-        return skipped
+        moved = torch.zeros(len(self.delta), dtype=torch.bool, device=self.delta.device)
+        moved[self.active[goes_on]] = True
+        if self._loss_scale is not None:
+            gradient, moved = self._unscaled(gradient, moved, self._loss_scale)
+        with torch.no_grad():
+            change = self.adam.change(gradient, moved, objective.lr)
+            initial = self.initial.norm(dim=-1, keepdim=True)
+            if objective.lr_relative:  # Adam's step does not depend on the gradient's scale
+                change *= initial / math.sqrt(self.initial.shape[-1])
+            value = self.delta + change
+            bound = objective.clamp * initial
+            norm = value.norm(dim=-1, keepdim=True)
+            value *= torch.where(norm > bound, bound / norm, torch.ones_like(norm))
+            self.delta[moved] = value[moved]
 
-    def _averages(self) -> list[Tensor]:
-        """Adam's running averages [E, S, H], which an edit that skips a step keeps; none before the first step."""
-        assert self._adam is not None
-        known = self._adam.state.get(self.delta, {})
-        return [known[name] for name in ("exp_avg", "exp_avg_sq") if name in known]
+    def _unscaled(self, gradient: Tensor, moved: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient without the loss scale, and the edits whose gradient float16 can hold; others try a smaller scale next."""
+        skipped = moved & ~gradient.isfinite().flatten(1).all(1) & (scale > 1)
+        gradient = (gradient / scale[:, None, None]).masked_fill(skipped[:, None, None], 0)
+        self._loss_scale = torch.where(skipped, (scale / 8).clamp(min=1), scale)
+        return gradient, moved & ~skipped
 
     def keep(self, stays: Tensor) -> None:
         """Let the other edits leave the batch."""
