@@ -151,9 +151,9 @@ def main() -> None:
         lines = [
             "# What SADR adds to the cost of an edit",
             "",
-            f"ROME on {len(made[PLAIN])} CounterFact cases that {Path(args.model).name} answers correctly, up to 4 neighbours each,",
-            f"{len(contexts)} contexts, passes in {args.dtype}, one thread; every case is edited in all ways in turn. SADR has no γ",
-            "unless one is given. Drift left: that of the value that is written, of that of the value that first said the target. ",
+            f"ROME on {len(made[PLAIN])} CounterFact cases that {Path(args.model).name} answers correctly, up to 4 neighbours",
+            f"each, {len(contexts)} contexts, passes in {args.dtype}, one thread; every case is edited in all ways in turn. SADR",
+            "has no γ unless one is given. Drift left: that of the value that is written, of that of the value that first said the target. ",
             "Ratios are medians of the pairs (all in brackets); CPU time leaves out what other programs took. 95% bootstrap",
             "intervals by case; differences are paired.",
             "",

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--corpus", metavar="FILE", help="text file, JSONL file or name of a data set (default: Wikipedia)"
     )
     parser.add_argument("--tokens", type=int, help="number of keys (default: 50 per dimension)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="stop earlier, once twice as much text changes the direction of an edit by less than this share (for example 0.5)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError(f"--layers is a list of block numbers like 3,4,5, not {args.layers!r}.") from error
     model, tokenizer = common.load_model(args)
-    moments = second_moments(model, tokenizer, layers, args.corpus, tokens=args.tokens)
+    moments = second_moments(model, tokenizer, layers, args.corpus, tokens=args.tokens, tolerance=args.tolerance)
     lines = ["layer     keys  split halves differ by  effective rank  width"]
     for layer in layers:
         m = moments[layer]

@@ -21,6 +21,7 @@ from torch import Tensor
 from kedit.errors import ConfigError
 from kedit.keys.corpus import Corpus, as_corpus
 from kedit.keys.second_moment import RIDGE, Accumulator, ExpertsAccumulator, Moment, SecondMoments
+from kedit.keys.settling import Settling, shuffled
 from kedit.models import ModelArch
 from kedit.models.compute_copy import compute_dtype as dtype_for
 from kedit.models.compute_copy import copy_in
@@ -51,6 +52,7 @@ def estimate_moments(
     ridge: float = RIDGE,
     cache: bool = True,
     compute_dtype: str | None = None,
+    tolerance: float | None = None,
 ) -> SecondMoments:
     """Second moments of some layers' keys over a corpus, or over the model's default corpus.
 
@@ -67,6 +69,9 @@ def estimate_moments(
         cache: read and write the cache.
         compute_dtype: of the forward passes, by :func:`kedit.models.compute_copy.compute_dtype`; another one than the model's runs
             on a copy of the model. The sums stay in float32 (float64 for a float64 model).
+        tolerance: read the texts in a random order (seeded), and stop before ``tokens`` where reading twice as much changed the
+            direction C⁻¹k of ordinary keys by less than this share (the median of 64 keys, in every layer); 0.5 is a good
+            value. ``None``: read all. Layers of a mixture of experts, and several processes, read all.
 
     Raises:
         ConfigError: there is no default corpus for this model, or the corpus is empty; a number is out of range.
@@ -76,19 +81,28 @@ def estimate_moments(
         raise ConfigError(f"tokens must be at least 1, not {tokens!r}.")
     if not 0 <= ridge < float("inf"):
         raise ConfigError(f"ridge must be a finite number of at least 0, not {ridge!r}.")
+    if tolerance is not None and not 0 < tolerance < float("inf"):
+        raise ConfigError(f"tolerance must be a positive number or None, not {tolerance!r}.")
     wanted = sorted({arch.check_layer(layer) for layer in layers})
     texts = as_corpus(corpus, arch.model)
     budget = tokens if tokens is not None else KEYS_PER_DIMENSION * max(map(arch.memory_width, wanted))
     dtype = dtype_for(arch, compute_dtype)
-    paths = _cache_paths(arch, tokenizer, texts, budget, ridge, wanted, dtype) if cache and texts.key else {}
-    moments = {layer: moment for layer, path in paths.items() if (moment := _read(path)) is not None}
     group = current_group()
+    if group.size > 1 or any(arch.experts(layer) is not None for layer in wanted):
+        tolerance = None
+    paths: dict[int, Path] = {}
+    if cache and texts.key:
+        paths = _cache_paths(arch, tokenizer, texts, budget, ridge, wanted, dtype, tolerance)
+    moments = {layer: moment for layer, path in paths.items() if (moment := _read(path)) is not None}
     missing = sorted({layer for each in group.gather([i for i in wanted if i not in moments]) for layer in each})
     if missing:
         logger.info("Second moments of layers %s from %s tokens of %s.", missing, f"{budget:,}", texts.name)
         checkpoint = _checkpoint_path([paths[layer] for layer in missing], group) if paths else None
         running = _running_in(arch, dtype)
-        for layer, accumulator in accumulate(running, tokenizer, missing, texts, budget, checkpoint).items():
+        settling = None
+        if tolerance is not None:  # short enough to begin again after an interruption
+            settling, checkpoint = Settling(tolerance, max(map(arch.memory_width, missing)), ridge), None
+        for layer, accumulator in accumulate(running, tokenizer, missing, texts, budget, checkpoint, settling).items():
             made = accumulator.moment(layer, ridge)
             moments[layer] = replace(made, matrix=made.matrix.cpu())  # as one that is read from the cache
             if layer in paths and group.leads:
@@ -116,11 +130,13 @@ def accumulate(
     texts: Iterable[str],
     budget: int,
     checkpoint: Path | None = None,
+    settling: Settling | None = None,
 ) -> dict[int, Accumulator]:
     """Run ``budget`` tokens of ``texts`` up to the highest layer and sum k kᵀ of every layer.
 
     With a ``checkpoint`` the sums are kept there every minute and when interrupted; the next call goes on from them
     with the same result. Of several processes each runs its share of the batches, and all return the sums of all.
+    With ``settling`` the texts are read in a random order, and not on when it finds the sums good enough.
     """
     group = current_group()
     sums: dict[int, Accumulator] = {}
@@ -141,7 +157,12 @@ def accumulate(
         torch.no_grad(),
         Progress(budget, "second moments", "token") as bar,
     ):
-        for number, rows in enumerate(_batches(tokenizer, texts, budget, context_limit(arch.model))):
+        limit = context_limit(arch.model)
+        if settling is None:
+            batches = _batches(tokenizer, texts, budget, limit)
+        else:  # rows of similar length among few, so that the first batches hold all lengths
+            batches = _batches(tokenizer, shuffled(texts), budget, limit, together=1)
+        for number, rows in enumerate(batches):
             ids, mask = pad(rows)
             if number < done or number % group.size != group.rank:
                 seen += int(mask.sum())
@@ -156,6 +177,8 @@ def accumulate(
                     total.route(*tokens)
                 else:
                     total.add(*tokens)
+                    if settling is not None:
+                        settling.see(layer, *tokens)
                 if layer == top:
                     raise StopForward
 
@@ -169,6 +192,9 @@ def accumulate(
             told = True
             seen += int(mask.sum())
             bar.advance(int(mask.sum()))
+            if settling is not None and settling.reached(sums, seen):
+                logger.info("%s tokens are enough; %s were allowed.", f"{seen:,}", f"{budget:,}")
+                return sums
     if seen == 0:
         raise ConfigError("The corpus for the second moments holds no text.")
     if seen < budget:
@@ -231,9 +257,9 @@ def _reading(arch: ModelArch, layers: Sequence[int], collect: Callable[..., None
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], budget: int, limit: int | None
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], budget: int, limit: int | None, together: int = 4
 ) -> Iterator[list[list[int]]]:
-    """Token rows of similar length in batches, ``budget`` tokens in all; long documents are cut into pieces.
+    """Token rows of similar length, among so many batches, in batches; ``budget`` tokens in all, long documents in pieces.
 
     Two rows make two batches at least, so that there are halves to compare.
     """
@@ -249,7 +275,7 @@ def _batches(
             buffer.append(piece)
             buffered += len(piece)
             budget -= len(piece)
-        if buffered >= 4 * TOKENS_PER_BATCH or budget <= 0:
+        if buffered >= together * TOKENS_PER_BATCH or budget <= 0:
             yield from _by_length(buffer, halve=first)
             buffer, buffered, first = [], 0, False
         if budget <= 0:
@@ -285,10 +311,13 @@ def _cache_paths(
     ridge: float,
     layers: Sequence[int],
     dtype: torch.dtype,
+    tolerance: float | None = None,
 ) -> dict[int, Path]:
     parts = [VERSION, model_fingerprint(arch.model), tokenizer_fingerprint(tokenizer), texts.key, budget, ridge]
     if dtype != arch.dtype:
         parts.append(str(dtype))
+    if tolerance is not None:
+        parts.append(f"tolerance {float(tolerance)}")
     paths = {}
     for layer in layers:
         content = json.dumps([*parts, layer])
