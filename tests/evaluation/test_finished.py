@@ -13,7 +13,7 @@ from test_eval_runner import make, make_cases, weights
 
 import kedit
 from kedit.cli import main
-from kedit.errors import ConfigError, DependencyError, PatchMismatchError
+from kedit.errors import ConfigError, DependencyError, EditError, PatchMismatchError
 from kedit.evaluation import EvalReport, evaluate
 
 EXTENT = {"texts": ["It was a cold day."], "attention": True}
@@ -124,6 +124,38 @@ def test_rows_hold_prompts_answers_and_scores(tmp_path, monkeypatch):
         report.to_frame()
     with pytest.raises(ConfigError, match="of is 'probes' or 'metrics'"):
         report.rows("cases")
+
+
+def test_parquet_files_hold_the_rows(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    model, tok, editor = make()
+    report = evaluate(model, tok, make_cases(2), editor, generate=2, attention=True)
+    for of in ("probes", "metrics"):
+        path = report.to_parquet(tmp_path / f"{of}.parquet", of)
+        table, rows = parquet.read_table(path), report.rows(of)
+        assert table.column_names == list(dict.fromkeys(name for row in rows for name in row))
+        assert table.to_pylist() == [{**dict.fromkeys(table.column_names), **row} for row in rows]
+    assert str(parquet.read_schema(tmp_path / "probes.parquet").field("failure").type) == "string"
+    with pytest.raises(EditError, match="it is a folder"):
+        report.to_parquet(tmp_path)
+    with pytest.raises(ConfigError, match="of is 'probes' or 'metrics'"):
+        report.to_parquet(tmp_path / "x.parquet", "cases")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.parquet", "probes.parquet"]
+
+
+def test_parquet_on_the_command_line(tmp_path, capsys, monkeypatch):
+    words = ["eval", "--cases", "1", "--editor", "ft", "--set", "steps=1", "--no-exact", "--parquet"]
+    assert main(words) == 1
+    assert "Give --out DIR" in capsys.readouterr().err
+    monkeypatch.setattr(kedit.evaluation.report, "find_spec", lambda name: None)
+    assert main([*words, "--out", str(tmp_path / "run")]) == 1
+    assert "kedit[tables]" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert parquet.read_table(tmp_path / "run" / "metrics.parquet").num_rows > 3
+    assert parquet.read_table(tmp_path / "run" / "probes.parquet").num_rows > 3
 
 
 def test_records_of_older_versions_are_read(tmp_path):

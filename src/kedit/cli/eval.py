@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kedit.cli import common
 from kedit.errors import ConfigError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_TEXTS = 200  # of which the first 512 tokens are read
 SETTINGS = "config.yaml"
+PARQUET: dict[str, Literal["probes", "metrics"]] = {"probes.parquet": "probes", "metrics.parquet": "metrics"}
 RESULTS = ("report.html", "summary.md", "summary.json", "probes.csv")
 HELP = "evaluate edits of a model"
 
@@ -68,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-exact", action="store_true", help="skip the metrics that need greedy decoding")
     common.add_chat(parser, "the edits and all probes")
     parser.add_argument("--out", metavar="DIR", help="folder for records, summary and HTML page")
+    parser.add_argument(
+        "--parquet", action="store_true", help=f"also write {' and '.join(PARQUET)} to --out (needs pyarrow)"
+    )
     common.add_force(parser)
 
 
@@ -77,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from kedit.evaluation import evaluate
     from kedit.evaluation.cases import in_chat
     from kedit.evaluation.journal import RUN
+    from kedit.evaluation.report import check_parquet
     from kedit.utils.distributed import current_group
 
     finished = bool(args.patch or args.base)
@@ -84,9 +89,15 @@ def run(args: argparse.Namespace) -> int:
         _check_finished(args)
     if args.unedited and (args.regularizer or args.gamma is not None):
         raise ConfigError("--unedited leaves nothing to regularize. Drop it, or --regularizer.")
+    if args.parquet:
+        if not args.out:
+            raise ConfigError("--parquet writes its files to the folder of --out. Give --out DIR, too.")
+        check_parquet()
     if args.out:
         goes_on = (Path(args.out) / RUN).is_file()
-        common.check_folder(args.out, "--out", RESULTS, force=goes_on or args.force)
+        common.check_folder(
+            args.out, "--out", [*RESULTS, *(PARQUET if args.parquet else ())], force=goes_on or args.force
+        )
         check_settings_file(Path(args.out) / SETTINGS)
     patch = _patch(args.patch) if args.patch else None
     cases = common.load_cases(args, 200) if args.data or patch is None else common.cases_of(patch)
@@ -119,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
     )
     common.say(report.to_markdown().removesuffix("\n"))
     if args.out and current_group().leads:
+        for name, rows in PARQUET.items() if args.parquet else ():
+            report.to_parquet(Path(args.out) / name, rows)
         settings = common.keep_settings(args, Path(args.out) / SETTINGS, editor, regularizers)
         common.say("", f"report: {Path(args.out) / 'report.html'}", settings)
     return 0

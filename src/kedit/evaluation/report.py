@@ -8,15 +8,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from kedit.edit import json_lines
-from kedit.errors import DependencyError, EditError
+from kedit.errors import DependencyError, EditError, PatchError
 from kedit.evaluation.journal import make_folder, write_text
 from kedit.evaluation.metrics import METRICS, Metric, chosen
 from kedit.evaluation.records import CaseRecord
 from kedit.evaluation.statistics import Estimate, Floats, case_weights, difference
+from kedit.utils.files import write_whole
 from kedit.utils.registry import import_target
 from kedit.utils.validation import check_choice
 
@@ -140,7 +142,7 @@ class EvalReport:
             import pandas
         except ImportError as error:
             raise DependencyError(
-                "to_frame() needs pandas: pip install pandas. rows() gives the same as a list."
+                'to_frame() needs pandas: pip install pandas, or pip install "kedit[tables]". rows() gives the same as a list.'
             ) from error
         return pandas.DataFrame(self.rows(of))
 
@@ -153,6 +155,38 @@ class EvalReport:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
+
+    def to_parquet(self, path: str | Path, of: Literal["probes", "metrics"] = "probes") -> Path:
+        """Write the rows as a Parquet file, which pandas, polars and DuckDB read; needs the package pyarrow.
+
+        Args:
+            path: the new file; an existing one is replaced.
+            of: which rows, as for :meth:`rows`.
+
+        Returns:
+            The path.
+
+        Raises:
+            DependencyError: pyarrow is not installed.
+            EditError: the file cannot be written.
+        """
+        check_parquet()
+        import pyarrow
+        from pyarrow import parquet
+
+        rows = self.rows(of)
+        names = dict.fromkeys(name for row in rows for name in row)
+
+        def write(file: IO[bytes]) -> None:
+            columns = {name: pyarrow.array([row.get(name) for row in rows]) for name in names}
+            # A column without any value gets a type too, so that the files of several runs can be read as one.
+            empty = {name: column.cast("string") for name, column in columns.items() if column.type == pyarrow.null()}
+            parquet.write_table(pyarrow.table({**columns, **empty}), file)
+
+        try:
+            return write_whole(Path(path), write)
+        except PatchError as error:
+            raise EditError(str(error)) from error
 
     def summary(self) -> dict[str, Any]:
         """The whole report but for the records, as JSON values."""
@@ -248,6 +282,14 @@ class EvalReport:
             METRICS[name].label: show(self.estimates[name]["after"]) for name in self.estimates if name in _SHORT
         }
         return f"EvalReport({self.title}: {', '.join(f'{label} {text}' for label, text in labelled.items())})"
+
+
+def check_parquet() -> None:
+    """Raise ``DependencyError`` where Parquet files cannot be written."""
+    if find_spec("pyarrow") is None:
+        raise DependencyError(
+            'A Parquet file needs pyarrow. Install it with pip install "kedit[tables]", or take probes.csv (to_csv()).'
+        )
 
 
 _MEASURED_BY = {
