@@ -33,6 +33,20 @@ def test_peft_gives_the_edited_models_logits(tmp_path, kind, ranks):
 
 
 @pytest.mark.parametrize("kind", TYPES)
+def test_transformers_loads_the_adapter_without_peftmodel(tmp_path, kind):
+    """``model.load_adapter`` on the base model, which the docs' page on serving shows."""
+    edited, plain = model(kind), model(kind)
+    patch = patch_for(edited, {0: 1, 1: None, 4: 2})
+    folder = patch.to_peft(tmp_path / "adapter", edited)
+    patch.apply(edited)
+    before = logits(plain)
+    plain.load_adapter(str(folder))
+    assert type(plain) is type(edited)
+    assert torch.allclose(logits(plain), logits(edited), rtol=0, atol=1e-5)
+    assert not torch.allclose(before, logits(edited), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", TYPES)
 def test_in_bfloat16_the_adapter_is_as_near_as_the_dtype_allows(tmp_path, kind):
     """The edited weight is rounded once, the adapter's branch apart from it: equal up to the dtype's precision."""
     edited, plain = model(kind, dtype=torch.bfloat16), model(kind, dtype=torch.bfloat16)
