@@ -12,7 +12,7 @@ import kedit
 from kedit.cli import main
 from kedit.cli.ui import server as serving
 from kedit.cli.ui.server import HEADER, Server
-from kedit.cli.ui.session import Session
+from kedit.cli.ui.session import Session, _Running
 from kedit.errors import ArchitectureError
 
 FACT = {"prompt": "{} works as a", "subject": "Hulqui Gossam", "target_new": "pilot"}
@@ -104,6 +104,47 @@ def test_the_edit_that_waits_is_undone(server, ask):
     assert ask("/ask", {"prompt": "Hulqui Gossam works as a"})[1] == answer
     assert ask("/undo")[0] == 400
     assert ask("/undo", {"number": 7})[0] == 400
+
+
+@pytest.mark.parametrize("where", ["second moments", "optimisation steps", "checking", "last"])
+def test_a_cancelled_edit_leaves_the_model_as_it_was(server, ask, monkeypatch, where):
+    before, seen, told = weights(server), [], []
+    watch, finish = _Running.watch, _Running.finish
+
+    def cancel():
+        assert ask("/state")[1]["busy"]
+        seen.append(ask("/progress")[1]["progress"])
+        assert ask("/cancel")[:2] == (200, {"progress": "cancelling"})
+
+    def watched(self, what, done, total):
+        try:
+            watch(self, what, done, total)
+        finally:
+            told.append((what, done))
+            late = where != "checking" or ("optimisation steps", 0) in told  # it checks before and after it writes
+            if what == where and late and not seen and done == (3 if where == "optimisation steps" else 0):
+                cancel()
+
+    def finished(self):
+        if where == "last":
+            cancel()
+        finish(self)
+
+    monkeypatch.setattr(_Running, "watch", watched)
+    monkeypatch.setattr(_Running, "finish", finished)
+    monkeypatch.setenv("KEDIT_CACHE", "/nonexistent/kedit")  # so that the second moments are estimated
+    status, state, _ = ask("/edit", FACT)
+    assert (status, state["cancelled"], state["pending"], state["kept"]) == (200, True, None, [])
+    assert len(seen) == 1
+    assert where == "last" or seen[0].startswith(f"{where}: ")
+    assert all(map(torch.equal, before, weights(server)))
+    assert not kedit.Ledger.of(server.session.model).owners
+    assert ask("/progress")[1] == {"progress": None}
+    assert ask("/cancel")[0] == 400
+    monkeypatch.undo()
+    status, state, _ = ask("/edit", FACT)  # the same session goes on
+    assert (status, "cancelled" in state) == (200, False)
+    assert state["pending"]["probability"][1] > 0.5
 
 
 def test_the_page_has_no_foreign_part_and_tells_its_token_to_its_reader_alone(server, ask):

@@ -101,9 +101,10 @@ class ValueEditor(Editor):
         """Second moments of :attr:`moment_layers`; estimated on first use."""
         if self._moments is None:
             layers, ridge, dtype = self.moment_layers, presets.ridge(self.arch) or RIDGE, self.config.compute_dtype
-            self._moments = SecondMoments({})
+            moments = SecondMoments({})
             if layers:
-                self._moments = estimate_moments(self.arch, self.tokenizer, layers, ridge=ridge, compute_dtype=dtype)
+                moments = estimate_moments(self.arch, self.tokenizer, layers, ridge=ridge, compute_dtype=dtype)
+            self._moments = moments  # not before: an interrupted estimate must begin again
         return self._moments
 
     @moments.setter

@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import ClassVar
 
 from tqdm.auto import tqdm
 
 logger = logging.getLogger("kedit")
+
+Watcher = Callable[[str, int, "int | None"], None]
+
+_watcher: ContextVar[Watcher | None] = ContextVar("kedit_watcher", default=None)
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Inside, this thread tells ``watcher`` how far its work is: what is done, how many units of it, and of how many.
+
+    An exception that the watcher raises ends the work there, as Ctrl-C would: an edit leaves every weight as it was.
+    """
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def tell(what: str, done: int, total: int | None) -> None:
+    """Tell the watcher, if there is one, how far the work is."""
+    if (watcher := _watcher.get()) is not None:
+        watcher(what, done, total)
 
 
 class Progress:
@@ -37,6 +63,7 @@ class Progress:
         """``steps`` more units are done."""
         self._bar.update(steps)
         self._done += steps
+        tell(self._what, self._done, self._total)
         if self._bar.disable and self.shown and time.monotonic() - self._line >= self.seconds_per_line:
             self._line = time.monotonic()
             self._log(self._line - self._start)
@@ -54,6 +81,7 @@ class Progress:
         self._bar.set_postfix({name: str(value) for name, value in values.items()})
 
     def __enter__(self) -> Progress:
+        tell(self._what, self._done, self._total)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from kedit.errors import NonFiniteError
 from kedit.regularizers.base import ForwardRecord, Regularizer, is_adaptive, score
-from kedit.utils.progress import Progress
+from kedit.utils.progress import Progress, tell
 from kedit.values.adam import Adam
 from kedit.values.adaptive_weights import AdaptiveWeights
 from kedit.values.forward import Runner, check_gradient
@@ -122,7 +122,9 @@ def optimize(
     lazy = len(names) == len(regularizers) and bool(runner.needs.attention or runner.needs.keys)
     plateau = Plateau(len(state.delta), state.delta.detach())
     with runner.installed():
-        for step in range(objective.steps * max(state.facts.tolist())):
+        steps = objective.steps * max(state.facts.tolist())
+        for step in range(steps):
+            tell("optimisation steps", step, steps)
             watched = step == 0 or adaptive is None or not lazy or adaptive.any_reached(state.active)
             runner.pause_capture(not watched)
             terms = state.run(step, objective, regularizers if watched else ())

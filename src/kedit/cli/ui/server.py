@@ -144,6 +144,8 @@ _ACTIONS: dict[str, Callable[[Session, dict[str, Any]], dict[str, Any] | bytes]]
     "/state": lambda session, _: session.state(),
     "/load": lambda session, asked: session.load(str(asked.get("name") or "").strip() or None),
     "/edit": lambda session, asked: session.edit(asked),
+    "/progress": lambda session, _: session.progress(),
+    "/cancel": lambda session, _: session.cancel(),
     "/keep": lambda session, _: session.keep(),
     "/undo": lambda session, asked: session.undo(asked.get("number")),
     "/ask": lambda session, asked: session.ask(asked.get("prompt") or "", chat=asked.get("chat") is True),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kedit.edit import Edit
 from kedit.errors import ConfigError, EditError
+from kedit.utils.progress import watching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,38 @@ QUESTIONS, LENGTH = 10, 20  # asked beside the edit's prompt at most, and tokens
 
 class BusyError(ConfigError):
     """Another request is at work on the model."""
+
+
+class CancelledError(KeyboardInterrupt):
+    """The user cancelled the edit; like Ctrl-C, no part of the engine takes it for an error of its own."""
+
+
+class _Running:
+    """An edit that is being written: how far it is, and whether to end it."""
+
+    def __init__(self) -> None:
+        self.text = "starting"
+        self._mutex = threading.Lock()
+        self._cancelled = self._finished = False
+
+    def watch(self, what: str, done: int, total: int | None) -> None:
+        """Note how far the work is; raises :class:`CancelledError` once the user cancelled."""
+        self.text = f"{what}: {done:,}" + ("" if total is None else f" of at most {total:,}")
+        if self._cancelled:
+            raise CancelledError
+
+    def cancel(self) -> bool:
+        """End the edit at its next step; ``False`` where it is finished already."""
+        with self._mutex:
+            self._cancelled = not self._finished
+            return self._cancelled
+
+    def finish(self) -> None:
+        """From here on the edit cannot be cancelled; raises :class:`CancelledError` where it was."""
+        with self._mutex:
+            self._finished = True
+            if self._cancelled:
+                raise CancelledError
 
 
 @dataclass(eq=False)
@@ -58,6 +91,7 @@ class Session:
         self._notes: list[str] = []
         self._kept: list[_Done] = []
         self._pending: _Done | None = None
+        self._running: _Running | None = None
 
     def load(self, name: str | None) -> dict[str, Any]:
         """Take another model; the edits of the one before are dropped with it. If it cannot be loaded, all stays as it was."""
@@ -86,6 +120,8 @@ class Session:
     def edit(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Write an edit into the model; it waits for :meth:`keep` or :meth:`undo`.
 
+        After :meth:`cancel` nothing waits, every weight is as it was, and the state says ``cancelled``.
+
         Args:
             asked: prompt, subject, target_new; ``chat``: whether the prompt is a message; ``questions``: more prompts to ask.
         """
@@ -99,19 +135,44 @@ class Session:
         with self._alone():
             if self._pending is not None:
                 raise EditError("An edit waits to be kept or undone. Do that first.")
-            if self._editor is None:
-                self._editor, self._notes = self._make_editor(self.model, self.tokenizer, self.name)
-            start = time.perf_counter()
-            before = self._look(edit, prompts)
-            result = self._editor.apply(edit, self._regularizers)
+            self._running = running = _Running()
             try:
-                after = self._look(edit, prompts)
-            except BaseException:
-                result.revert()
-                raise
-            self._pending = _Done(edit, result)
-            self._pending.shown = self._show(edit, result, prompts, before, after, time.perf_counter() - start)
+                with watching(running.watch):
+                    self._pending = self._write(edit, prompts, running)
+            except CancelledError:
+                return {**self.state(), "cancelled": True}
+            finally:
+                self._running = None
         return self.state()
+
+    def _write(self, edit: Edit, prompts: Sequence[str], running: _Running) -> _Done:
+        if self._editor is None:
+            running.watch("preparing the editor, once per model", 0, None)
+            self._editor, self._notes = self._make_editor(self.model, self.tokenizer, self.name)
+        start = time.perf_counter()
+        before = self._look(edit, prompts)
+        result = self._editor.apply(edit, self._regularizers)
+        try:
+            done = _Done(edit, result)
+            after = self._look(edit, prompts)
+            done.shown = self._show(edit, result, prompts, before, after, time.perf_counter() - start)
+            running.finish()
+        except BaseException:
+            result.revert()
+            raise
+        return done
+
+    def progress(self) -> dict[str, Any]:
+        """How far the edit that is being written is; ``None`` where there is none."""
+        running = self._running
+        return {"progress": None if running is None else running.text}
+
+    def cancel(self) -> dict[str, Any]:
+        """End the edit that is being written, at its next step; the model stays as it was before it."""
+        running = self._running
+        if running is None or not running.cancel():
+            raise EditError("No edit is being written, so there is nothing to cancel.")
+        return {"progress": "cancelling"}
 
     def keep(self) -> dict[str, Any]:
         """Keep the edit that waits."""
