@@ -97,6 +97,57 @@ MORE: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "opt-normalised": ("opt", {**INSIDE["opt"][1], "do_layer_norm_before": False}),
 }
+# Mixtures with shared experts beside the routed ones, and hybrids: an entry each, and tests of their own
+# (models/test_newer_families.py), as they are combinations of what the types above have.
+_SHARED = {**_LLAMA, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+_FIRST_DENSE = {
+    **_SHARED,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}
+_HYBRID = {
+    **_WIDE,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+}
+_HYBRID_MOE = {
+    **_HYBRID,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 24,
+}
+NEWER: dict[str, tuple[str, dict[str, object]]] = {
+    "deepseek_v2": ("deepseek_v2", {**_FIRST_DENSE, **_LATENT}),
+    "deepseek_v3": ("deepseek_v3", {**_FIRST_DENSE, **_LATENT}),
+    "dots1": ("dots1", {**_FIRST_DENSE, "head_dim": 16}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {**_SHARED, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    ),
+    "glm4_moe": ("glm4_moe", {**_FIRST_DENSE, "head_dim": 16}),
+    "glm4_moe_lite": ("glm4_moe_lite", {**_FIRST_DENSE, **_LATENT}),
+    "qwen2_moe": ("qwen2_moe", {**_SHARED, "num_experts": 4, "shared_expert_intermediate_size": 24}),
+    "qwen3_5_text": ("qwen3_5_text", _HYBRID),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", _HYBRID_MOE),
+    "qwen3_next": ("qwen3_next", _HYBRID_MOE),
+}
 ZOO = {**INSIDE, **OUTSIDE, **MORE}
 EDITABLE = tuple(name for name, (kind, _) in ZOO.items() if kind in ARCHITECTURES)
 """Every type that has an entry, with its variants."""
@@ -110,7 +161,7 @@ EAGER = {"falcon-alibi", "gemma2-softcap"} | (
 
 
 def config_of(name: str, **changes: object) -> object:
-    kind, sizes = ZOO[name]
+    kind, sizes = {**ZOO, **NEWER}[name]
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return AutoConfig.for_model(kind, **{"vocab_size": VOCAB, **special, **sizes, **changes})
 

@@ -127,8 +127,17 @@ class ModelArch:
         return self._part(self.spec.mlp, layer)
 
     def attention(self, layer: int) -> nn.Module:
-        """The attention of a block."""
-        return self._part(self.spec.attention, layer)
+        """The attention of a block; in a hybrid, what stands in its place."""
+        return self._part(self.spec.attention if self.has_attention(layer) else self.spec.mixer, layer)
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether a block has attention; in a hybrid, some blocks keep a recurrent state in its place."""
+        return not self.hybrid or not hasattr(self.block(layer), self.spec.mixer)
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether some blocks keep a recurrent state, so that stored keys and values do not stand for the tokens before."""
+        return bool(self.spec.mixer)
 
     def down(self, layer: int) -> Any:
         """The down-projection of a block's MLP."""
@@ -168,7 +177,10 @@ class ModelArch:
         """The module whose output the site names."""
         if site.kind == "block":
             return self.block(site.layer)
-        return self.mlp(site.layer) if site.kind == "mlp" else self._part(self.spec.attention_out, site.layer)
+        if site.kind == "mlp":
+            return self.mlp(site.layer)
+        out = self.spec.attention_out if self.has_attention(site.layer) else self.spec.mixer_out
+        return self._part(out, site.layer)
 
     def device(self, layer: int) -> torch.device:
         """Device of a block's down-projection."""

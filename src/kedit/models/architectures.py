@@ -19,7 +19,10 @@ class ArchSpec:
         attention_out: the attention's output projection.
         final_norm: the normalisation before the head.
         head: the language-model head.
-        experts: in a mixture of experts, the module that holds the experts' fused tensors; blocks without it have ``down``.
+        experts: in a mixture of experts, the module that holds the experts' fused tensors; blocks without it have ``down``. A
+            shared expert beside them is a part of the MLP's output that editing leaves as it is, like a bias.
+        mixer: in a hybrid, what stands in the attention's place in the other blocks (such as a linear attention).
+        mixer_out: its output projection.
         fused_down: the name of that module's fused down-projections, [E, O, I] or [E, I, O].
         scale: the factor by which the block multiplies the MLP's output before adding it, or the configuration's field
             that holds it.
@@ -35,6 +38,8 @@ class ArchSpec:
     final_norm: str
     head: str = "lm_head"
     experts: str = ""
+    mixer: str = ""
+    mixer_out: str = ""
     fused_down: str = "down_proj"
     scale: float | str = 1.0
     normalised: bool | tuple[str, Any] = False
@@ -59,6 +64,9 @@ _LLAMA = ArchSpec(
 )
 _NORMALISED = replace(_LLAMA, normalised=True)
 _MIXTURE = replace(_LLAMA, experts="mlp.experts")
+_HYBRID = replace(_LLAMA, mixer="linear_attn", mixer_out="linear_attn.out_proj")
+# The text model inside of a vision-language one.
+_INSIDE = replace(_HYBRID, blocks="model.language_model.layers", final_norm="model.language_model.norm")
 # Bloom and MPT add the residual inside the MLP, so what is the MLP's own is the down-projection's output.
 _BLOOM = ArchSpec(
     blocks="transformer.h",
@@ -73,11 +81,17 @@ ARCHITECTURES: dict[str, ArchSpec] = {
     "bloom": _BLOOM,
     "codegen": _GPTJ,
     "cohere": _LLAMA,
+    "deepseek_v2": _MIXTURE,
+    "deepseek_v3": _MIXTURE,
+    "dots1": _MIXTURE,
+    "ernie4_5_moe": _MIXTURE,
     "falcon": replace(_BLOOM, mlp="mlp"),
     "gemma": _LLAMA,
     "gemma2": _NORMALISED,
     "gemma3_text": _NORMALISED,
     "glm4": _NORMALISED,
+    "glm4_moe": _MIXTURE,
+    "glm4_moe_lite": _MIXTURE,
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT2,
     "gpt_neo": replace(_GPT2, attention="attn.attention", attention_out="attn.attention.out_proj"),
@@ -118,8 +132,14 @@ ARCHITECTURES: dict[str, ArchSpec] = {
     "phi": replace(_LLAMA, down="mlp.fc2", attention_out="self_attn.dense", final_norm="model.final_layernorm"),
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2_moe": _MIXTURE,
     "qwen3": _LLAMA,
+    "qwen3_5": _INSIDE,
+    "qwen3_5_moe": replace(_INSIDE, experts="mlp.experts"),
+    "qwen3_5_moe_text": replace(_HYBRID, experts="mlp.experts"),
+    "qwen3_5_text": _HYBRID,
     "qwen3_moe": _MIXTURE,
+    "qwen3_next": replace(_HYBRID, experts="mlp.experts"),
     "smollm3": _LLAMA,
     "stablelm": _LLAMA,
     "starcoder2": replace(_LLAMA, down="mlp.c_proj"),

@@ -375,13 +375,13 @@ _PASSED: WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[float, float]]] = We
 def can_share(arch: ModelArch, tree: PrefixTree, *, packed: bool) -> bool:
     """Whether the model gives the same logits when texts do not repeat what they share.
 
-    It cannot where it lacks the arguments for it. Else the text that branches off last and the longest one are run both
-    ways. The verdict holds for this model, its dtype, its attention and texts that are no longer; longer ones are checked
-    again, and shorter ones of a model that failed: its attention may reach so far.
+    It cannot where it lacks the arguments for it, or keeps a recurrent state. Else the text that branches off last and the
+    longest one are run both ways. The verdict holds for this model, its dtype, its attention and texts that are no longer;
+    longer ones are checked again, and shorter ones of a model that failed: its attention may reach so far.
     """
     model = arch.model
     able = "position_ids" in forward_parameters(model) if packed else cache_name(model) is not None
-    if not tree.shares or not able or arch.compiled:
+    if not tree.shares or not able or arch.compiled or arch.hybrid:
         return False
     numbers = range(len(tree.branches))
     deepest = max(numbers, key=lambda i: (tree.branches[i].depth, len(tree.branches[i].ids)))

@@ -254,7 +254,8 @@ class Runner:
             self._install(stack)
             for layer in self._layers(self.needs.hidden):
                 stack.enter_context(on_output(self.arch.block(layer), partial(self._read_hidden, layer)))
-            layers = sorted({*self._layers(self.needs.attention), *self._layers(self.needs.keys)})
+            wanted = {*self._layers(self.needs.attention), *self._layers(self.needs.keys)}
+            layers = sorted(filter(self.arch.has_attention, wanted))
             if layers:
                 from kedit.capture import capture_attention
 

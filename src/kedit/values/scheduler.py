@@ -41,7 +41,7 @@ class Engine:
     Attributes:
         arch: the model.
         mode: ``"cached"`` runs only what depends on δ, ``"full"`` everything; ``"auto"`` is ``"cached"`` where a check
-            on the model's first wave finds both to agree, and says so where they do not.
+            on the model's first wave finds both to agree, and says so where they do not. Hybrids run everything.
         budget: tokens per wave, padding included. Running out of memory lowers it for good.
         used: the budget of the latest edits, lower where little memory was free; recorded in the patch, as results are
             bit-equal for one budget only.
@@ -216,7 +216,7 @@ class Engine:
 
     def _whole(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
         check_choice("engine.mode", self.mode, get_args(Mode))
-        if self.mode == "full":
+        if self.mode == "full" or self.arch.hybrid:
             return Runner(self.arch, sites, wave, needs)
         first = first_block(self.arch, sites)
         if any(wanted and wanted.start < first for wanted in (needs.attention, needs.hidden, needs.keys)):
