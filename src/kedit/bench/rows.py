@@ -118,6 +118,8 @@ def _gamma(text: str) -> float | str | None:
 def _default(part: Part) -> Any:
     """γ of a regularizer that is made with its defaults; ``None`` where it cannot be."""
     try:
-        return getattr(part.make(), "gamma", None)
+        made = part.make()
     except ConfigError:
         return None
+    given = getattr(made, "gamma", None)
+    return getattr(made, "usual_gamma", None) if given is None else given
