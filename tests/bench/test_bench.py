@@ -240,7 +240,7 @@ def test_rows_say_where_gamma_comes_from():
     assert [row.regularizers()[0].gamma for row in rows[2:5]] == ["auto", 0.5, None]
     assert rows[4].regularizers()[0].factor == 0.25
     assert rows[6].regularizers()[0].select == "all"
-    assert [(item.name, item.gamma) for item in rows[7].regularizers()] == [("relations", 0.25), ("sadr", "auto")]
+    assert [(item.name, item.gamma) for item in rows[7].regularizers()] == [("relations", None), ("sadr", "auto")]
     with pytest.raises(ConfigError, match="more than one"):
         Row.of("sadr+relations:best")
     with pytest.raises(UnknownNameError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from kedit.edit import Edit
+from kedit.edit import SLOT, Edit
 from kedit.errors import EditError
 from kedit.models import ModelArch
 from kedit.prompts.tokenize import (
@@ -56,22 +56,20 @@ class Prompt:
     @property
     def tokens(self) -> tuple[int, ...]:
         """The tokens that the model is fed."""
-        if self.role is Role.REWRITE:
-            return self.row.ids[:-1]
-        return self.row.ids[: self.row.subject_last + 1] if self.role is Role.KL else self.row.ids
+        if self.role is Role.KL:
+            return self.row.ids[: self.row.subject_last + 1]
+        return self.row.ids[:-1] if self.row.labels else self.row.ids
 
     @property
     def last(self) -> int:
         """Position at which regularizers read: the last token of the prompt."""
-        if self.role is Role.REWRITE:
-            return self.row.prompt_last
-        return self.row.subject_last if self.role is Role.KL else len(self.row.ids) - 1
+        return self.row.subject_last if self.role is Role.KL else self.row.prompt_last
 
     @property
     def reads(self) -> list[int]:
         """Positions whose logits are wanted, ascending."""
-        stop = len(self.row.ids) - 1 if self.role is Role.REWRITE else self.last + 1
-        positions = list(range(self.last, stop))
+        count = 1 if self.role is Role.KL else max(1, len(self.row.labels))
+        positions = list(range(self.last, self.last + count))
         return [self.row.subject_last, *positions] if self.subject and self.row.subject_last < self.last else positions
 
 
@@ -85,13 +83,15 @@ class Request:
         edits: the facts, all of one subject.
         rewrite: the first fact's prompt in every context, then the next one's.
         kl: the KL prompt.
-        extra: the regularizers' prompts.
+        extra: the regularizers' prompts; where the target follows them, those of the first fact, then of the next one.
+        extra_facts: how many facts they are of.
     """
 
     edits: tuple[Edit, ...]
     rewrite: tuple[TokenizedPrompt, ...]
     kl: TokenizedPrompt
     extra: tuple[TokenizedPrompt, ...] = ()
+    extra_facts: int = 1
 
     @property
     def edit(self) -> Edit:
@@ -119,7 +119,8 @@ class Request:
         ]
         if not shared:
             rows.append(Prompt(self.kl, edit, 0, Role.KL))
-        return rows + [Prompt(row, edit, i, Role.EXTRA) for i, row in enumerate(self.extra)]
+        each = len(self.extra) // self.extra_facts
+        return rows + [Prompt(row, edit, i % each, Role.EXTRA, i // each) for i, row in enumerate(self.extra)]
 
     @property
     def span(self) -> int:
@@ -139,7 +140,7 @@ def encode_edits(
     requests = []
     for number, edit in enumerate(edits):
         texts = rewrite_texts(edit, contexts, tokenizer)
-        texts += [Text.fill(template, edit.subject) for template in (SUBJECT_PROMPT, *needs.prompts)]
+        texts += [Text.fill(SUBJECT_PROMPT, edit.subject), *_further_texts(edit, needs)]
         texts.append(edit_text(edit, None, tokenizer=tokenizer))
         try:
             rows = encode(tokenizer, texts, limit=limit)
@@ -152,6 +153,15 @@ def encode_edits(
         _warn_of_joint(edit, rows[0], rows[-1])
         requests.append(Request((edit,), tuple(rows[:count]), rows[count], tuple(rows[count + 1 : -1])))
     return requests
+
+
+def _further_texts(edit: Edit, needs: Needs) -> list[Text]:
+    """The regularizers' prompts for an edit."""
+    target = edit.target_new if needs.targets else None
+    sentence = Text.fill(edit.prompt, SLOT, edit.target_new).string.rstrip()
+    sentence += "" if sentence[-1] in ".!?" else "."
+    prompts = [*needs.prompts, *(f"{sentence} {edit.prompt.replace(SLOT, other)}" for other in needs.neighbours)]
+    return [Text.fill(prompt, edit.subject, target) for prompt in prompts]
 
 
 def _warn_of_joint(edit: Edit, whole: TokenizedPrompt, alone: TokenizedPrompt) -> None:
@@ -175,11 +185,17 @@ def join_subjects(requests: Sequence[Request]) -> list[Request]:
         alike = by_subject.setdefault(request.edit.subject, [])
         if all((request.edit.question, request.edit.target_new) != (e.edit.question, e.edit.target_new) for e in alike):
             alike.append(request)
-    return [
-        replace(
-            alike[0],
-            edits=tuple(edit for request in alike for edit in request.edits),
-            rewrite=tuple(row for request in alike for row in request.rewrite),
-        )
-        for alike in by_subject.values()
-    ]
+    return [_joined(alike) for alike in by_subject.values()]
+
+
+def _joined(requests: Sequence[Request]) -> Request:
+    """One request of those of one subject."""
+    first = requests[0]
+    own = any(row.labels for row in first.extra)  # each fact's target follows the regularizers' prompts
+    return replace(
+        first,
+        edits=tuple(edit for request in requests for edit in request.edits),
+        rewrite=tuple(row for request in requests for row in request.rewrite),
+        extra=tuple(row for request in requests for row in request.extra) if own else first.extra,
+        extra_facts=sum(request.extra_facts for request in requests) if own else 1,
+    )

@@ -15,6 +15,7 @@ from kedit.regularizers.base import Needs as Needs
 from kedit.regularizers.base import Regularizer as Regularizer
 from kedit.regularizers.base import blocks_from as blocks_from
 from kedit.regularizers.key_norm import KeyNorm as KeyNorm
+from kedit.regularizers.neighbours import Neighbours as Neighbours
 from kedit.regularizers.relations import Relations as Relations
 from kedit.utils.registry import Registry, import_file
 
@@ -23,6 +24,7 @@ REGULARIZERS: Registry[Any] = Registry(
     {
         "sadr": "kedit.regularizers.sadr:SADR",
         "key_norm": "kedit.regularizers.key_norm:KeyNorm",
+        "neighbours": "kedit.regularizers.neighbours:Neighbours",
         "relations": "kedit.regularizers.relations:Relations",
     },
 )

@@ -38,6 +38,9 @@ class Needs:
         logits: whether the logits at the last prompt token are wanted.
         prompts: further prompts about the edit's subject, one ``{}`` each; they run beside the edit's own prompts,
             and what is captured of them stands in ``ForwardRecord.extra``.
+        neighbours: other subjects. For each, a prompt runs in which the edited sentence comes first and then the edit's prompt
+            about the other subject; their numbers in ``ForwardRecord.extra`` follow those of ``prompts``.
+        targets: whether the edit's target follows the further prompts; ``Activations.target_nll`` then has its NLL.
     """
 
     attention: range = range(0)
@@ -45,12 +48,18 @@ class Needs:
     keys: range = range(0)
     logits: bool = False
     prompts: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
+    targets: bool = False
 
     def __post_init__(self) -> None:
-        """Check the prompts."""
+        """Check the prompts and the other subjects."""
         if isinstance(self.prompts, str) or any(p.count("{}") != 1 for p in self.prompts):
             raise ConfigError(
                 f"Needs.prompts is a tuple of texts with one '{{}}' each, the place of the subject; found {self.prompts!r}."
+            )
+        if isinstance(self.neighbours, str) or any(not name.strip() or "{}" in name for name in self.neighbours):
+            raise ConfigError(
+                f"Needs.neighbours is a tuple of other subjects, each a text without '{{}}'; found {self.neighbours!r}."
             )
 
     def __or__(self, other: Needs) -> Needs:
@@ -61,7 +70,17 @@ class Needs:
             keys=_cover(self.keys, other.keys),
             logits=self.logits or other.logits,
             prompts=tuple(dict.fromkeys((*self.prompts, *other.prompts))),
+            neighbours=tuple(dict.fromkeys((*self.neighbours, *other.neighbours))),
+            targets=self.targets or other.targets,
         )
+
+    def numbers_in(self, asked: Needs) -> list[int]:
+        """The numbers that the further prompts have among those of ``asked``."""
+        after = len(asked.prompts)
+        return [
+            *(asked.prompts.index(prompt) for prompt in self.prompts),
+            *(after + asked.neighbours.index(subject) for subject in self.neighbours),
+        ]
 
 
 def mean_by_edit(values: Tensor, edit: Tensor, num_edits: int) -> Tensor:
@@ -83,6 +102,7 @@ class Activations:
         hidden: by block, [P, H].
         keys: by block, [P, A / G, D]: attention keys of the subject's last token, after rotary embedding.
         logits: [P, V], or ``None`` if nobody asked.
+        target_nll: [P], mean NLL of the target's tokens after each further prompt in nats, or ``None`` if nobody asked.
     """
 
     edit: Tensor
@@ -92,6 +112,7 @@ class Activations:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     keys: Mapping[int, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
+    target_nll: Tensor | None = None
 
     def mean_per_edit(self, values: Tensor, num_edits: int) -> Tensor:
         """Mean of one value per prompt [P] over the prompts of each edit: [E]."""
@@ -105,6 +126,7 @@ class Activations:
             hidden={layer: rows.detach() for layer, rows in self.hidden.items()},
             keys={layer: keys.detach() for layer, keys in self.keys.items()},
             logits=None if self.logits is None else self.logits.detach(),
+            target_nll=None if self.target_nll is None else self.target_nll.detach(),
         )
 
     def take(self, prompts: Tensor) -> Activations:
@@ -118,6 +140,7 @@ class Activations:
             hidden={layer: rows[prompts] for layer, rows in self.hidden.items()},
             keys={layer: keys[prompts] for layer, keys in self.keys.items()},
             logits=None if self.logits is None else self.logits[prompts],
+            target_nll=None if self.target_nll is None else self.target_nll[prompts],
         )
 
     def keep_edits(self, keep: Tensor, num_edits: int) -> Activations:
@@ -135,6 +158,7 @@ class Activations:
             hidden={layer: rows for layer, rows in self.hidden.items() if layer in needs.hidden},
             keys={layer: keys for layer, keys in self.keys.items() if layer in needs.keys},
             logits=self.logits if needs.logits else None,
+            target_nll=self.target_nll if needs.targets else None,
         )
 
     def keep_contexts(self, keep: Sequence[int]) -> Activations:
@@ -181,7 +205,7 @@ class ForwardRecord:
         """The activations that ``needs`` names, of those captured for ``asked``; extra prompts are numbered as in ``needs``."""
         if needs == asked:
             return self
-        extra = self.extra.keep_contexts([asked.prompts.index(prompt) for prompt in needs.prompts])
+        extra = self.extra.keep_contexts(needs.numbers_in(asked))
         return replace(self, rewrite=self.rewrite.only(needs), extra=extra.only(needs))
 
     def keep_edits(self, keep: Tensor) -> ForwardRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,12 +68,13 @@ class ChunkedForward(Runner):
         with torch.no_grad():
             self._leaves = self._passes(delta)
         logits, *captured = (leaf.requires_grad_() for leaf in self._leaves)
-        by_kind: dict[str, dict[int, Tensor]] = {kind: {} for kind in _KINDS}
+        by_kind: dict[str, Any] = {kind: {} for kind in _KINDS}
         for (kind, layer), tensor in zip(self._captured_names, captured, strict=True):
             by_kind[kind][layer] = tensor
         layout = self._layout
-        last = logits[self.reads.last] if self.needs.logits else None
-        rows = Activations(edit=layout.edit, context=layout.context, subject=layout.column, logits=last, **by_kind)
+        rows = Activations(
+            edit=layout.edit, context=layout.context, subject=layout.column, **self.read_logits(logits), **by_kind
+        )
         return logits, rows, self._initial_value
 
     def _passes(self, delta: Tensor) -> list[Tensor]:

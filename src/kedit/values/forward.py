@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from kedit.errors import CaptureError, UnsupportedError
 from kedit.models import ModelArch, Site
@@ -79,6 +80,10 @@ class Reads:
         bare: whether it belongs to a bare prompt.
         subject: [E], the positions that end the KL prompts.
         last: [P], the position of each prompt at which regularizers read.
+        further: the positions that predict target tokens after the regularizers' prompts; the next three belong to these.
+        further_label: the token to predict.
+        further_prompt: its prompt.
+        further_weight: 1 / (tokens of the target).
     """
 
     target: Tensor
@@ -88,6 +93,10 @@ class Reads:
     bare: Tensor
     subject: Tensor
     last: Tensor
+    further: Tensor
+    further_label: Tensor
+    further_prompt: Tensor
+    further_weight: Tensor
 
     @classmethod
     def of(cls, wave: Wave, device: torch.device) -> Reads:
@@ -99,9 +108,13 @@ class Reads:
         bare: list[bool] = []
         subject: list[int] = []
         last: list[int] = []
+        further: list[int] = []
+        further_label: list[int] = []
+        further_prompt: list[int] = []
+        further_weight: list[float] = []
         contexts = Counter((prompt.edit, prompt.fact) for prompt in wave.prompts if prompt.role is Role.REWRITE)
         count = 0
-        for prompt in wave.prompts:
+        for number, prompt in enumerate(wave.prompts):
             first = count + prompt.reads.index(prompt.last)
             last.append(first)
             if prompt.role is Role.REWRITE:
@@ -111,6 +124,12 @@ class Reads:
                 edit += [prompt.edit] * len(labels)
                 weight += [1 / (len(labels) * contexts[prompt.edit, prompt.fact])] * len(labels)
                 bare += [prompt.context == 0] * len(labels)
+            elif prompt.role is Role.EXTRA and prompt.row.labels:
+                labels = prompt.row.labels
+                further += range(first, first + len(labels))
+                further_label += labels
+                further_prompt += [number] * len(labels)
+                further_weight += [1 / len(labels)] * len(labels)
             if prompt.role is Role.KL or prompt.subject:
                 subject.append(count)
             count += len(prompt.reads)
@@ -126,6 +145,10 @@ class Reads:
             tensor(bare, torch.bool),
             tensor(subject),
             tensor(last),
+            tensor(further),
+            tensor(further_label),
+            tensor(further_prompt),
+            tensor(further_weight, torch.float64),
         )
 
 
@@ -293,7 +316,6 @@ class Runner:
             self._capture.columns = layout.column if self.needs.keys else None
         logits = self.arch.logits(layout.keep, **layout.inputs)
         attention, keys = self._captured()
-        last = logits[self.reads.last] if self.needs.logits else None
         rows = Activations(
             edit=layout.edit,
             context=layout.context,
@@ -301,9 +323,21 @@ class Runner:
             attention=attention,
             hidden={layer: hidden.to(self.device) for layer, hidden in self._hidden.items()},
             keys=keys,
-            logits=last,
+            **self.read_logits(logits),
         )
         return logits, rows, self._initial_values()
+
+    def read_logits(self, logits: Tensor) -> dict[str, Any]:
+        """What regularizers ask for of the logits [N, V], as fields of ``Activations``."""
+        read: dict[str, Any] = {}
+        if self.needs.logits:
+            read["logits"] = logits[self.reads.last]
+        if self.needs.targets:
+            reads = self.reads
+            rows = logits[reads.further].to(torch.promote_types(logits.dtype, torch.float32))
+            nll = cross_entropy(rows, reads.further_label, reduction="none") * reads.further_weight.to(rows)
+            read["target_nll"] = nll.new_zeros(len(self.wave.prompts)).index_add(0, reads.further_prompt, nll)
+        return read
 
     def backward_chunks(self) -> None:
         """Called after the backward pass of what :meth:`run` gave, to get the gradient to δ where that has not happened."""

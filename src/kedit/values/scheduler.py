@@ -26,6 +26,7 @@ from kedit.values.chunked_forward import ChunkedForward
 from kedit.values.forward import Runner, Wave
 from kedit.values.memory import Footprint, UnitCosts
 from kedit.values.optimize import Objective, Values, optimize
+from kedit.values.split_forward import SplitForward
 
 if TYPE_CHECKING:
     from kedit.prompts.encode import Request
@@ -191,6 +192,8 @@ class Engine:
         return self._footprint(sites, runner)
 
     def _footprint(self, sites: Sequence[Site], runner: Runner) -> Footprint:
+        if isinstance(runner, SplitForward):
+            runner = runner.whole
         wave, needs = runner.wave, runner.needs
         # What a token costs depends on how many it attends to, so lengths that differ by more are measured anew.
         length = round(math.log(runner.width + runner.prefix, 1.2))
@@ -212,7 +215,9 @@ class Engine:
         """
         whole = self._whole(sites, wave, needs)
         rows = max(1, self.used // whole.width)
-        return ChunkedForward(whole, rows) if wave.num_edits == 1 and rows < len(wave.prompts) else whole
+        if wave.num_edits == 1 and rows < len(wave.prompts):
+            return ChunkedForward(whole, rows)
+        return SplitForward(whole) if SplitForward.pays(whole) else whole
 
     def _whole(self, sites: Sequence[Site], wave: Wave, needs: Needs) -> Runner:
         check_choice("engine.mode", self.mode, get_args(Mode))
