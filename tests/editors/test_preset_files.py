@@ -6,6 +6,8 @@ import logging
 import pytest
 
 import kedit
+from kedit.cli import _parser
+from kedit.cli.common import make_editor
 from kedit.editors import presets
 from kedit.errors import ConfigError
 from kedit.models import ModelArch
@@ -43,6 +45,14 @@ def test_given_by_hand_then_the_file_then_the_folder_then_the_cache_then_kedit(c
     assert kedit.get_editor("rome", loaded, tok, preset=str(file), steps=5).config.steps == 5
     assert kedit.ROME(loaded, tok, kedit.ROME.Config(layers=2, steps=6), preset=file).config.steps == 6
     assert kedit.MEMIT(loaded, tok).config.layers == presets.layer_span_rule(ModelArch(loaded))
+
+
+@pytest.mark.parametrize("command", ["edit", "eval", "drift", "report"])
+def test_commands_that_make_an_editor_take_a_file(tmp_path, command):
+    file = saved(tmp_path / "mine.json", steps=4)
+    args = _parser().parse_args([command, "--preset", str(file), "--set", "clamp=3"])
+    editor = make_editor(args, tiny_model("gpt2"), tokenizer())
+    assert (editor.config.steps, editor.config.clamp) == (4, 3)
 
 
 def test_the_cache_is_of_these_weights_and_knows_them_under_edits(cache):
