@@ -82,7 +82,7 @@ def calibrate(
 ) -> Calibration:
     """Choose an editor's hyper-parameters for a model by edits of development cases; the model is unedited afterwards.
 
-    Coordinate by coordinate (:data:`~kedit.calibration.candidates.STAGES`), every candidate edits a third of the cases, each
+    Coordinate by coordinate (:data:`~kedit.calibration.names.STAGES`), every candidate edits a third of the cases, each
     alone on the unedited model; the best third of the candidates, and the present value, edit the others too.
     :data:`kedit.calibration.choice.RULE` says what is best.
     Every finished part is kept in ``work``, so that an interrupted call goes on when it is repeated, and one with more cases too.
