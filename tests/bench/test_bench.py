@@ -286,7 +286,7 @@ def test_a_cure_is_claimed_only_with_es_and_ps():
     for worse in (report_of(dns=80.0, es=50.0), report_of(dns=80.0, ps=90.0)):
         assert "is no cure" in verdict(worse, plain)
         assert "wins back" not in verdict(worse, plain)
-    assert "not clear of 0" in verdict(report_of(dns=32.5), plain)
+    assert "does not clearly win back anything" in verdict(report_of(dns=32.5), plain)
     # ES that the plain editor does not reach either is not asked for
     assert "wins back" in verdict(report_of(dns=70.0, es=95.0), report_of(dns=30.0, es=95.0))
 

@@ -11,7 +11,18 @@ import kedit
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(kedit.__file__).parent
-PACKAGES = ["capture", "data", "editors", "embedded", "evaluation", "models", "patch", "regularizers", "sequential"]
+PACKAGES = [
+    "bench",
+    "capture",
+    "data",
+    "editors",
+    "embedded",
+    "evaluation",
+    "models",
+    "patch",
+    "regularizers",
+    "sequential",
+]
 LISTED = Counter(
     name
     for page in sorted((ROOT / "docs" / "reference").glob("*.md"))

@@ -40,7 +40,7 @@ def markdown(experiment: Experiment, about: Sequence[str] = ()) -> str:
     for (name, label), report in experiment.reports.items():
         cells = [cell(report.estimates[metric]["after"]) if metric in report.estimates else "–" for metric in shown]
         rows.append([name, label, gamma_text(experiment, name, label), *cells, f"{seconds_per_edit(report):.1f}"])
-    lines = ["# Editors and regularizers", "", *_about(experiment, about), "", *_table(rows), ""]
+    lines = ["# Editors and regularizers", "", "\n\n".join(_about(experiment, about)), "", *_table(rows), ""]
     differences = list(_differences(experiment))
     if differences:
         heads = ["", *(METRICS[name].label for name in FIVE), "lost DNS won back", "lost RS won back"]
@@ -188,14 +188,17 @@ def _verdict(label: str, report: EvalReport, plain: EvalReport) -> str:
     beside = f"ES {value(report, 'es'):.1f} (without: {value(plain, 'es'):.1f})"
     if "ps" in report.estimates:
         beside += f", PS {cell(report.compare(plain, ['ps'])['ps'], '+')}"
-    parts = []
-    for metric in ("dns", "rs"):
-        share = won_back(plain, report, metric)
-        if share is not None:
-            clear = "" if share.low is not None and share.low > 0 else " (not clear of 0)"
-            parts.append(f"{share.text(0, unit='%')} of the lost {METRICS[metric].label}{clear}")
+    shares = {metric: won_back(plain, report, metric) for metric in ("dns", "rs")}
+    found = {metric: share for metric, share in shares.items() if share is not None}
+    clear = [metric for metric, share in found.items() if share.low is not None and share.low > 0]
+    parts = [
+        f"{share.text(0, unit='%')} of the lost {METRICS[metric].label}{'' if metric in clear else ' (not clear of 0)'}"
+        for metric, share in found.items()
+    ]
     if not parts:
         return f"{label}: {beside}."
+    if not clear:
+        return f"{label} does not clearly win back anything: {' and '.join(parts)}, at {beside}."
     if qualifies(report, plain):
         return f"{label} wins back {' and '.join(parts)}, at {beside}."
     limits = f"ES {LEAST_ES:g} or the editor's own, PS at most {LOST_PS:g} points lower"
@@ -234,11 +237,11 @@ def sweep_markdown(sweep: Sweep, about: Sequence[str] = ()) -> str:
         cells.append(f"{balance(report):.1f}")
         cells.append("**best**" if point == best else cell(sweep.against_best(point), "+"))
         rows.append([*map(text, point), *cells, f"{seconds_per_edit(report):.1f}"])
-    lines = [f"# Sweep of {sweep.editor}{added}", "", *model_and_machine(sweep.suite), *about]
-    lines.append(f"{len(sweep.cases)} development edits, each alone; in brackets: 95% bootstrap intervals by case.")
+    said = [*model_and_machine(sweep.suite), *about]
+    said.append(f"{len(sweep.cases)} development edits, each alone; in brackets: 95% bootstrap intervals by case.")
     if len(sweep.reports) < len(sweep.points):
-        lines.append(f"**Unfinished: {len(sweep.reports)} of {len(sweep.points)} points.** The same command goes on.")
-    lines += ["", *_table(rows), ""]
+        said.append(f"**Unfinished: {len(sweep.reports)} of {len(sweep.points)} points.** The same command goes on.")
+    lines = [f"# Sweep of {sweep.editor}{added}", "", "\n\n".join(said), "", *_table(rows), ""]
     if best is not None:
         lines += [f"- {sentence}" for sentence in _best(sweep, best)]
     return "\n".join(lines).rstrip() + "\n"
