@@ -62,26 +62,34 @@ def tradeoff(experiment: Experiment, across: str = ACROSS, up: str = UP) -> Figu
 
 @styled
 def sweep_lines(sweep: Sweep) -> Figure:
-    """A panel per metric over the values of the first key, a line per combination of the others; a star marks the best point."""
+    """A panel per metric over the values of the first key that varies, a line per combination of the others.
+
+    A star marks the best point.
+    """
     from matplotlib.figure import Figure
 
+    varied = [number for number, values in enumerate(sweep.grid.values()) if len(values) > 1] or [0]
+    across, others = varied[0], varied[1:]
     metrics = [name for name in FIVE if any(name in report.estimates for report in sweep.reports.values())]
-    values = list(next(iter(sweep.grid.values())))
+    values = list(sweep.grid[sweep.keys[across]])
     figure = Figure(figsize=(1.5 + 2.6 * len(metrics), 4.2), layout="constrained")
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    lines = list(dict.fromkeys(point[1:] for point in sweep.reports))
+    lines = list(dict.fromkeys(tuple(point[i] for i in others) for point in sweep.reports))
+    names = [sweep.keys[i] for i in others]
     best = sweep.best()
     for axis, metric in zip(axes, metrics, strict=True):
         for number, rest in enumerate(lines):
             points = [
-                point for point in sweep.reports if point[1:] == rest and metric in sweep.reports[point].estimates
+                point
+                for point, report in sweep.reports.items()
+                if tuple(point[i] for i in others) == rest and metric in report.estimates
             ]
             found = [sweep.reports[point][metric] for point in points]
-            places = [values.index(point[0]) + 0.06 * number for point in points]
+            places = [values.index(point[across]) + 0.06 * number for point in points]
             centre = [one.value for one in found]
             low = [one.value - (one.value if one.low is None else one.low) for one in found]
             high = [(one.value if one.high is None else one.high) - one.value for one in found]
-            label = ", ".join(f"{key}={text(value)}" for key, value in zip(sweep.keys[1:], rest, strict=True))
+            label = ", ".join(f"{key}={text(value)}" for key, value in zip(names, rest, strict=True))
             colour = COLOURS[number % len(COLOURS)]
             axis.errorbar(places, centre, yerr=[low, high], marker="o", color=colour, elinewidth=0.8, label=label)
             if best in points:
@@ -89,10 +97,10 @@ def sweep_lines(sweep: Sweep) -> Figure:
                 axis.plot(places[place], centre[place], marker="*", markersize=16, color=colour)
         axis.set_title(METRICS[metric].label)
         axis.set_xticks(range(len(values)), list(map(text, values)))
-        axis.set_xlabel(sweep.keys[0])
+        axis.set_xlabel(sweep.keys[across])
         axis.grid(color="#dddddd")
     axes[0].set_ylabel("%")
-    if len(sweep.keys) > 1:
+    if others:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
     return figure

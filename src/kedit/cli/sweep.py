@@ -1,10 +1,9 @@
-r"""Try hyper-parameters of an editor on development cases, every combination of the given values.
+"""Try hyper-parameters of an editor on development cases, every combination of the given values.
 
 Examples:
   kedit sweep --set layers=0,1,2 --out sweep
   kedit sweep --model DIR --data counterfact.json --moments-corpus wikitext.txt --set layers=3,5,8 --set clamp=1,2,4 --out sweep
-  kedit sweep --model DIR --data counterfact.json --moments-corpus wikitext.txt --editor memit --regularizer sadr \
-      --set layers=[3,4,5],[4,5,6] --set gamma=auto,0.1,1 --by dns --out sweep
+  kedit sweep --editor memit --regularizer sadr --set layers=[0,1],[0,1,2] --set gamma=auto,0.1,1 --by dns --out sweep
 
 Values have commas between them; a value that is a list has brackets. gamma is γ of the regularizers, sadr.select a field of one.
 Among the points with ES of at least 99, the best one has the best balance, the harmonic mean of ES, PS, NS, RS and DNS, or the best
