@@ -330,6 +330,8 @@ def test_the_time_that_is_left():
     clock.finish("rome sadr", 5, 50.0)
     assert clock.seconds() == pytest.approx(30 + 15 * 10)
     assert clock.text() == "about 3 min left"
+    clock.finish("rome sadr", 5, 50.0, planned=False)
+    assert clock.seconds() == pytest.approx(30 + 15 * 10)
 
 
 def test_kept_cases_are_the_same_and_are_chosen_anew_where_anything_differs(place, tmp_path):

@@ -131,7 +131,9 @@ class Experiment:
         if not done:
             logger.info("%s: %d %s cases; %s.", label, len(cases), half, clock.text())
         report = self.suite.run(editor, regularizers, cases, **options)
-        clock.finish(kind, len(cases), sum(report.seconds.values()) - report.seconds.get("prepare", 0.0))
+        seconds = sum(report.seconds.values()) - report.seconds.get("prepare", 0.0)
+        planned = cases is self.held_out or gamma is None or gamma in self.gammas
+        clock.finish(kind, len(cases), seconds, planned=planned)
         return report
 
     @staticmethod

@@ -21,11 +21,12 @@ class TimeLeft:
         self._seconds: dict[str, float] = {}
         self._cases: dict[str, int] = {}
 
-    def finish(self, kind: str, cases: int, seconds: float) -> None:
-        """A run is finished that took so many seconds; one that was not planned counts for the others' estimate alone."""
+    def finish(self, kind: str, cases: int, seconds: float, *, planned: bool = True) -> None:
+        """A run is finished that took so many seconds; one that was not planned only tells how long others take."""
         self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
         self._cases[kind] = self._cases.get(kind, 0) + cases
-        self.left[kind] = max(0, self.left.get(kind, 0) - cases)
+        if planned:
+            self.left[kind] = max(0, self.left.get(kind, 0) - cases)
 
     def seconds(self) -> float | None:
         """Seconds that are left; kinds of which no run is finished count as the mean of the others. ``None`` before the first."""

@@ -69,12 +69,11 @@ class Progress:
             self._log(self._line - self._start)
 
     def _log(self, seconds: float) -> None:
-        if self._total is None or not self._done:
-            logger.info("%s: %s %ss done.", self._what, f"{self._done:,}", self._unit)
-            return
-        left = seconds * max(0, self._total - self._done) / self._done
-        numbers = f"{self._done:,} of {self._total:,}"
-        logger.info("%s: %s %ss done, about %s left.", self._what, numbers, self._unit, duration(left))
+        numbers = f"{self._done:,}" if self._total is None else f"{self._done:,} of {self._total:,}"
+        left = ""
+        if self._total is not None and self._done:
+            left = f", about {duration(seconds * max(0, self._total - self._done) / self._done)} left"
+        logger.info("%s: %s %ss done%s.", self._what, numbers, self._unit, left)
 
     def note(self, **values: object) -> None:
         """Show running values behind the bar."""
