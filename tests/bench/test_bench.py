@@ -20,6 +20,7 @@ from kedit.errors import ConfigError, UnknownNameError
 from kedit.evaluation import EditCase, EvalReport, Kind, Probe, known_cases, split_by_subject
 from kedit.evaluation.probing import EvalOptions, ProbeScorer
 from kedit.evaluation.records import CaseRecord, CaseScore, ProbeScore
+from kedit.evaluation.statistics import Estimate
 from kedit.prompts.likelihood import Answer
 from tiny_models import tiny_model, tokenizer
 
@@ -320,6 +321,19 @@ def test_gamma_is_looked_for_beyond_the_grid_and_ties_go_to_the_smallest():
     assert (found.gamma, found.mark, ran) == (0.01, "", [0.001, 0.01, 50.0])
     found = choose_gamma(lambda gamma: report_of(es=0.0), plain, grid, larger, smaller)
     assert (found.gamma, found.mark) == (0.001, "†")
+
+
+def test_where_the_score_is_0_the_mean_of_its_parts_decides():
+    class Scoreless:
+        """A report whose Score is 0 because RS is."""
+
+        def __init__(self, dns):
+            shown = {"es": 100.0, "ps": 100.0, "rs": 0.0, "dns": dns, "score": 0.0}
+            self.estimates = {name: {"after": Estimate(found, None, None, 1, 1)} for name, found in shown.items()}
+
+    found = choose_gamma(lambda gamma: Scoreless(30.0 + 10 * (gamma == 1.0)), Scoreless(20.0), (0.1, 1.0, 5.0))
+    assert found.gamma == 1.0
+    assert choose_gamma(lambda gamma: Scoreless(30.0), Scoreless(20.0), (0.1, 1.0, 5.0)).gamma == 0.1
 
 
 def test_the_time_that_is_left():

@@ -39,8 +39,11 @@ def value(report: EvalReport, name: str) -> float:
 
 def balance(report: EvalReport) -> float:
     """The Score (harmonic mean of the five successes), or the mean of those of its parts that there are."""
-    if "score" in report.estimates:
-        return value(report, "score")
+    return value(report, "score") if "score" in report.estimates else mean_of_parts(report)
+
+
+def mean_of_parts(report: EvalReport) -> float:
+    """The mean of those of the five successes that there are; it decides between runs of equal Score, which is 0 if one part is."""
     parts = [value(report, name) for name in FIVE if name in report.estimates]
     return sum(parts) / len(parts)
 
@@ -64,6 +67,8 @@ def choose_gamma(
 ) -> GammaChoice:
     """The γ with the best balance among those that qualify; of equal ones the smallest, and the smallest of all where none does.
 
+    Balances are equal where the mean of the five successes is too: the Score is 0 wherever one of them is.
+
     Args:
         run: evaluates a γ on the development cases.
         plain: the editor without the regularizer on the same cases.
@@ -72,14 +77,16 @@ def choose_gamma(
         smaller: tried one by one while the smallest so far is the best and better than no regularizer, or none qualifies.
     """
     tried: dict[float, tuple[float, bool]] = {}
+    means: dict[float, float] = {}
 
     def attempt(gamma: float) -> None:
         report = run(gamma)
         tried[gamma] = (balance(report), qualifies(report, plain))
+        means[gamma] = mean_of_parts(report)
 
     def best() -> float | None:
         good = [gamma for gamma, (_, enough) in tried.items() if enough]
-        return max(good, key=lambda gamma: (tried[gamma][0], -gamma), default=None)
+        return max(good, key=lambda gamma: (tried[gamma][0], means[gamma], -gamma), default=None)
 
     for gamma in gammas:
         attempt(gamma)
@@ -89,7 +96,9 @@ def choose_gamma(
         attempt(gamma)
     for gamma in smaller:
         chosen = best()
-        if chosen is not None and (chosen != min(tried) or tried[chosen][0] <= balance(plain)):
+        if chosen is not None and (
+            chosen != min(tried) or (tried[chosen][0], means[chosen]) <= (balance(plain), mean_of_parts(plain))
+        ):
             break
         attempt(gamma)
     chosen = best()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kedit.bench.choice import FIVE, LEAST_ES, balance, value
+from kedit.bench.choice import FIVE, LEAST_ES, balance, mean_of_parts, value
 from kedit.bench.experiment import CHUNK
 from kedit.bench.progress import TimeLeft
 from kedit.bench.suite import Suite
@@ -126,7 +126,11 @@ class Sweep:
             return None
         least = min(LEAST_ES, max(value(report, "es") for report in self.reports.values()))
         good = [point for point, report in self.reports.items() if value(report, "es") >= least]
-        return max(good, key=lambda point: (self.score(self.reports[point]), -self.points.index(point)))
+        return max(good, key=self._rank)
+
+    def _rank(self, point: Point) -> tuple[float, float, int]:
+        report = self.reports[point]
+        return self.score(report), mean_of_parts(report), -self.points.index(point)
 
     def against_best(self, point: Point) -> Estimate | None:
         """The paired difference of a point's score to the best one's, with its interval."""
