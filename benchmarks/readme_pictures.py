@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from benchmarks.bench_half import known_cases
 
@@ -48,17 +47,16 @@ def measure(args: argparse.Namespace) -> tuple[DriftResult, DriftResult]:
 
 
 def drift_picture(rome: DriftResult, sadr: DriftResult):
-    """Head × block maps of the change of the weight on the subject; the title counts it."""
-    gains = [result.map("gain") for result in (rome, sadr)]
-    most = np.unravel_index(np.argmax(gains[0]), gains[0].shape)
-    figure = figures.drift_maps([rome, sadr], "gain")
+    """Head × block maps of the change of the weight on the subject; the title counts what SADR does about it."""
+    gain = rome.map("gain")
+    turned = [rome.layers[block] for block in range(len(gain)) if gain[block].max() > gain.max() / 2]
     drift = rome.against(sadr)
     less = 1 - drift["other"].value / drift["here"].value
-    figure.suptitle(
-        f"ROME turns heads to the edited subject (most: block {rome.layers[most[0]]}, head {most[1]});\n"
-        f"SADR takes {100 * less:.0f}% of the drift of these heads away",
-        x=0.01,
-        ha="left",
+    figure = figures.drift_maps([rome, sadr], "gain")
+    titled(
+        figure,
+        f"{len(rome.of(rome.main_kind))} edits: heads of blocks {min(turned)} to {max(turned)} turn to the edited subject;\n"
+        f"SADR takes away {100 * less:.0f}% of the drift of the heads that over-attend",
     )
     print(f"{len(rome.of(rome.main_kind))} probes; {rome.comparison(sadr)}")
     return figure
@@ -71,14 +69,18 @@ def attention_picture(rome: DriftResult, sadr: DriftResult):
     states = {"before the edit": probe.map_before, "ROME": probe.map_after, "ROME + SADR": twin.map_after}
     figure = figures.attention_maps(probe, states)
     chances = [f"{100 * chance:.0f}%" for chance in (probe.right_before, probe.right_after, twin.right_after)]
-    figure.suptitle(
+    titled(
+        figure,
         f"Probability of the right answer “{probe.right}”: {chances[0]} before the edit,\n"
         f"{chances[1]} after ROME, {chances[2]} after ROME with SADR",
-        x=0.01,
-        ha="left",
     )
     print(f"{probe.prompt!r} → {probe.right!r}, case {probe.case}: {', '.join(chances)}")
     return figure
+
+
+def titled(figure, text: str) -> None:
+    """Put the finding above a figure."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=17)
 
 
 if __name__ == "__main__":
