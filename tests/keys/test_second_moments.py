@@ -1,6 +1,7 @@
 """Second moments: the plain sum over all tokens, cached by content, and honest about what they saw."""
 
 import logging
+import random
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from kedit import SecondMoments
 from kedit.errors import ConfigError, KEditWarning, NonFiniteError, SingularMomentError
 from kedit.keys.estimate import accumulate, cache_folder, estimate_moments
 from kedit.keys.second_moment import RIDGE, Accumulator, Moment
+from kedit.keys.settling import shuffled
 from kedit.models import ModelArch
 from kedit.models.hooks import on_input
 from tiny_models import MODEL_TYPES, tiny_model, tokenizer
@@ -421,3 +423,50 @@ def test_in_half_precision_they_are_close_and_kept_apart(tmp_path, monkeypatch):
         one, other = exact[layer].matrix, half[layer].matrix
         assert other.dtype == one.dtype
         assert 0 < float((one - other).norm() / one.norm()) < 0.05
+
+
+def settling_from(texts, tolerance, arch, tok, **options):
+    return estimate_moments(arch, tok, [1, 3], texts, tokens=4000, tolerance=tolerance, **options)
+
+
+@pytest.fixture
+def long_texts(setting, monkeypatch):
+    monkeypatch.setattr("kedit.keys.estimate.TOKENS_PER_BATCH", 50)
+    _, arch, tok, texts = setting
+    words, generator = " ".join(texts).split(), random.Random(0)
+    return [" ".join(generator.choices(words, k=12)) for _ in range(400)], arch, tok
+
+
+def test_text_is_read_until_directions_settle(long_texts, cache):
+    texts, arch, tok = long_texts
+    loose = settling_from(texts, 0.9, arch, tok)
+    tight = settling_from(texts, 0.2, arch, tok)
+    whole = settling_from(texts, None, arch, tok)
+    assert 2 * 5 * 80 <= loose[1].tokens < tight[1].tokens < whole[1].tokens == 4000
+    assert loose[1].tokens == loose[3].tokens
+    probes = torch.randn(8, 80, generator=torch.Generator().manual_seed(0))
+    off = [1 - torch.cosine_similarity(m.whiten(1, probes), whole.whiten(1, probes)).mean() for m in (loose, tight)]
+    assert off[1] < off[0]
+    assert len(list(cache.iterdir())) == 6, "each is kept apart"
+    assert torch.equal(settling_from(texts, 0.9, arch, tok, cache=False)[1].matrix, loose[1].matrix)
+
+
+def test_a_short_corpus_ends_before_it_settles(long_texts):
+    texts, arch, tok = long_texts
+    few = settling_from(texts[:40], 1e-9, arch, tok, cache=False)
+    assert few[1].tokens < 4000
+
+
+@pytest.mark.parametrize("tolerance", [0, -1.0, float("nan"), float("inf")])
+def test_no_tolerance(setting, tolerance):
+    _, arch, tok, texts = setting
+    with pytest.raises(ConfigError, match="tolerance must be a positive number or None"):
+        estimate_moments(arch, tok, [1], texts, tolerance=tolerance)
+
+
+def test_shuffled_texts_are_all_texts_in_a_seeded_order(monkeypatch):
+    monkeypatch.setattr("kedit.keys.settling.SHUFFLED", 4)
+    texts = [str(number) for number in range(10)]
+    order = list(shuffled(texts))
+    assert order == list(shuffled(iter(texts))) != texts
+    assert [sorted(order[i : i + 4]) for i in (0, 4, 8)] == [texts[i : i + 4] for i in (0, 4, 8)]

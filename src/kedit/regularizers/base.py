@@ -226,7 +226,7 @@ class Regularizer(Protocol):
     Write a class with these members and pass an object of it: ``editor.apply(edit, regularizer=Mine())``.
     A dataclass field left ``None`` may be filled from the editor's presets. A regularizer with the attribute ``adaptive =
     True`` returns penalties that need no factor: the optimisation finds the least penalty among the values that say the target
-    (:class:`kedit.values.adaptive_weights.AdaptiveWeights`).
+    (:class:`kedit.values.adaptive_weights.AdaptiveWeights`). It may be asked only at step 0 and once some target is said.
     """
 
     @property

@@ -67,7 +67,7 @@ class Values:
         delta: δ, [E, S, H].
         initial: v₀, the sites' output on the bare prompt before the edit, [E, S, H].
         log: per edit and step: step, total, nll, kl, weight_decay and one column per regularizer; with adaptive ones also
-            ``weight`` and their penalties before it, ``NAME_raw``.
+            ``weight`` and, where they were computed, their penalties before it, ``NAME_raw``.
         known: per edit, whether the model said the target before the edit.
     """
 
