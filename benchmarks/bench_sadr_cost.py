@@ -1,8 +1,8 @@
 """Time SADR edits against plain ones: ``python -m benchmarks.bench_sadr_cost --model DIR --data FILE --corpus FILE``.
 
-ROME on CounterFact cases that the model answers correctly, one thread. Every edit is made in turn without a regularizer, with SADR
-as it ends by itself, with SADR to its last step and, for the first ``--gammas`` cases, with a fixed γ. The probes of the case are
-scored after both SADR edits. The table is written anew after every case.
+ROME on CounterFact cases that the model answers correctly, one thread. Every edit is made in turn without a regularizer and with
+SADR as it ends by itself; the first ``--gammas`` cases also with a fixed γ, and the first ``--full`` with SADR to its last step,
+where the probes of the case are scored after both SADR edits. The table is written anew after every case.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ def table(names: list[str], made: dict[str, list[Made]], found: dict[str, list[d
             f"{statistics.mean(drifts):.0%}" if drifts else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if not found[FULL]:
+        return lines
     weights = case_weights(len(found[SADR]))
     lines += ["", f"| {len(found[SADR])} cases | {' | '.join(SHORT.values())} |", "|---|---|---|---|---|"]
     tallies = {
@@ -122,6 +124,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=5)
     parser.add_argument("--gamma", type=float, default=0.5)
     parser.add_argument("--gammas", type=int, default=5, help="cases that are also edited with this γ")
+    parser.add_argument("--full", type=int, default=24, help="cases that are also edited to the last step, and scored")
     parser.add_argument("--dtype", default="bfloat16", help="compute_dtype")
     parser.add_argument("--out", type=Path, default=RESULTS / "sadr_cost.md")
     args = parser.parse_args()
@@ -140,12 +143,13 @@ def main() -> None:
     found: dict[str, list[dict[Kind, list[float]]]] = defaultdict(list)
     make(editor, cases[0], "sadr")  # warms up, and checks the model
     for number, case in enumerate(cases):
-        names = [name for name in runs if name != fixed or number < args.gammas]
+        most = {fixed: args.gammas, FULL: args.full}
+        names = [name for name in runs if number < most.get(name, args.cases)]
         scorer = ProbeScorer(model, tokenizer, EvalOptions(exact=False), [case])
         for name in names if number % 2 else reversed(names):
             one, patch = make(editor, case, runs[name], full=name == FULL)
             made[name].append(one)
-            if name in (SADR, FULL):
+            if name in (SADR, FULL) and number < args.full:
                 found[name].append(hits(scorer, model, patch, case))
         print(number, {name: (made[name][-1].steps, round(made[name][-1].cpu, 1)) for name in names}, flush=True)
         lines = [
