@@ -60,7 +60,7 @@ class Settling:
             self._directions[layer] = along
         if changes:
             logger.info("At %s tokens, doubling the text changed directions by %.2f.", f"{tokens:,}", max(changes))
-        return bool(changes) and max(changes) < self.tolerance
+        return len(changes) == len(self._probes) and max(changes) < self.tolerance
 
 
 def shuffled(texts: Iterable[str]) -> Iterator[str]:
