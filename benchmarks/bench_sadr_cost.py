@@ -1,8 +1,8 @@
 """Time SADR edits against plain ones: ``python -m benchmarks.bench_sadr_cost --model DIR --data FILE --corpus FILE``.
 
-ROME on CounterFact cases that the model answers correctly, one thread. Every edit is made in turn without a regularizer and with
-SADR as it ends by itself; the first ``--gammas`` cases also with a fixed γ, and the first ``--full`` with SADR to its last step,
-where the probes of the case are scored after both SADR edits. The table is written anew after every case.
+ROME on CounterFact cases that the model answers correctly, one thread. Every edit is made with SADR as it ends by itself; in turn
+with it the first ``--timed`` cases without a regularizer, the first ``--gammas`` with a fixed γ, the first ``--full`` with SADR to
+its last step, where the probes of the case are scored after both SADR edits. The table is written anew after every case.
 """
 
 from __future__ import annotations
@@ -79,16 +79,17 @@ def hits(scorer: ProbeScorer, model, patch: kedit.EditPatch, case: EditCase) -> 
 
 def table(names: list[str], made: dict[str, list[Made]], found: dict[str, list[dict[Kind, list[float]]]]) -> list[str]:
     """The rows of time and of quality."""
-    lines = [
-        "| | steps | seconds | ratio to a plain edit | CPU ratio | drift left |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
+    if made[PLAIN]:
+        lines += ["| | steps | seconds | ratio to a plain edit | CPU ratio | drift left |", "|---|---|---|---|---|---|"]
     for name in names:
         edits = made[name]
         pairs = list(zip(edits, made[PLAIN], strict=False))
         ratios = [one.seconds / plain.seconds for one, plain in pairs]
         cpu = [one.cpu / plain.cpu for one, plain in pairs]
         drifts = [one.drift for one in edits if one.drift is not None]
+        if not pairs:  # not timed
+            continue
         cells = [
             name,
             f"{statistics.median(one.steps for one in edits):.0f} ({', '.join(str(one.steps) for one in edits)})",
@@ -101,15 +102,22 @@ def table(names: list[str], made: dict[str, list[Made]], found: dict[str, list[d
     if not found[FULL]:
         return lines
     weights = case_weights(len(found[SADR]))
-    lines += ["", f"| {len(found[SADR])} cases | {' | '.join(SHORT.values())} |", "|---|---|---|---|---|"]
+    lines += ["", f"| {len(found[SADR])} cases | {' | '.join(SHORT.values())} | steps | drift left |", "|" + 7 * "---|"]
     tallies = {
         name: {kind: Tally.of([[100 * hit for hit in case[kind]] for case in found[name]]) for kind in SHORT}
         for name in (SADR, FULL)
     }
     for name, own in tallies.items():
-        lines.append(f"| {name} | {' | '.join(cell(estimate([own[kind]], weights)) for kind in SHORT)} |")
+        edits = made[name][: len(found[SADR])]
+        drifts = [one.drift for one in edits if one.drift is not None]
+        cells = [cell(estimate([own[kind]], weights)) for kind in SHORT]
+        cells += [
+            f"{statistics.mean(one.steps for one in edits):.0f}",
+            f"{statistics.mean(drifts):.0%}" if drifts else "–",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     paired = [difference([tallies[SADR][kind]], [tallies[FULL][kind]], weights) for kind in SHORT]
-    lines.append(f"| difference | {' | '.join(cell(value, '+') for value in paired)} |")
+    lines.append(f"| difference | {' | '.join(cell(value, '+') for value in paired)} | | |")
     return lines
 
 
@@ -124,6 +132,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=5)
     parser.add_argument("--gamma", type=float, default=0.5)
     parser.add_argument("--gammas", type=int, default=5, help="cases that are also edited with this γ")
+    parser.add_argument("--timed", type=int, default=24, help="cases that are also edited without a regularizer")
     parser.add_argument("--full", type=int, default=24, help="cases that are also edited to the last step, and scored")
     parser.add_argument("--dtype", default="bfloat16", help="compute_dtype")
     parser.add_argument("--out", type=Path, default=RESULTS / "sadr_cost.md")
@@ -143,7 +152,7 @@ def main() -> None:
     found: dict[str, list[dict[Kind, list[float]]]] = defaultdict(list)
     make(editor, cases[0], "sadr")  # warms up, and checks the model
     for number, case in enumerate(cases):
-        most = {fixed: args.gammas, FULL: args.full}
+        most = {PLAIN: args.timed, fixed: args.gammas, FULL: args.full}
         names = [name for name in runs if number < most.get(name, args.cases)]
         scorer = ProbeScorer(model, tokenizer, EvalOptions(exact=False), [case])
         for name in names if number % 2 else reversed(names):
@@ -155,7 +164,7 @@ def main() -> None:
         lines = [
             "# What SADR adds to the cost of an edit",
             "",
-            f"ROME on {len(made[PLAIN])} CounterFact cases that {Path(args.model).name} answers correctly, up to 4",
+            f"ROME on {len(made[SADR])} CounterFact cases that {Path(args.model).name} answers correctly, up to 4",
             f"neighbours each, {len(contexts)} contexts, passes in {args.dtype}, one thread; every case is edited in all ways in",
             "turn. SADR has no γ unless one is given. Drift left: that of the value that is written, relative to that of the",
             "value that first said the target. Ratios are medians of the pairs (all in brackets); CPU time leaves out what",
