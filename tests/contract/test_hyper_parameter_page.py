@@ -9,7 +9,7 @@ import pytest
 
 from kedit import SADR
 from kedit.editors import EDITORS
-from kedit.regularizers import KeyNorm, Relations
+from kedit.regularizers import KeyNorm, Neighbours, Relations
 
 PAGE = (Path(__file__).parents[2] / "docs" / "hyperparameters.md").read_text("utf-8")
 SHARED = "All editors"
@@ -22,7 +22,7 @@ EDITOR_SECTIONS = {
     "AlphaEdit": "alphaedit",
     "FT-L": "ft",
 }
-REGULARIZERS = {"SADR": SADR, "Key norm": KeyNorm, "Relations": Relations}
+REGULARIZERS = {"SADR": SADR, "Key norm": KeyNorm, "Relations": Relations, "Neighbours": Neighbours}
 REQUIRED = "required"
 
 
