@@ -99,7 +99,7 @@ def table(names: list[str], made: dict[str, list[Made]], found: dict[str, list[d
             f"{statistics.mean(drifts):.0%}" if drifts else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    if not found[FULL]:
+    if len(found[FULL]) < 2:  # no intervals yet
         return lines
     weights = case_weights(len(found[SADR]))
     lines += ["", f"| {len(found[SADR])} cases | {' | '.join(SHORT.values())} | steps | drift left |", "|" + 7 * "---|"]
