@@ -11,6 +11,7 @@ from kedit.embedded import load_world
 from kedit.embedded.cases import world_cases
 from kedit.errors import ConfigError
 from kedit.models import ModelArch
+from kedit.prompts.encode import SPARE
 from kedit.regularizers import Activations, ForwardRecord, Needs, Neighbours, Relations
 from tiny_models import CONTEXTS, EDITS, moments, tiny_model, tokenizer
 
@@ -67,44 +68,40 @@ def nll(model, prompt, target, words=None):
     return -logs[first - 1 : -1].gather(1, whole[0, first:, None]).mean()
 
 
-def test_the_target_follows_every_further_prompt():
+@pytest.mark.parametrize("others", [OTHERS, ("Paris", EDIT.subject.upper())])
+def test_the_target_follows_the_prompts_about_other_subjects(others):
     model = tiny_model("llama")
-    asked = Needs(prompts=("{} belongs to", "we ask {} and"), neighbours=OTHERS, targets=True)
-    noting = Noting(asked)
+    noting = Noting(Needs(prompts=("{} belongs to", "we ask {} and"), neighbours=others))
     rome(model).propose(EDIT, noting)
-    head = EDIT.prompt.format(EDIT.subject)
-    prompts = [f"{EDIT.subject} belongs to", f"we ask {EDIT.subject} and"]
-    prompts += [f"{head} {EDIT.target_new}. {EDIT.prompt.format(other)}" for other in OTHERS]
-    expected = torch.stack([nll(model, prompt, EDIT.target_new) for prompt in prompts])
+    head = f"{EDIT.prompt.format(EDIT.subject)} {EDIT.target_new}. "
+    named = [SPARE if other == EDIT.subject.upper() else other for other in others]  # another one than the edit's own
+    expected = [nll(model, head + EDIT.prompt.format(other), EDIT.target_new) for other in named]
+    expected = torch.stack([torch.tensor(0.0), torch.tensor(0.0), *expected])
     torch.testing.assert_close(noting.seen[0].extra.target_nll, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_each_of_several_facts_has_its_own_target():
     model = tiny_model("llama")
     facts = [EDIT, kedit.Edit("{} speaks", EDIT.subject, "Berlin")]
-    noting = Noting(Needs(prompts=("{} is",), neighbours=OTHERS[:1], targets=True))
+    noting = Noting(Needs(prompts=("{} is",), neighbours=OTHERS[:1]))
     arch = ModelArch(model)
     layers = (0, 1)
     kept = {layer: moments(arch.weight(layer).matrix.shape[1], layer) for layer in layers}
     memit = kedit.MEMIT(model, tokenizer(), layers=layers, steps=2, moments=kept, contexts=CONTEXTS, clamp=1.0)
     memit.apply(facts, noting).revert()
     extra = noting.seen[0].extra
-    prompts = [f"{EDIT.subject} is" for _ in facts]
-    prompts += [
-        f"{fact.prompt.format(EDIT.subject)} {fact.target_new}. {fact.prompt.format('Paris')}" for fact in facts
-    ]
-    targets = [fact.target_new for fact in facts] * 2
-    expected = torch.stack([nll(model, p, target) for p, target in zip(prompts, targets, strict=True)])
+    prompts = [f"{fact.prompt.format(EDIT.subject)} {fact.target_new}. {fact.prompt.format('Paris')}" for fact in facts]
+    expected = torch.stack([nll(model, p, fact.target_new) for p, fact in zip(prompts, facts, strict=True)])
     order = extra.context.argsort(stable=True)
-    assert extra.edit.tolist() == [0] * 4
-    assert extra.context[order].tolist() == [0, 0, 1, 1]
-    torch.testing.assert_close(extra.target_nll[order], expected, rtol=1e-5, atol=1e-5)
+    assert extra.edit.tolist() == [0] * 3
+    assert extra.context[order].tolist() == [0, 1, 1]
+    torch.testing.assert_close(extra.target_nll[order][1:], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_beside_another_regularizer_each_sees_its_own_prompts():
     seen = {}
     for others in ([], [Relations(gamma=0.0), kedit.SADR(gamma=0.0)]):
-        noting = Noting(Needs(neighbours=OTHERS, targets=True))
+        noting = Noting(Needs(neighbours=OTHERS))
         rome(tiny_model("llama")).propose(EDIT, [*others, noting])
         seen[len(others)] = noting.seen[0].extra
     assert seen[2].context.tolist() == [0, 1]
@@ -131,3 +128,9 @@ def test_a_subject_that_is_not_held_keeps_its_answer_too():
 def test_other_subjects_are_texts(subjects):
     with pytest.raises(ConfigError, match="other subjects"):
         Needs(neighbours=subjects)
+
+
+@pytest.mark.parametrize("subjects", ["Paris", ()])
+def test_subjects_are_a_tuple(subjects):
+    with pytest.raises(ConfigError, match="tuple of texts"):
+        Neighbours(subjects=subjects)

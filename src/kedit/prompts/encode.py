@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 SUBJECT_PROMPT = "{} is a"  # where the model's idea of the subject is held in place (ROME's KL term)
+SPARE = "William Shakespeare"  # in place of another subject that is the edited one
 
 
 class Role(IntEnum):
@@ -83,15 +84,15 @@ class Request:
         edits: the facts, all of one subject.
         rewrite: the first fact's prompt in every context, then the next one's.
         kl: the KL prompt.
-        extra: the regularizers' prompts; where the target follows them, those of the first fact, then of the next one.
-        extra_facts: how many facts they are of.
+        extra: the regularizers' prompts about the subject.
+        neighbours: their prompts about other subjects, of the first fact, then of the next one.
     """
 
     edits: tuple[Edit, ...]
     rewrite: tuple[TokenizedPrompt, ...]
     kl: TokenizedPrompt
     extra: tuple[TokenizedPrompt, ...] = ()
-    extra_facts: int = 1
+    neighbours: tuple[TokenizedPrompt, ...] = ()
 
     @property
     def edit(self) -> Edit:
@@ -119,8 +120,12 @@ class Request:
         ]
         if not shared:
             rows.append(Prompt(self.kl, edit, 0, Role.KL))
-        each = len(self.extra) // self.extra_facts
-        return rows + [Prompt(row, edit, i % each, Role.EXTRA, i // each) for i, row in enumerate(self.extra)]
+        rows += [Prompt(row, edit, i, Role.EXTRA) for i, row in enumerate(self.extra)]
+        each = len(self.neighbours) // len(self.edits)
+        first = len(self.extra)
+        return rows + [
+            Prompt(row, edit, first + i % each, Role.EXTRA, i // each) for i, row in enumerate(self.neighbours)
+        ]
 
     @property
     def span(self) -> int:
@@ -151,17 +156,24 @@ def encode_edits(
             raise type(error)(f"Edit {number}: {error}") from error
         count = len(contexts)
         _warn_of_joint(edit, rows[0], rows[-1])
-        requests.append(Request((edit,), tuple(rows[:count]), rows[count], tuple(rows[count + 1 : -1])))
+        after = count + 1 + len(needs.prompts)
+        extra, neighbours = tuple(rows[count + 1 : after]), tuple(rows[after:-1])
+        requests.append(Request((edit,), tuple(rows[:count]), rows[count], extra, neighbours))
     return requests
 
 
 def _further_texts(edit: Edit, needs: Needs) -> list[Text]:
-    """The regularizers' prompts for an edit."""
-    target = edit.target_new if needs.targets else None
+    """The regularizers' prompts for an edit; those about other subjects with its target."""
     sentence = Text.fill(edit.prompt, SLOT, edit.target_new).string.rstrip()
     sentence += "" if sentence[-1] in ".!?" else "."
-    prompts = [*needs.prompts, *(f"{sentence} {edit.prompt.replace(SLOT, other)}" for other in needs.neighbours)]
-    return [Text.fill(prompt, edit.subject, target) for prompt in prompts]
+    others = [SPARE if other.casefold() == edit.subject.casefold() else other for other in needs.neighbours]
+    return [
+        *(Text.fill(prompt, edit.subject) for prompt in needs.prompts),
+        *(
+            Text.fill(f"{sentence} {edit.prompt.replace(SLOT, other)}", edit.subject, edit.target_new)
+            for other in others
+        ),
+    ]
 
 
 def _warn_of_joint(edit: Edit, whole: TokenizedPrompt, alone: TokenizedPrompt) -> None:
@@ -191,11 +203,9 @@ def join_subjects(requests: Sequence[Request]) -> list[Request]:
 def _joined(requests: Sequence[Request]) -> Request:
     """One request of those of one subject."""
     first = requests[0]
-    own = any(row.labels for row in first.extra)  # each fact's target follows the regularizers' prompts
     return replace(
         first,
         edits=tuple(edit for request in requests for edit in request.edits),
         rewrite=tuple(row for request in requests for row in request.rewrite),
-        extra=tuple(row for request in requests for row in request.extra) if own else first.extra,
-        extra_facts=sum(request.extra_facts for request in requests) if own else 1,
+        neighbours=tuple(row for request in requests for row in request.neighbours),
     )

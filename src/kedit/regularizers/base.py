@@ -38,9 +38,9 @@ class Needs:
         logits: whether the logits at the last prompt token are wanted.
         prompts: further prompts about the edit's subject, one ``{}`` each; they run beside the edit's own prompts,
             and what is captured of them stands in ``ForwardRecord.extra``.
-        neighbours: other subjects. For each, a prompt runs in which the edited sentence comes first and then the edit's prompt
-            about the other subject; their numbers in ``ForwardRecord.extra`` follow those of ``prompts``.
-        targets: whether the edit's target follows the further prompts; ``Activations.target_nll`` then has its NLL.
+        neighbours: other subjects. For each, and for each of several facts, a prompt runs in which the edited sentence comes first
+            and then the edit's prompt about the other subject, with the edit's target after it (``Activations.target_nll``);
+            their numbers in ``ForwardRecord.extra`` follow those of ``prompts``.
     """
 
     attention: range = range(0)
@@ -49,7 +49,6 @@ class Needs:
     logits: bool = False
     prompts: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
-    targets: bool = False
 
     def __post_init__(self) -> None:
         """Check the prompts and the other subjects."""
@@ -71,7 +70,6 @@ class Needs:
             logits=self.logits or other.logits,
             prompts=tuple(dict.fromkeys((*self.prompts, *other.prompts))),
             neighbours=tuple(dict.fromkeys((*self.neighbours, *other.neighbours))),
-            targets=self.targets or other.targets,
         )
 
     def numbers_in(self, asked: Needs) -> list[int]:
@@ -102,7 +100,8 @@ class Activations:
         hidden: by block, [P, H].
         keys: by block, [P, A / G, D]: attention keys of the subject's last token, after rotary embedding.
         logits: [P, V], or ``None`` if nobody asked.
-        target_nll: [P], mean NLL of the target's tokens after each further prompt in nats, or ``None`` if nobody asked.
+        target_nll: [P], mean NLL of the target's tokens in nats after the prompts of ``Needs.neighbours``, 0 for others; ``None``
+            if nobody asked.
     """
 
     edit: Tensor
@@ -158,7 +157,7 @@ class Activations:
             hidden={layer: rows for layer, rows in self.hidden.items() if layer in needs.hidden},
             keys={layer: keys for layer, keys in self.keys.items() if layer in needs.keys},
             logits=self.logits if needs.logits else None,
-            target_nll=self.target_nll if needs.targets else None,
+            target_nll=self.target_nll if needs.neighbours else None,
         )
 
     def keep_contexts(self, keep: Sequence[int]) -> Activations:

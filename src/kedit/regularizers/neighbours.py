@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kedit.errors import ConfigError
 from kedit.models import Site
 from kedit.regularizers.base import ForwardRecord, Needs, WithGamma
 
@@ -30,11 +31,17 @@ class Neighbours(WithGamma):
         subjects: the other subjects; ``None``: a person and a country (:data:`SUBJECTS`).
 
     Raises:
-        ConfigError: γ is negative or not finite.
+        ConfigError: γ is negative or not finite, or ``subjects`` is no tuple of texts.
     """
 
     usual_gamma: ClassVar[float | None] = 1.0
     subjects: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if self.subjects is not None and (isinstance(self.subjects, str) or not self.subjects):
+            raise ConfigError(f"Neighbours.subjects is a tuple of texts, one at least; found {self.subjects!r}.")
 
     @property
     def name(self) -> str:
@@ -43,7 +50,7 @@ class Neighbours(WithGamma):
 
     def needs(self, site: Site) -> Needs:
         """The target's NLL after the edited sentence and a prompt about another subject."""
-        return Needs(neighbours=SUBJECTS if self.subjects is None else tuple(self.subjects), targets=True)
+        return Needs(neighbours=SUBJECTS if self.subjects is None else tuple(self.subjects))
 
     def penalty(self, now: ForwardRecord, before: ForwardRecord) -> Tensor:
         """γ · sum over the other subjects of the rise of the target's log-probability, in nats: [E]."""

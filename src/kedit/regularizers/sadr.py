@@ -97,9 +97,8 @@ class SADR(WithGamma):
         alike: dict[tuple[object, ...], list[int]] = {}
         for layer, rows in now.attention.items():
             alike.setdefault((rows.shape, rows.dtype), []).append(layer)
-        for (
-            layers
-        ) in alike.values():  # all blocks of one shape at once: many small operations cost more than the arithmetic
+        # All blocks of one shape at once: many small operations cost more than the arithmetic.
+        for layers in alike.values():
             per_head = row_divergence(
                 torch.stack([now.attention[layer] for layer in layers], 2),
                 torch.stack([before.attention[layer] for layer in layers], 2),

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kedit.models import ModelArch, Site
 from kedit.models.compat import cache_argument
 from kedit.models.hooks import StopForward, by_prompt, of_this_thread, on_input, on_output, stops_early
+from kedit.prompts.encode import Prompt
 from kedit.prompts.tokenize import pad
 from kedit.regularizers.base import Needs
 from kedit.values.forward import Layout, Runner, Wave
@@ -125,6 +126,10 @@ class CachedRunner(Runner):
                 self._stored[layer] = (keys[at], values[at])
             self._attach_cache()
         return stays
+
+    def length(self, prompt: Prompt) -> int:
+        """Those from the subject's last token on."""
+        return len(prompt.tokens) - prompt.row.subject_last
 
     @property
     def stored_bytes(self) -> tuple[int, int]:

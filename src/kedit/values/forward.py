@@ -80,7 +80,7 @@ class Reads:
         bare: whether it belongs to a bare prompt.
         subject: [E], the positions that end the KL prompts.
         last: [P], the position of each prompt at which regularizers read.
-        further: the positions that predict target tokens after the regularizers' prompts; the next three belong to these.
+        further: the positions that predict target tokens after prompts about other subjects; the next three belong to these.
         further_label: the token to predict.
         further_prompt: its prompt.
         further_weight: 1 / (tokens of the target).
@@ -251,6 +251,10 @@ class Runner:
         self._layout = self._lay_out()
         self.reads = Reads.of(self.wave, self.device)
 
+    def length(self, prompt: Prompt) -> int:
+        """How many of a prompt's tokens run at each step."""
+        return len(prompt.tokens)
+
     @property
     def stored_bytes(self) -> tuple[int, int]:
         """Bytes of stored hidden states, and of stored keys and values: none, as everything is computed anew."""
@@ -332,7 +336,7 @@ class Runner:
         read: dict[str, Any] = {}
         if self.needs.logits:
             read["logits"] = logits[self.reads.last]
-        if self.needs.targets:
+        if self.needs.neighbours:
             reads = self.reads
             rows = logits[reads.further].to(torch.promote_types(logits.dtype, torch.float32))
             nll = cross_entropy(rows, reads.further_label, reduction="none") * reads.further_weight.to(rows)

@@ -40,7 +40,7 @@ class SplitForward(Runner):
         parts = [part.prompts for part in _by_role(whole.wave)]
         if not all(parts):
             return False
-        longest = [max(len(prompt.tokens) - prompt.row.subject_last for prompt in part) for part in parts]
+        longest = [max(whole.length(prompt) for prompt in part) for part in parts]
         saved = sum((max(longest) - length) * len(part) for length, part in zip(longest, parts, strict=True))
         return saved > fixed_cost(whole.device.type)
 
