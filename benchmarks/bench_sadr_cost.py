@@ -19,15 +19,16 @@ from unittest import mock
 
 import torch
 from benchmarks.bench_half import SHORT
-from benchmarks.bench_regularizers import cell, known_cases
 from benchmarks.pairs import RESULTS
 
 import kedit
+from kedit.bench.table import cell
 from kedit.data import load_cases
 from kedit.evaluation import EditCase, Kind
 from kedit.evaluation.modes import edited
 from kedit.evaluation.probing import EvalOptions, ProbeScorer
 from kedit.evaluation.provenance import environment
+from kedit.evaluation.selection import known_cases
 from kedit.evaluation.statistics import Tally, case_weights, difference, estimate
 from kedit.values import adaptive_weights
 
@@ -140,7 +141,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = kedit.load(args.model)
     excluded = {case.edit.subject for path in args.exclude for case in load_cases(path).cases}
-    cases = known_cases(model, tokenizer, args.data, args.cases, Kind.PARAPHRASE, excluded, 4)
+    cases = known_cases(model, tokenizer, load_cases(args.data).cases, args.cases, exclude=excluded, probes=4).cases
     plain = kedit.ROME(model, tokenizer)
     moments = kedit.second_moments(model, tokenizer, plain.config.layers, args.corpus, compute_dtype=args.dtype)
     contexts = [plain.contexts[0], *plain.contexts[1 :: max(1, len(plain.contexts) // args.contexts)]][: args.contexts]

@@ -14,15 +14,16 @@ from unittest import mock
 
 import torch
 from benchmarks.bench_half import SHORT
-from benchmarks.bench_regularizers import cell, known_cases
 from benchmarks.bench_sadr_cost import hits
 from benchmarks.pairs import RESULTS
 from torch.nn.functional import cosine_similarity
 
 import kedit
-from kedit.evaluation import Kind
+from kedit.bench.table import cell
+from kedit.data import load_cases
 from kedit.evaluation.probing import EvalOptions, ProbeScorer
 from kedit.evaluation.provenance import environment
+from kedit.evaluation.selection import known_cases
 from kedit.evaluation.statistics import Tally, case_weights, difference, estimate
 
 LAYERS = (4, 5, 6, 7, 8)
@@ -48,7 +49,7 @@ def main() -> None:
         moments[tolerance] = kedit.second_moments(model, tokenizer, LAYERS, args.corpus, **options)
         taken[tolerance] = time.perf_counter() - start[0], time.process_time() - start[1]
         print(tolerance, moments[tolerance][5].tokens, taken[tolerance], flush=True)
-    cases = known_cases(model, tokenizer, args.data, args.cases, Kind.PARAPHRASE, set(), 4)
+    cases = known_cases(model, tokenizer, load_cases(args.data).cases, args.cases, probes=4).cases
     sampled = kedit.ROME(model, tokenizer, moments=moments[None]).contexts
     contexts = [sampled[0], *sampled[1 :: max(1, len(sampled) // args.contexts)]][: args.contexts]
     editor = kedit.ROME(model, tokenizer, moments=moments[None], contexts=contexts, compute_dtype="bfloat16")
