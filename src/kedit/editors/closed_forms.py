@@ -201,3 +201,46 @@ def null_space_update(keys: Tensor, residuals: Tensor, weight: float, past: Past
         system.diagonal().add_(weight)
         right = solved(torch.linalg.cholesky(system), keys.T)
     return LowRankDelta(residuals.to(keys).T, right)
+
+
+def largest_weight_beside(weight: float, keys: Tensor, past: Past, share: float) -> float:
+    """:func:`largest_weight` of :func:`null_space_update`, in which the keys of earlier edits hold back a new one.
+
+    A new key z beside Z gets x / (1 + x) of its change, x = zᵀ (λ 1 + Zᵀ Z)⁻¹ z. What z shares with earlier keys is written only as
+    λ → 0, which leaves those keys alone the better; it takes a larger update. A key that lies in their span cannot be
+    written: λ is not lowered below 1e-6 of what the keys would need alone.
+
+    Args:
+        weight: λ, above 0.
+        keys: projected, [E, I] float64.
+        past: keys of earlier edits, projected.
+        share: of the median edit, above 0 and below 1.
+    """
+    alone = largest_weight(weight, keys.square().sum(1), share)
+    if past.keys is None and past.gram is None:
+        return alone
+    # In the eigenvectors of ZᵀZ (or those of the smaller ZZᵀ, which span the same keys) x is a sum, for every λ at once.
+    if past.gram is not None:
+        values, vectors = torch.linalg.eigh(past.gram)
+    else:
+        assert past.keys is not None
+        values, left = torch.linalg.eigh(past.keys @ past.keys.T)
+        used = values > values[-1] * torch.finfo(values.dtype).eps * len(values)
+        values, vectors = values[used], past.keys.T @ left[:, used] / values[used].sqrt()
+    inside = (keys @ vectors).square()  # [E, n]
+    outside = (keys.square().sum(1) - inside.sum(1)).clamp_min(0)
+    values = values.clamp_min(0)
+
+    def gets(at: float) -> float:
+        x = outside / at + (inside / (values + at)).sum(1)
+        return float((x / (1 + x)).median())
+
+    low, high = alone * 1e-6, alone
+    if gets(high) >= share:
+        return high
+    if gets(low) < share:
+        return low
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if gets(middle) >= share else (low, middle)
+    return low
