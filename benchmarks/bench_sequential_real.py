@@ -1,9 +1,9 @@
 """Sequences of edits of a real model, batch by batch: ``python benchmarks/bench_sequential_real.py --model DIR --data FILE``.
 
-Every batch is an ``apply`` on the model as edited so far. At checkpoints, of all facts so far: how many targets the model prefers to the
-true object (ES, PS) and says, NS on a fixed set of neighbours, perplexity on text that the second moments have not read, the
-relative norm of the update, and the share of the wanted change that the last batch got (its median edit). Each batch's patch and
-each checkpoint is kept in ``--out``, so that a second start goes on.
+Every batch is an ``apply`` on the model as edited so far. At checkpoints, of all facts so far: how many targets the model prefers
+to the true object (ES, PS) and says, NS on a fixed set of neighbours, perplexity on text that the second moments have not read,
+the norm of the update in % of the weights', and the share of the wanted change that the last batch got (its median edit). Each
+batch's patch and each checkpoint is kept in ``--out``, so that a second start goes on.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def share(hits: Any) -> float:
 def fix_values(editor: ValueEditor, edits: Sequence[kedit.Edit], folder: Path) -> None:
     """Let the editor write δ as optimised on the unedited model, which all its variants then share: kept in ``folder``.
 
-    A sequence proper optimises each value on the model as edited so far. This one leaves the closed forms alone to differ, and costs the
-    optimisation once.
+    A sequence proper optimises each value on the model as edited so far. This one leaves only the closed forms to differ, and
+    costs the optimisation once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = repr((editor.sites(), editor.config.objective, editor.contexts))

@@ -203,12 +203,15 @@ def null_space_update(keys: Tensor, residuals: Tensor, weight: float, past: Past
     return LowRankDelta(residuals.to(keys).T, right)
 
 
-def largest_weight_beside(weight: float, keys: Tensor, past: Past, share: float) -> float:
-    """:func:`largest_weight` of :func:`null_space_update`, in which the keys of earlier edits hold back a new one.
+LEAST = 0.01  # of λ beside earlier keys: below, an update is many times as large as alone and writes little more
 
-    A new key z beside Z gets x / (1 + x) of its change, x = zᵀ (λ 1 + Zᵀ Z)⁻¹ z. What z shares with earlier keys is written only as
-    λ → 0, which leaves those keys alone the better; it takes a larger update. A key that lies in their span cannot be
-    written: λ is not lowered below 1e-6 of what the keys would need alone.
+
+def largest_weight_beside(weight: float, keys: Tensor, past: Past, share: float) -> float:
+    """:func:`largest_weight` for :func:`null_space_update`, where the keys of earlier edits hold back a new one.
+
+    A new key z beside earlier keys Z gets x / (1 + x) of its change, x = zᵀ (λ 1 + Zᵀ Z)⁻¹ z. A smaller λ writes more of it and
+    leaves the earlier keys alone the better, with a larger update. A key in the span of the earlier ones cannot be written at
+    all, so λ is at least :data:`LEAST` of what the new keys need alone.
 
     Args:
         weight: λ, above 0.
@@ -219,7 +222,7 @@ def largest_weight_beside(weight: float, keys: Tensor, past: Past, share: float)
     alone = largest_weight(weight, keys.square().sum(1), share)
     if past.keys is None and past.gram is None:
         return alone
-    # In the eigenvectors of ZᵀZ (or those of the smaller ZZᵀ, which span the same keys) x is a sum, for every λ at once.
+    # With the eigenvalues s and eigenvectors of ZᵀZ, x is a sum over (z · v)² / (s + λ): cheap for every λ.
     if past.gram is not None:
         values, vectors = torch.linalg.eigh(past.gram)
     else:
@@ -235,7 +238,7 @@ def largest_weight_beside(weight: float, keys: Tensor, past: Past, share: float)
         x = outside / at + (inside / (values + at)).sum(1)
         return float((x / (1 + x)).median())
 
-    low, high = alone * 1e-6, alone
+    low, high = alone * LEAST, alone
     if gets(high) >= share:
         return high
     if gets(low) < share:
