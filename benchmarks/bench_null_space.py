@@ -1,6 +1,6 @@
 """How much room AlphaEdit has for further edits: ``python -m benchmarks.bench_null_space [--model DIR --data FILE ...]``.
 
-Closed forms alone, no edit is made: the keys of facts on the unedited model at the last edited block, and per threshold and
+Closed forms alone, no edit is made: the keys of facts on the unedited model at an edited block, and per threshold and
 number of earlier keys the share of its change that a further edit gets, and the size of its update. Without ``--model``: the
 embedded model.
 """
@@ -43,13 +43,13 @@ NEW, SHARE = 25, 0.9
 
 
 def rows(keys: Tensor, moment: Tensor, numbers: Sequence[int]) -> list[str]:
-    """Rows of the table: the free directions, what share of ‖k‖² ordinary keys and the facts' have there, in %; of ``NEW`` further edits
-    the median, each written without the others."""
+    """Rows of the table; of ``NEW`` further edits the median, each written without the others."""
     lines = []
     for rule, threshold, absolute in THRESHOLDS:
         used, energy = null_space(moment, threshold, rule)
         free, own = keys.shape[1] - used.shape[1], projected(used, keys)
-        shares = f"{100 * energy / float(moment.trace()):.0f}, {100 * float((own.square().sum(1) / keys.square().sum(1)).median()):.0f}"
+        inside = float((own.square().sum(1) / keys.square().sum(1)).median())
+        shares = f"{100 * energy / float(moment.trace()):.0f}, {100 * inside:.0f}"
         if not free:
             lines.append(f"| {rule} {threshold} | 0 | | | | |")
             print(lines[-1], flush=True)
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--exclude", type=Path, nargs="*", default=[])
     parser.add_argument("--corpus", type=Path)
+    parser.add_argument("--block", type=int, help="default: the last one that AlphaEdit edits")
     parser.add_argument("--contexts", type=int, default=5)
     parser.add_argument("--facts", type=int, default=275)
     parser.add_argument("--earlier", type=int, nargs="+", default=[0, 50, 100, 200, 250])
@@ -90,16 +91,22 @@ def main() -> None:
     suite.prepare([editor])
     known = chosen(args.data, args.exclude, args.facts) if args.data else []
     edits = [case.edit for case in known] or wordings(args.facts)
-    layer = editor.config.layers[-1]
+    layer = editor.config.layers[-1] if args.block is None else args.block
+    if layer not in editor.config.layers:
+        parser.error(f"AlphaEdit edits the blocks {editor.config.layers} of this model, not {layer}.")
     with editor._call(None) as call:
         requests = editor._encode(edits, call)
     groups = (requests[start : start + 50] for start in range(0, len(requests), 50))
     keys = torch.cat([mixed_keys(request_keys(editor.arch, group, layer)) for group in groups]).double()
     if len(keys) < max(args.earlier) + NEW:
         sys.exit(f"There are {len(keys)} keys, and --earlier asks for {max(args.earlier)} and {NEW} further ones.")
-    print(f"\nBlock {layer}, {keys.shape[1]} directions. Share of the change in %, size of the update:\n")
+    print(f"\nBlock {layer}, {keys.shape[1]} directions.")
     print(
-        "| threshold | free directions | of text, of keys | earlier edits | λ as alone | λ beside earlier keys |\n|---|---|---|---|---|---|"
+        "Shares of the squared length of text's and of the facts' keys in the free directions, %; share of a further edit's"
+    )
+    print("change that it gets, %, and size of its update:\n")
+    print(
+        "| threshold | free | text, facts | earlier edits | λ as alone | λ beside earlier keys |\n|---|---|---|---|---|---|"
     )
     rows(keys, editor.moments.matrix(layer, 0, None).double(), args.earlier)
 
