@@ -1,12 +1,14 @@
 """Calibrations of tiny models: what they leave, keep and write, and how they go on after an interrupt."""
 
 import json
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 
 import kedit
 from kedit.calibration import calibrate
+from kedit.calibration.cases import development_cases
 from kedit.calibration.trials import RememberingEngine
 from kedit.cli import main
 from kedit.editors import presets
@@ -204,12 +206,16 @@ def test_cases_that_do_not_serve():
     with pytest.raises(EditError, match="no cases to calibrate on"):
         calibrate(model, tok, [], **options)
     unknown = [
-        EditCase.of("0", kedit.Edit("{} lives in", "Ada", "Paris"), [Probe(kind=Kind.RELATION, prompt="a", right="b")])
+        EditCase.of("0", kedit.Edit("{} lives in", "Ada", "Paris"), [Probe(kind=Kind.RELATION, prompt="a", right="b", wrong="c")])
     ]
     with pytest.raises(EditError, match="true object"):
         calibrate(model, tok, unknown, **options)
     with pytest.raises(EditError, match="nothing shows what an edit harms"):
         calibrate(model, tok, make_cases(Kind.PARAPHRASE), **options)
+    mixed = [case if number % 2 else replace(case, probes=case.probes[:2]) for number, case in enumerate(make_cases())]
+    taken = development_cases(model, tok, mixed, 9)
+    assert len(taken) > 3
+    assert all(any(probe.kind is Kind.RELATION for probe in case.probes) for case in taken)
     few = [case for case in make_cases() if case.edit.subject.startswith("Ada")]
     with pytest.raises(EditError, match="needs at least 3|knows none"):
         calibrate(model, tok, few, **options, exclude=["Ada Lovelace", "Ada Berlin"])

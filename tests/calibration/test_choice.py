@@ -1,5 +1,7 @@
 """The choice among candidates, from metrics alone, and the candidates themselves."""
 
+import math
+
 import pytest
 
 import kedit
@@ -98,6 +100,8 @@ def test_equals_of_a_first_look_are_ordered_by_their_margins():
 def test_metrics_that_the_cases_lack_do_not_count():
     assert kept(measured(report(es=100, rs=40))) == 40
     assert ranked({"a": report(es=100, rs=40), "b": report(es=100, rs=60)})[0] == "b"
+    assert math.isnan(kept(measured(report(es=100, ps=90))))
+    assert ranked({"a": report(es=100, ps=90), "b": report(es=90, ps=90)}, slack=True) == ["a", "b"]
 
 
 def test_layers_from_the_nearest_on_with_those_that_tracing_speaks_for():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, TypeVar
 
@@ -32,16 +33,16 @@ def measured(report: EvalReport, state: Literal["before", "after"] = "after") ->
 
 
 def margin(report: EvalReport) -> float:
-    """The mean of NM, DNM and RM, p(right) − p(wrong), of those that there are: tells apart what few prompts do not."""
+    """The mean of NM, DNM and RM, p(right) − p(wrong), of those that there are: tells apart what few prompts do not; NaN without any."""
     tallies = [METRICS[f"{name[:-1]}m"].tallies(report.records, "after")[0] for name in KEPT]
     parts = [float(tally.sums.sum() / tally.counts.sum()) for tally in tallies if tally.n]
-    return sum(parts) / len(parts)
+    return sum(parts) / len(parts) if parts else math.nan
 
 
 def kept(figures: Mapping[str, float]) -> float:
-    """The mean of NS, DNS and RS, of those that are there."""
+    """The mean of NS, DNS and RS, of those that are there; NaN without any."""
     parts = [figures[name] for name in KEPT if name in figures]
-    return sum(parts) / len(parts)
+    return sum(parts) / len(parts) if parts else math.nan
 
 
 def ranked(reports: Mapping[Key, EvalReport], reference: EvalReport | None = None, *, slack: bool = False) -> list[Key]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,4 +150,4 @@ def _comparison(words: str, pair: Sequence[EvalReport]) -> list[str]:
 
 
 def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    return "–" if value is None or math.isnan(value) else f"{value:.1f}"

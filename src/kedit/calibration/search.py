@@ -24,7 +24,7 @@ from kedit.calibration.candidates import (
     weight_candidates,
 )
 from kedit.calibration.cases import development_cases
-from kedit.calibration.choice import KEPT, ranked
+from kedit.calibration.choice import ranked
 from kedit.calibration.names import STAGES
 from kedit.calibration.result import Calibration
 from kedit.calibration.stage import Row, Stage
@@ -32,7 +32,7 @@ from kedit.calibration.trials import Trials
 from kedit.editors import editor_class, presets
 from kedit.editors.value_editor import ValueEditor
 from kedit.errors import ConfigError, EditError
-from kedit.evaluation import METRICS, EditCase, EvalReport
+from kedit.evaluation import EditCase, EvalReport
 from kedit.evaluation.journal import make_folder
 from kedit.evaluation.provenance import describe_model, digest, environment, versions
 from kedit.keys.corpus import Corpus, as_corpus
@@ -130,7 +130,6 @@ def calibrate(
     folder = make_folder(work or cache_folder() / "calibration" / digest([fingerprint, editor]))
     chosen = development_cases(model, tokenizer, cases, number + check, exclude=exclude, seed=seed)
     development, held_out = _divide(chosen, number)
-    _check_probes(development)
     effects = _trace(model, tokenizer, development, folder) if traced and "layers" in stages and not quick else {}
     best_traced = sorted(effects, key=lambda block: -effects[block])[:2]
     layers = layer_candidates(start, arch.num_layers, best_traced, quick=quick) if "layers" in stages else [start]
@@ -269,7 +268,7 @@ def _regularizer(
 
 
 def _divide(cases: Sequence[EditCase], number: int) -> tuple[Sequence[EditCase], Sequence[EditCase]]:
-    """Development cases, so many or two thirds of what there is, and those for the check."""
+    """Development cases, so many or all that there are, and those that are left for the check."""
     if len(cases) < LEAST:
         raise EditError(
             f"The model knows {len(cases)} of the facts, one per subject, and a calibration needs at least {LEAST}. Give more "
@@ -280,15 +279,6 @@ def _divide(cases: Sequence[EditCase], number: int) -> tuple[Sequence[EditCase],
             "The model knows %d cases only, where %d were wanted; none is left for a check.", len(cases), number
         )
     return cases[:number], cases[number:]
-
-
-def _check_probes(cases: Sequence[EditCase]) -> None:
-    kinds = {probe.kind for case in cases for probe in case.probes}
-    if not any(kinds & METRICS[name].kinds for name in KEPT):
-        raise EditError(
-            "The cases ask for no neighbours and no other relations, so nothing shows what an edit harms. Give cases with "
-            "such probes (docs/evaluation.md)."
-        )
 
 
 def _parts(cases: Sequence[EditCase]) -> list[Sequence[EditCase]]:
