@@ -7,8 +7,10 @@ from itertools import permutations
 import pytest
 
 import kedit
+from kedit.analysis.results.tracing import ROLES
 from kedit.calibration import calibrate
 from kedit.calibration.cases import development_cases
+from kedit.calibration.search import _trace
 from kedit.calibration.trials import RememberingEngine
 from kedit.cli import main
 from kedit.editors import presets
@@ -156,6 +158,35 @@ def test_it_begins_with_a_preset_and_keeps_what_is_not_searched(tmp_path):
     assert [row.value for row in found.stages[0].rows] == [1.0, 0.5, 2.0]
 
 
+def test_what_holds_with_regularizers_is_carried_over_and_added_to(tmp_path):
+    changes = {"sadr": {"steps": 3, "self": {"gamma": 0.01}}, "relations": {"stop_loss": 0.5}}
+    start = presets.save(tmp_path / "p.json", "rome", presets.Preset({"layers": [1], "steps": 2}, changes))
+    found = run(preset=start, search=["gamma"], regularizer="relations")
+    assert found.chosen.config.stop_loss == 0.5
+    assert found.preset.values["stop_loss"] == kedit.ROME.Config(layers=1).stop_loss
+    assert found.preset.regularized["sadr"] == changes["sadr"]
+    own = found.preset.regularized["relations"]
+    assert own == {"stop_loss": 0.5, "self": {"gamma": found.chosen.gamma}}
+    file = found.save(tmp_path / "found.json")
+    run(search=["gamma"], regularizer="neighbours").save(file)
+    saved = presets.read(file)["rome"].regularized
+    assert saved["sadr"] == changes["sadr"]
+    assert saved["relations"] == own
+    assert saved["neighbours"]["stop_loss"] == presets.RULE_WITH["neighbours"]["stop_loss"]
+    assert "gamma" in saved["neighbours"]["self"]
+    editor = kedit.ROME(tiny_model("gpt2"), tokenizer(), preset=file)
+    assert editor.describe_call("neighbours")["config"]["stop_loss"] == saved["neighbours"]["stop_loss"]
+
+
+def test_editors_and_models_share_a_folder(tmp_path, optimisations):
+    options = {"search": ["clamp"], "work": tmp_path / "work"}
+    run(**options)
+    run("rrome", **options)
+    optimisations.clear()
+    run(model=tiny_model("gpt2", seed=2), **options)
+    assert optimisations
+
+
 def test_a_model_that_carries_edits_is_refused():
     model, tok = tiny_model("gpt2"), tokenizer()
     editor = kedit.FT(model, tok, steps=1)
@@ -174,6 +205,26 @@ def test_tracing_is_evidence_beside_the_edits(monkeypatch):
     assert "traced" in found.to_markdown()
     monkeypatch.setattr("kedit.calibration.search.trace", None)  # kept, as everything is
     assert run(quick=False, check=0, search=["layers"]).to_markdown() == found.to_markdown()
+
+
+def test_what_was_traced_of_another_model_is_not_read(monkeypatch, tmp_path):
+    traced = []
+
+    class Result:
+        unfinished = False
+
+        def average(self, kind):
+            return [[float(len(traced))] * 5] * len(ROLES), None
+
+    def trace(*args, **options):
+        traced.append(args)
+        return Result()
+
+    monkeypatch.setattr("kedit.calibration.search.trace", trace)
+    monkeypatch.setattr("kedit.analysis.facts.known", lambda _, facts: [True] * len(facts))
+    model, tok, cases = tiny_model("gpt2"), tokenizer(), make_cases()[:1]
+    found = [_trace(model, tok, cases, tmp_path, fingerprint)[0] for fingerprint in ("a", "b", "a")]
+    assert found == [100.0, 200.0, 100.0]
 
 
 def test_the_plot_shows_every_candidate():
@@ -206,7 +257,11 @@ def test_cases_that_do_not_serve():
     with pytest.raises(EditError, match="no cases to calibrate on"):
         calibrate(model, tok, [], **options)
     unknown = [
-        EditCase.of("0", kedit.Edit("{} lives in", "Ada", "Paris"), [Probe(kind=Kind.RELATION, prompt="a", right="b", wrong="c")])
+        EditCase.of(
+            "0",
+            kedit.Edit("{} lives in", "Ada", "Paris"),
+            [Probe(kind=Kind.RELATION, prompt="a", right="b", wrong="c")],
+        )
     ]
     with pytest.raises(EditError, match="true object"):
         calibrate(model, tok, unknown, **options)

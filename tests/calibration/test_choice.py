@@ -13,6 +13,7 @@ from kedit.calibration.candidates import (
     stages_of,
     threshold_candidates,
     weight_candidates,
+    with_changes,
 )
 from kedit.calibration.choice import difference, kept, measured, ranked
 from kedit.evaluation import EvalReport, Kind
@@ -143,6 +144,9 @@ def test_gammas_from_the_usual_one_on():
     assert (first.gamma, first.config) == ("auto", start.config)
     assert second.config.stop_loss == 0.2
     assert second.changed == {"stop_loss": 0.2}
+    first, second, *_ = gamma_candidates(with_changes(start, {"steps": 7, "stop_loss": 0.7}), "auto")
+    assert (first.config.stop_loss, second.config.stop_loss, second.config.steps) == (0.7, 0.2, 7)
+    assert (first.changed, second.changed) == ({"steps": 7, "stop_loss": 0.7}, {"steps": 7, "stop_loss": 0.2})
 
 
 def test_stages_follow_the_hyper_parameters():

@@ -85,7 +85,7 @@ def test_saving_keeps_other_editors_and_evidence_is_not_a_hyper_parameter(tmp_pa
 
 def test_what_cannot_be_used_is_said(tmp_path):
     model, tok = tiny_model("gpt2"), tokenizer()
-    with pytest.raises(ConfigError, match="There is no file of presets"):
+    with pytest.raises(ConfigError, match="^There is no file of presets"):
         kedit.ROME(model, tok, preset=tmp_path / "none.json")
     file = saved(tmp_path / "p.json")
     with pytest.raises(ConfigError, match="holds no preset of memit. It has rome"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kedit.calibration.names import STAGES
@@ -23,7 +23,7 @@ class Candidate:
         gamma: γ of the regularizer; ``None``: without it.
         label: what differs from the others of its stage.
         value: the same as a JSON value.
-        changed: the fields of the editor that only this choice of γ changes.
+        changed: the fields of the editor that differ where the regularizer is used.
     """
 
     config: EditorConfig
@@ -81,21 +81,29 @@ def gamma_candidates(
 ) -> list[Candidate]:
     """The usual γ first, then others; where the optimisation weighs the penalty (``"auto"``), other bounds τ (``stop_loss``)."""
     if usual == "auto":
-        own = Candidate(start.config, "auto", "γ auto", "auto")
+        own = replace(start, gamma="auto", label="γ auto", value="auto")
         bounds = [
             Candidate(
                 start.config.replace(stop_loss=tau),
                 "auto",
                 f"γ auto, τ {tau:g}",
                 {"gamma": "auto", "stop_loss": tau},
-                {"stop_loss": tau},
+                {**start.changed, "stop_loss": tau},
             )
             for tau in taus[: 1 if quick else None]
         ]
-        fixed = [Candidate(start.config, gamma, f"γ {gamma:g}", gamma) for gamma in (() if quick else (0.1, 1.0, 10.0))]
-        return [own, *bounds, *fixed]
+        return [own, *bounds, *(_with_gamma(start, gamma) for gamma in (() if quick else (0.1, 1.0, 10.0)))]
     factors = (1.0, 0.25, 4.0) if quick else (1.0, 0.1, 0.3, 2.0, 4.0)
-    return [Candidate(start.config, _short(usual * f), f"γ {_short(usual * f):g}", _short(usual * f)) for f in factors]
+    return [_with_gamma(start, _short(usual * factor)) for factor in factors]
+
+
+def with_changes(start: Candidate, changes: Mapping[str, Any]) -> Candidate:
+    """The candidate with what a preset or the rule changes where its regularizer is used."""
+    return replace(start, config=start.config.replace(**changes), changed=dict(changes))
+
+
+def _with_gamma(start: Candidate, gamma: float) -> Candidate:
+    return replace(start, gamma=gamma, label=f"γ {gamma:g}", value=gamma)
 
 
 def _multiples(start: Candidate, name: str, factors: Sequence[float], **also: Any) -> list[Candidate]:

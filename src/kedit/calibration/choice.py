@@ -33,7 +33,7 @@ def measured(report: EvalReport, state: Literal["before", "after"] = "after") ->
 
 
 def margin(report: EvalReport) -> float:
-    """The mean of NM, DNM and RM, p(right) − p(wrong), of those that there are: tells apart what few prompts do not; NaN without any."""
+    """Mean of those of NM, DNM, RM (p(right) − p(wrong)) that there are; tells apart what few prompts do not. NaN without any."""
     tallies = [METRICS[f"{name[:-1]}m"].tallies(report.records, "after")[0] for name in KEPT]
     parts = [float(tally.sums.sum() / tally.counts.sum()) for tally in tallies if tally.n]
     return sum(parts) / len(parts) if parts else math.nan

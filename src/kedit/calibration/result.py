@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class Calibration:
         held_out: the same on the further cases; ``None`` without any.
         meta: model, machine, corpus, numbers of cases.
         folder: where the runs are kept.
+        regularized: what the start changes where a regularizer is used, by its name (:class:`Preset`).
     """
 
     editor: str
@@ -47,15 +48,22 @@ class Calibration:
     held_out: tuple[EvalReport, EvalReport] | None
     meta: dict[str, Any]
     folder: Path
+    regularized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def preset(self) -> Preset:
-        """The choice, as editors take it."""
-        own = {**self.chosen.config.to_dict(), **{key: getattr(self.start.config, key) for key in self.chosen.changed}}
-        values = {key: value for key, value in own.items() if key not in MACHINE}
+        """The choice, as editors take it; for regularizers that were not searched, what the start has."""
+        plain = [self.start, *(stage.chosen for stage in self.stages if stage.name != "gamma")][-1]
+        values = {key: value for key, value in plain.config.to_dict().items() if key not in MACHINE}
+        return Preset(values, {**self.regularized, **self._own})
+
+    @property
+    def _own(self) -> dict[str, dict[str, Any]]:
+        """What was chosen of the regularizer."""
         if self.regularizer is None or self.chosen.gamma is None:
-            return Preset(values)
-        return Preset(values, {self.regularizer: {**self.chosen.changed, "self": {"gamma": self.chosen.gamma}}})
+            return {}
+        before = self.regularized.get(self.regularizer, {}).get("self", {})
+        return {self.regularizer: {**self.chosen.changed, "self": {**before, "gamma": self.chosen.gamma}}}
 
     def evidence(self) -> dict[str, Any]:
         """What the choice rests on, as JSON values."""
@@ -71,12 +79,17 @@ class Calibration:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write the preset with its evidence into a file that editors read; entries of other editors stay.
+        """Write the preset with its evidence into a file that editors read.
+
+        Entries of other editors stay, and what the file says of regularizers that were not searched.
 
         Raises:
             ConfigError: the file holds something else, or cannot be written.
         """
-        return presets.save(path, self.editor, self.preset, self.evidence())
+        known = presets.read(path).get(self.editor) if Path(path).is_file() else None
+        earlier = {} if known is None else known.regularized
+        merged = Preset(self.preset.values, {**self.regularized, **earlier, **self._own})
+        return presets.save(path, self.editor, merged, self.evidence())
 
     def to_markdown(self) -> str:
         """Tables of all that was tried, and the comparison of the choice with the start."""

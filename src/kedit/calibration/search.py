@@ -22,6 +22,7 @@ from kedit.calibration.candidates import (
     stages_of,
     threshold_candidates,
     weight_candidates,
+    with_changes,
 )
 from kedit.calibration.cases import development_cases
 from kedit.calibration.choice import ranked
@@ -125,12 +126,17 @@ def calibrate(
     start = Candidate(kind.Config.over(known.values if known else kind.rule(arch), {}))
     stages = _stages(start, kind, regularizer, search)
     usual, maker = _regularizer(regularizer, known)
+    changes = presets.changes_for(known, [] if regularizer is None else [regularizer])
     texts = as_corpus(corpus, model)
     fingerprint = model_fingerprint(arch.model)
     folder = make_folder(work or cache_folder() / "calibration" / digest([fingerprint, editor]))
     chosen = development_cases(model, tokenizer, cases, number + check, exclude=exclude, seed=seed)
     development, held_out = _divide(chosen, number)
-    effects = _trace(model, tokenizer, development, folder) if traced and "layers" in stages and not quick else {}
+    effects = (
+        _trace(model, tokenizer, development, folder, fingerprint)
+        if traced and "layers" in stages and not quick
+        else {}
+    )
     best_traced = sorted(effects, key=lambda block: -effects[block])[:2]
     layers = layer_candidates(start, arch.num_layers, best_traced, quick=quick) if "layers" in stages else [start]
     moments = estimate_moments(
@@ -147,11 +153,11 @@ def calibrate(
         "moment_weight": partial(weight_candidates, name="moment_weight", quick=quick),
         "threshold": partial(threshold_candidates, quick=quick),
         "l2": partial(weight_candidates, name="l2", quick=quick),
-        "gamma": partial(gamma_candidates, usual=usual, quick=quick),
+        "gamma": lambda now: gamma_candidates(with_changes(now, changes), usual, quick=quick),
     }
     templates = kind(model, tokenizer, start.config, moments=moments).contexts
     templates = tuple([templates[0], *templates[1 :: max(1, len(templates) // contexts)]][:contexts])
-    about = [versions(), list(templates), texts.key, compute_dtype, seed]
+    about = [versions(), fingerprint, editor, list(templates), texts.key, compute_dtype, seed]
     trials = Trials(model, tokenizer, kind, moments, templates, maker, folder, compute_dtype, digest(about))
     parts = _parts(development)
     counts = [len(maker_of[name](start)) for name in stages]
@@ -182,7 +188,16 @@ def calibrate(
         "traced": {str(block): effect for block, effect in effects.items()},
     }
     return Calibration(
-        editor, regularizer, start, now, tuple(done), pairs[0], pairs[1] if held_out else None, meta, folder
+        editor=editor,
+        regularizer=regularizer,
+        start=start,
+        chosen=now,
+        stages=tuple(done),
+        development=pairs[0],
+        held_out=pairs[1] if held_out else None,
+        meta=meta,
+        folder=folder,
+        regularized=presets.RULE_WITH if known is None else known.regularized,
     )
 
 
@@ -264,7 +279,7 @@ def _regularizer(
     if not takes_gamma(name):
         raise ConfigError(f"The regularizer {name!r} has no gamma to choose. Give one that has.")
     usual: Gamma | None = getattr(presets.complete(preset, make(name)), "gamma", None)
-    return ("auto" if usual is None else usual), lambda gamma: make(name, gamma=gamma)
+    return ("auto" if usual is None else usual), lambda gamma: presets.complete(preset, make(name, gamma=gamma))
 
 
 def _divide(cases: Sequence[EditCase], number: int) -> tuple[Sequence[EditCase], Sequence[EditCase]]:
@@ -287,7 +302,11 @@ def _parts(cases: Sequence[EditCase]) -> list[Sequence[EditCase]]:
 
 
 def _trace(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[EditCase], folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[EditCase],
+    folder: Path,
+    fingerprint: str,
 ) -> dict[int, float]:
     """By block: the mean indirect effect of its MLP at the subject's last token, in points of probability; empty without any.
 
@@ -300,7 +319,7 @@ def _trace(
     if not chosen:
         logger.info("The first choice of the model is another answer in all cases, so nothing is traced.")
         return {}
-    path = folder / f"tracing-{digest([case.edit.to_dict() for case in chosen])}.json"
+    path = folder / f"tracing-{digest([fingerprint, *(case.edit.to_dict() for case in chosen)])}.json"
     try:
         return {int(block): float(effect) for block, effect in json.loads(path.read_text(encoding="utf-8")).items()}
     except FileNotFoundError:

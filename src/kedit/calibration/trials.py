@@ -105,7 +105,7 @@ class Trials:
     def _evaluate(self, candidate: Candidate, cases: Sequence[EditCase], key: str) -> EvalReport:
         chosen = [] if candidate.gamma is None or self.regularizer is None else [self.regularizer(candidate.gamma)]
         config = candidate.config
-        if any(map(is_adaptive, chosen)):
+        if any(map(is_adaptive, chosen)) and "steps" not in candidate.changed:  # as editors do
             config = config.replace(steps=round(presets.ADAPTIVE_STEPS * config.steps))
         editor = self.kind(
             self.model,

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(path: str, args: argparse.Namespace) -> None:
-    """Raise now, not after the work, where the preset cannot be written, or would replace one that kedit did not calibrate."""
+    """Raise now, not after the work, where the preset cannot be written, or would replace one that is there."""
     from kedit.editors import presets
 
     common.check_file(path, force=True)
@@ -130,7 +130,7 @@ def _check(path: str, args: argparse.Namespace) -> None:
 
 def _cases(args: argparse.Namespace) -> tuple[list[EditCase], set[str]]:
     """The cases that the options name, and the subjects that are left out."""
-    from kedit.data import load_cases
+    from kedit.data import load_cases, with_new_targets
     from kedit.evaluation import split_by_subject
 
     if not args.data:
@@ -144,8 +144,8 @@ def _cases(args: argparse.Namespace) -> tuple[list[EditCase], set[str]]:
     for number, path in enumerate(args.data):
         loaded = load_cases(path, args.format)
         sys.stderr.write(loaded.report() + "\n")
-        cases += [_renamed(case, f"{number}-{case.id}") for case in loaded.cases]
-    excluded = {case.edit.subject for path in args.exclude for case in load_cases(path).cases}
+        cases += [_renamed(case, f"{number}-{case.id}") for case in with_new_targets(loaded.cases, path)]
+    excluded = {case.edit.subject for path in args.exclude for case in load_cases(path, args.format).cases}
     return cases if args.all_subjects else split_by_subject(cases)[0], excluded
 
 

@@ -153,9 +153,9 @@ def read(file: str | Path) -> dict[str, Preset]:
     Raises:
         ConfigError: the file is missing or is not a file of presets.
     """
+    if not Path(file).is_file():
+        raise ConfigError(f"There is no file of presets {str(file)!r}. Check the path; kedit calibrate writes one.")
     try:
-        if not Path(file).is_file():
-            raise ConfigError(f"There is no file of presets {str(file)!r}. Check the path; kedit calibrate writes one.")
         entries = json.loads(Path(file).read_text(encoding="utf-8"))
         parts = {editor: {k: v for k, v in entry.items() if k != "evidence"} for editor, entry in entries.items()}
         return {editor: Preset(**entry, source=str(file)) for editor, entry in parts.items()}
