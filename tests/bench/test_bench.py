@@ -10,17 +10,20 @@ import torch
 
 from kedit.bench import Experiment, Row, Suite, Sweep, choose_gamma
 from kedit.bench.cases import Source, choose_cases
+from kedit.bench.choice import GammaChoice
 from kedit.bench.progress import TimeLeft
 from kedit.bench.rows import rows_of
-from kedit.bench.table import markdown, sentences, won_back
+from kedit.bench.table import gamma_text, markdown, sentences, won_back
 from kedit.cli import main
 from kedit.cli.sweep import values_of
 from kedit.edit import Edit
+from kedit.editors import presets
 from kedit.errors import ConfigError, UnknownNameError
 from kedit.evaluation import EditCase, EvalReport, Kind, Probe, known_cases, split_by_subject
 from kedit.evaluation.probing import EvalOptions, ProbeScorer
 from kedit.evaluation.records import CaseRecord, CaseScore, ProbeScore
 from kedit.evaluation.statistics import Estimate
+from kedit.keys.second_moment import Moment
 from kedit.prompts.likelihood import Answer
 from tiny_models import tiny_model, tokenizer
 
@@ -154,6 +157,8 @@ def test_an_interrupted_bench_writes_what_it_has_and_goes_on(start, tmp_path, mo
         (("--editors", "romee"), "rome"),
         (("--regularizers", "sadrr"), "sadr"),
         (("--regularizers", ","), "no row"),
+        (("--regularizers", "none,sadr:-1"), "gamma"),
+        (("--regularizers", "none,relations:nan"), "gamma"),
         (("--gammas", "0,1"), "above 0"),
         (("--gammas", "x"), "list of numbers"),
         (("--dev-cases", "0"), "--dev-cases"),
@@ -213,6 +218,10 @@ def test_a_sweep_marks_the_best_point_and_goes_on(start, tmp_path, monkeypatch):
         (("--set", "sadr.select=all"), "--regularizer sadr"),
         (("--set", "layers=1,99"), "99"),
         (("--set", "layers=1", "--by", "dnss"), "dns"),
+        (("--set", "layers=1", "--by", "fluency"), "does not measure fluency"),
+        (("--set", "layers=1", "--by", "rewrite_exact"), "does not measure rewrite_exact"),
+        (("--set", "layers=[3,[4]]"), "numbers, texts or lists"),
+        (("--set", "layers=0", "--set", "layers=1"), "layers is given twice"),
     ],
 )
 def test_bad_grids_are_said_before_anything_runs(start, capsys, tmp_path, options, message):
@@ -385,9 +394,50 @@ def test_a_run_is_kept_under_all_that_matters_to_it(place, tmp_path):
     editor.moments = {1: torch.eye(112)}
     names = [suite.folder_of(editor, None, cases), suite.folder_of(editor, "sadr", cases)]
     names += [suite.folder_of(editor, None, cases, exact=False), suite.folder_of(editor, None, cases * 2)]
+    names.append(suite.folder_of(editor, "relations", cases))
+    editor._preset = presets.Preset(type(editor).rule(editor.arch), {"relations": {"self": {"gamma": 3.0}}})
+    assert suite.folder_of(editor, None, cases) == names[0]
+    names.append(suite.folder_of(editor, "relations", cases))
     editor.moments = {1: 2 * torch.eye(112)}
     names.append(suite.folder_of(editor, None, cases))
     assert len(set(names)) == len(names)
+
+
+def test_moments_are_estimated_in_the_dtype_of_their_editor(tmp_path, monkeypatch):
+    made = []
+
+    def estimate(arch, tok, layers, corpus, *, ridge, compute_dtype):
+        made.append((compute_dtype, layers))
+        return {layer: Moment(torch.eye(112)) for layer in layers}
+
+    monkeypatch.setattr("kedit.bench.suite.estimate_moments", estimate)
+    suite = Suite(tiny_model("gpt2"), tokenizer("plain"), tmp_path)
+    dtypes = (None, "bfloat16", None)
+    suite.prepare([suite.editor("rome", layers=at, compute_dtype=dtype) for at, dtype in enumerate(dtypes)])
+    assert made == [(None, [0, 2]), ("bfloat16", [1])]
+
+
+def test_the_mark_is_at_the_gamma_that_was_chosen():
+    [row] = rows_of(["relations:best+sadr:0.5"])
+    report = report_of()
+    report.meta["regularizers"] = [{"gamma": 2.0}, {"gamma": 0.5}]
+    made = object.__new__(Experiment)
+    vars(made).update(
+        rows=[row], reports={("rome", row.label): report}, choices={("rome", row.label): GammaChoice(2.0, "‡", {})}
+    )
+    assert gamma_text(made, "rome", row.label) == "2‡, 0.5"
+    assert gamma_text(made, "rome", row.label, marked=False) == "2, 0.5"
+
+
+def test_a_hyper_parameter_that_is_wrong_is_no_row_that_was_not_run(tmp_path):
+    suite = Suite(tiny_model("gpt2"), tokenizer("plain"), tmp_path)
+    made = Experiment(suite, ["ft"], rows_of(["sadr:1"]), [], [a_case("Ada", "Rome", "Paris")])
+    assert list(made._planned({"ft": suite.editor("ft")})) == []
+    assert list(made.skipped) == [("ft", "sadr:1")]
+    broken = suite.editor("ft")
+    broken._given = {"layers": 99}
+    with pytest.raises(ConfigError, match="99"):
+        list(made._planned({"ft": broken}))
 
 
 def test_an_empty_table_says_that_it_is_unfinished(tmp_path):
@@ -396,3 +446,8 @@ def test_an_empty_table_says_that_it_is_unfinished(tmp_path):
     assert "**Unfinished: 0 of 1 rows.**" in markdown(made)
     with pytest.raises(ConfigError, match="no hyper-parameter 'x'"):
         Sweep(suite, "rome", {"x": [1]}, made.held_out)
+    plain = [replace(case, probes=case.probes[:2]) for case in made.held_out]
+    with pytest.raises(ConfigError, match="No case has relation probes"):
+        Sweep(suite, "rome", {"steps": [1]}, plain, by="rs")
+    with pytest.raises(ConfigError, match="No case has"):
+        Sweep(suite, "rome", {"steps": [1]}, plain, by="score")

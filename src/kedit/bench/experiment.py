@@ -91,9 +91,11 @@ class Experiment:
         """The runs as far as they are known beforehand; rows that an editor has no use for are skipped."""
         for name, editor in made.items():
             needs_plain = False
+            editor.describe_call()  # what is wrong without any regularizer is no reason to skip a row
             for row in self.rows:
+                regularizers = row.regularizers(self.gammas[0] if row.chooses_gamma else None)
                 try:
-                    editor.describe_call(row.regularizers(self.gammas[0] if row.chooses_gamma else None))
+                    editor.describe_call(regularizers)
                 except ConfigError as error:
                     self.skipped[name, row.label] = str(error)
                     continue

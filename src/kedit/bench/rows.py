@@ -42,6 +42,8 @@ class Part:
             return made if is_number(default) else cls(name, BEST)
         if gamma is not None and not made.takes_gamma:
             raise ConfigError(f"The regularizer {name!r} has no γ. Leave out :{tail}.")
+        if gamma != BEST:
+            made.make()  # raises where it has no use for this γ, or cannot be made by its name
         return made
 
     @property
@@ -75,7 +77,7 @@ class Row:
         """``"none"``, or one or several parts (:meth:`Part.of`) with ``+`` between them.
 
         Raises:
-            ConfigError: a part is malformed, or two of them shall be given the best γ.
+            ConfigError: a part is malformed or cannot be made, or two of them shall be given the best γ.
             UnknownNameError: there is no such regularizer.
         """
         label = text.strip()

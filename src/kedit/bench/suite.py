@@ -18,7 +18,7 @@ from kedit.keys.estimate import estimate_moments, tokenizer_fingerprint
 from kedit.keys.second_moment import RIDGE, SecondMoments
 from kedit.models import ModelArch, unwrap
 from kedit.models.fingerprint import model_fingerprint
-from kedit.regularizers import Choice, describe, resolve
+from kedit.regularizers import Choice, resolve
 from kedit.utils.validation import check_whole
 
 if TYPE_CHECKING:
@@ -68,22 +68,23 @@ class Suite:
         return kind(self.model, self.tokenizer, contexts=self._contexts[key], **config)
 
     def prepare(self, editors: Sequence[Editor]) -> None:
-        """Estimate the second moments that some editors read, those of all their layers in one pass over the text."""
-        readers = [editor for editor in editors if isinstance(editor, ValueEditor) and editor.moment_layers]
-        layers = sorted({layer for editor in readers for layer in editor.moment_layers})
-        if not layers:
-            return
+        """Estimate the second moments that some editors read, those of all their layers in one pass over the text per dtype."""
+        readers: dict[str | None, list[ValueEditor]] = {}
+        for editor in editors:
+            if isinstance(editor, ValueEditor) and editor.moment_layers:
+                readers.setdefault(editor.config.compute_dtype, []).append(editor)
         arch = ModelArch(self.model)
-        found = estimate_moments(
-            arch,
-            self.tokenizer,
-            layers,
-            self.corpus,
-            ridge=presets.ridge(arch) or RIDGE,
-            compute_dtype=readers[0].config.compute_dtype,
-        )
-        for editor in readers:
-            editor.moments = SecondMoments({layer: found[layer] for layer in editor.moment_layers})
+        for compute_dtype, alike in readers.items():
+            found = estimate_moments(
+                arch,
+                self.tokenizer,
+                sorted({layer for editor in alike for layer in editor.moment_layers}),
+                self.corpus,
+                ridge=presets.ridge(arch) or RIDGE,
+                compute_dtype=compute_dtype,
+            )
+            for reader in alike:
+                reader.moments = SecondMoments({layer: found[layer] for layer in reader.moment_layers})
 
     def run(
         self,
@@ -111,15 +112,14 @@ class Suite:
     def folder_of(
         self, editor: Editor | None, regularizer: Choice, cases: Sequence[EditCase], mode: str = "single", **extent: Any
     ) -> Path:
-        """Where such a run is kept."""
+        """Where such a run is kept; raises ``ConfigError`` where the editor has no use for a regularizer."""
         regularizers = resolve(regularizer)
         identity = digest(
             [
                 versions(),
                 self.weights,
                 describe_editor(editor),
-                None if editor is None else editor.config.to_dict(),
-                [describe(item) for item in regularizers],
+                None if editor is None else editor.describe_call(regularizers),  # with what the preset says for these
                 [case.to_dict() for case in cases],
                 mode,
                 repr(sorted(extent.items())),

@@ -17,8 +17,8 @@ from kedit.editors import editor_class
 from kedit.editors.base import Editor
 from kedit.errors import ConfigError
 from kedit.evaluation.cases import EditCase
-from kedit.evaluation.metrics import METRICS
-from kedit.evaluation.report import EvalReport
+from kedit.evaluation.metrics import METRICS, Metric
+from kedit.evaluation.report import MEASURED_BY, EvalReport
 from kedit.evaluation.statistics import Estimate, Floats, case_weights, harmonic_means
 from kedit.regularizers import make, takes_gamma
 from kedit.regularizers.base import Regularizer
@@ -55,16 +55,30 @@ class Sweep:
     reports: dict[Point, EvalReport] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the names of the grid and the metric."""
+        """Check the names of the grid and the metric, and that the cases have its probes."""
         self.check(self.editor, self.grid, self.regularizers, self.by)
+        asked = {probe.kind for case in self.cases for probe in case.probes}
+        for metric in _parts(self.by):
+            if metric.kinds and not metric.kinds & asked:
+                raise ConfigError(
+                    f"No case has {' or '.join(sorted(metric.kinds))} probes, so {metric.label} is not measured and cannot tell "
+                    f"which point is the best. Use another metric (--by) than {self.by}, or cases with such probes."
+                )
 
     @staticmethod
     def check(editor: str, grid: Mapping[str, Sequence[Any]], regularizers: Sequence[str], by: str) -> None:
-        """Raise ``ConfigError`` or ``UnknownNameError`` where a name of a sweep is unknown; needs no model."""
+        """Raise ``ConfigError`` or ``UnknownNameError`` where a name of a sweep is unknown, or the metric not measured by one.
+
+        Needs no model.
+        """
         if not grid or not all(grid.values()):
             raise ConfigError("A sweep needs values to try. Give at least one --set KEY=VALUE,VALUE.")
-        if by != BALANCE:
-            METRICS[by]
+        for metric in _parts(by):
+            if metric.name in MEASURED_BY:
+                raise ConfigError(
+                    f"A sweep does not measure {metric.name}: that needs {MEASURED_BY[metric.name]} of an evaluation. Choose "
+                    "by balance, or a metric of probes, such as ns or dns."
+                )
         known = editor_class(editor).Config.field_names()
         for key in grid:
             if key == "gamma":
@@ -91,7 +105,7 @@ class Sweep:
         """Run what is not finished; ``after_each`` is called whenever a point is done.
 
         Raises:
-            ConfigError: a value is out of range; nothing is run then.
+            ConfigError: a value is out of range, and nothing is run then; or the first point has no value of the metric.
         """
         made = {point: (self._editor(point), self._regularizers(point)) for point in self.points}
         for editor, regularizers in made.values():
@@ -106,6 +120,11 @@ class Sweep:
             clock.finish(
                 self.editor, len(self.cases), sum(report.seconds.values()) - report.seconds.get("prepare", 0.0)
             )
+            if self.by != BALANCE and self.by not in report.estimates:
+                raise ConfigError(
+                    f"{self.label(point)} has no value for {self.by}, so it cannot tell which point is the best. Use another "
+                    "metric (--by)."
+                )
             self.reports[point] = report
             after_each()
 
@@ -161,6 +180,11 @@ class Sweep:
 def text(value: Any) -> str:
     """A value as it is typed."""
     return str(list(value)).replace(" ", "") if isinstance(value, tuple | list) else str(value)
+
+
+def _parts(by: str) -> list[Metric]:
+    """The metrics that a point is judged by; the balance takes those that there are."""
+    return [] if by == BALANCE else [METRICS[name] for name in METRICS[by].parts or (by,)]
 
 
 def _is_of(key: str, regularizer: str) -> bool:

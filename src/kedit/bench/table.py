@@ -9,7 +9,7 @@ from typing import Any
 
 from kedit.bench.choice import FIVE, LEAST_ES, LOST_PS, MARKS, balance, qualifies, value
 from kedit.bench.experiment import Experiment
-from kedit.bench.rows import NONE
+from kedit.bench.rows import BEST, NONE
 from kedit.bench.suite import Suite
 from kedit.bench.sweep import BALANCE, Point, Sweep, text
 from kedit.evaluation.cases import Kind
@@ -63,7 +63,7 @@ def to_csv(experiment: Experiment) -> str:
     for (name, label), report in experiment.reports.items():
         plain = experiment.reports.get((name, NONE))
         against = {} if plain is None or label == NONE else report.compare(plain)
-        gamma = gamma_text(experiment, name, label).rstrip("".join(MARKS))
+        gamma = gamma_text(experiment, name, label, marked=False)
         for metric, states in report.estimates.items():
             row: dict[str, Any] = {"editor": name, "regularizer": label, "gamma": gamma, "metric": metric}
             found = {"before": states["before"], "after": states["after"], "against_none": against.get(metric)}
@@ -118,16 +118,18 @@ def won_back(plain: EvalReport, other: EvalReport, metric: str) -> Estimate | No
     return Estimate.of(100 * (value(other, metric) - value(plain, metric)) / total, shares, fall.n, fall.cases)
 
 
-def gamma_text(experiment: Experiment, name: str, label: str) -> str:
-    """γ of a row, of each regularizer that has one, with the mark of a chosen one."""
-    choice = experiment.choices.get((name, label))
+def gamma_text(experiment: Experiment, name: str, label: str, *, marked: bool = True) -> str:
+    """γ of a row, of each regularizer that has one, with the mark of the one that was chosen."""
+    choice = experiment.choices.get((name, label)) if marked else None
     report = experiment.reports[name, label]
+    parts = next(row.parts for row in experiment.rows if row.label == label)
     found = []
-    for item in report.meta.get("regularizers") or []:
+    for part, item in zip(parts, report.meta.get("regularizers") or [], strict=True):
         gamma = item.get("gamma")
         if gamma is not None:
-            found.append(gamma if isinstance(gamma, str) else f"{gamma:g}")
-    return ", ".join(found) + (choice.mark if choice is not None else "")
+            mark = choice.mark if choice is not None and part.gamma == BEST else ""
+            found.append((gamma if isinstance(gamma, str) else f"{gamma:g}") + mark)
+    return ", ".join(found)
 
 
 def seconds_per_edit(report: EvalReport) -> float:

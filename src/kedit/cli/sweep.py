@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE[,VALUE...]",
-        help="values of a hyper-parameter, repeat for several: --set layers=3,5 --set clamp=2. --set help explains them",
+        help="values of a hyper-parameter, repeat for other ones: --set layers=3,5 --set clamp=2. --set help explains them",
     )
     parser.add_argument(
         "--by", default="balance", metavar="METRIC", help="what the best point has most of (default: balance)"
@@ -91,8 +92,11 @@ def values_of(items: list[str]) -> dict[str, list[Any]]:
         except (ValueError, SyntaxError):  # text, not in quotation marks
             found = [_value(part.strip()) for part in text.split(",")]
         values = [tuple(value) if isinstance(value, list) else value for value in found]
-        if not all(isinstance(value, bool | int | float | str | tuple | None) for value in values):
+        single = itertools.chain.from_iterable(value if isinstance(value, tuple) else (value,) for value in values)
+        if not all(isinstance(value, bool | int | float | str | None) for value in single):
             raise ConfigError(f"--set {key}: values are numbers, texts or lists like [3,4], not {text}.")
+        if key in grid:
+            raise ConfigError(f"--set {key} is given twice. Give all its values at once: --set {key}=VALUE,VALUE.")
         grid[key] = list(dict.fromkeys(values))
     return grid
 

@@ -82,8 +82,8 @@ class EvalReport:
         kinds = {probe.kind for record in self.records for probe in record.after.probes}
         if metric.kinds and not metric.kinds & kinds:
             return f"no case has {' or '.join(sorted(metric.kinds))} probes"
-        if metric.name in _MEASURED_BY:
-            return f"it is measured with {_MEASURED_BY[metric.name]}"
+        if metric.name in MEASURED_BY:
+            return f"it is measured with {MEASURED_BY[metric.name]}"
         return "none of the probes that it reads has what it needs (such as a wrong answer)"
 
     @property
@@ -292,7 +292,7 @@ def check_parquet() -> None:
         )
 
 
-_MEASURED_BY = {
+MEASURED_BY = {
     "fluency": "generate=100 (--generate 100)",
     "reference_score": "generate=100 (--generate 100), on cases with references",
     "perplexity": "texts (--texts FILE)",
