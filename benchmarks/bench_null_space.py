@@ -23,7 +23,6 @@ from kedit.editors.closed_forms import (
     NullSpaceRule,
     Past,
     largest_weight,
-    largest_weight_beside,
     mixed_keys,
     null_space,
     null_space_update,
@@ -71,6 +70,52 @@ def written(new: Tensor, past: Past, weight: float) -> tuple[float, float]:
         shares.append(right @ key)
         sizes.append(right.norm() * key.norm())
     return float(torch.stack(shares).median()), float(torch.stack(sizes).median())
+
+
+LEAST = 0.01  # of λ beside earlier keys: below, an update is many times as large as alone and writes little more
+
+
+def largest_weight_beside(weight: float, keys: Tensor, past: Past, share: float) -> float:
+    """:func:`~kedit.editors.closed_forms.largest_weight` for :func:`null_space_update`, where the keys of earlier edits hold back a new one.
+
+    A new key z beside earlier keys Z gets x / (1 + x) of its change, x = zᵀ (λ 1 + Zᵀ Z)⁻¹ z. A smaller λ writes more of it and
+    leaves the earlier keys alone the better, with a larger update. A key in the span of the earlier ones cannot be written at
+    all, so λ is at least ``LEAST`` of what the new keys need alone.
+
+    Args:
+        weight: λ, above 0.
+        keys: projected, [E, I] float64.
+        past: keys of earlier edits, projected.
+        share: of the median edit, above 0 and below 1.
+    """
+    alone = largest_weight(weight, keys.square().sum(1), share)
+    if past.keys is None and past.gram is None:
+        return alone
+    # With the eigenvalues s and eigenvectors of ZᵀZ, x is a sum over (z · v)² / (s + λ): cheap for every λ.
+    if past.gram is not None:
+        values, vectors = torch.linalg.eigh(past.gram)
+    else:
+        assert past.keys is not None
+        values, left = torch.linalg.eigh(past.keys @ past.keys.T)
+        used = values > values[-1] * torch.finfo(values.dtype).eps * len(values)
+        values, vectors = values[used], past.keys.T @ left[:, used] / values[used].sqrt()
+    inside = (keys @ vectors).square()  # [E, n]
+    outside = (keys.square().sum(1) - inside.sum(1)).clamp_min(0)
+    values = values.clamp_min(0)
+
+    def gets(at: float) -> float:
+        x = outside / at + (inside / (values + at)).sum(1)
+        return float((x / (1 + x)).median())
+
+    low, high = alone * LEAST, alone
+    if gets(high) >= share:
+        return high
+    if gets(low) < share:
+        return low
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if gets(middle) >= share else (low, middle)
+    return low
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from kedit.editors import presets
-from kedit.editors.closed_forms import largest_weight_beside, mixed_keys, null_space_update
+from kedit.editors.closed_forms import largest_weight, mixed_keys, null_space_update
 from kedit.editors.config import hyper
 from kedit.editors.null_space import NullSpaceEditor
 from kedit.editors.solve_layers import LayerProblem
@@ -38,8 +38,8 @@ class AlphaEdit(NullSpaceEditor):
             l2_relative: whether λ is a multiple of the mean ‖P k‖² of ordinary keys. At 1 a key that lies in the free
                 directions as ordinary keys do gets half of its change written, whatever the model. The published form, an
                 absolute λ of 10, is ``False``.
-            min_share: λ is lowered until the median edit, written without the others of its batch, gets this share of its change
-                beside the keys of earlier edits; 0: never (the published form).
+            min_share: λ is lowered until the median edit, written alone, gets this share of its change; 0: never (the
+                published form).
         """
 
         l2: float = hyper(1.0, above=0)
@@ -58,7 +58,7 @@ class AlphaEdit(NullSpaceEditor):
         if self.config.l2_relative:
             weight *= self.null_space.energy(problem.layer, keys)
         if self.config.min_share:
-            weight = largest_weight_beside(weight, keys, past, self.config.min_share)
+            weight = largest_weight(weight, keys.square().sum(1), self.config.min_share)
         return null_space_update(keys, problem.residual, max(weight, torch.finfo(torch.float64).tiny), past)
 
     @classmethod
