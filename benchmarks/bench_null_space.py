@@ -76,7 +76,7 @@ LEAST = 0.01  # of λ beside earlier keys: below, an update is many times as lar
 
 
 def largest_weight_beside(weight: float, keys: Tensor, past: Past, share: float) -> float:
-    """:func:`~kedit.editors.closed_forms.largest_weight` for :func:`null_space_update`, where the keys of earlier edits hold back a new one.
+    """As ``largest_weight``, for ``null_space_update``, where the keys of earlier edits hold back a new one.
 
     A new key z beside earlier keys Z gets x / (1 + x) of its change, x = zᵀ (λ 1 + Zᵀ Z)⁻¹ z. A smaller λ writes more of it and
     leaves the earlier keys alone the better, with a larger update. A key in the span of the earlier ones cannot be written at
