@@ -8,19 +8,18 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from kedit.bench.choice import LEAST_ES, LOST_PS
 from kedit.evaluation import METRICS, EvalReport
 from kedit.evaluation.statistics import Estimate, Floats, case_weights
 
 METRIC_NAMES = ("es", "ps", "ns", "dns", "rs")
 KEPT = ("ns", "dns", "rs")  # what must stay
-MIN_ES = 99.0
-MAX_PS_LOSS = 3.0
 TIE = 1.0
 
 RULE = (
-    "the best mean of NS, DNS and RS (of those that the cases have) among the candidates with ES of at least 99, or the "
-    "highest that is reached, and PS within 3 points of the best; of those within one point of it, the first in order: the "
-    "present value, then the nearest"
+    "the best mean of NS, DNS and RS (of those that the cases have) among the candidates with ES of at least "
+    f"{LEAST_ES:g}, or the highest that is reached, and PS within {LOST_PS:g} points of the best; of those "
+    "within one point of it, the first in order: the present value, then the nearest"
 )
 
 Key = TypeVar("Key")
@@ -55,13 +54,13 @@ def ranked(reports: Mapping[Key, EvalReport], reference: EvalReport | None = Non
     """
     figures = {key: measured(report) for key, report in reports.items()}
     every = [*figures.values(), *([] if reference is None else [measured(reference)])]
-    allowed = {"es": 0.0, "ps": MAX_PS_LOSS}
+    allowed = {"es": 0.0, "ps": LOST_PS}
     if slack:
         some = next(iter(reports.values()))
         for name in allowed:
             number = sum(tally.n for tally in METRICS[name].tallies(some.records, "after"))
             allowed[name] += 100.0 / number if number else 0.0
-    least_es = min(MIN_ES, max(each["es"] for each in every)) - allowed["es"]
+    least_es = min(LEAST_ES, max(each["es"] for each in every)) - allowed["es"]
     said = [each for each in every if each["es"] >= least_es]
     best_ps = max((each["ps"] for each in said if "ps" in each), default=0.0)
 

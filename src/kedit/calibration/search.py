@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kedit.analysis import facts
 from kedit.analysis.causal_tracing import trace
 from kedit.analysis.results.tracing import ROLES
+from kedit.bench.suite import fewer
 from kedit.calibration.candidates import (
     Candidate,
     Gamma,
@@ -155,9 +156,8 @@ def calibrate(
         "l2": partial(weight_candidates, name="l2", quick=quick),
         "gamma": lambda now: gamma_candidates(with_changes(now, changes), usual, quick=quick),
     }
-    templates = kind(model, tokenizer, start.config, moments=moments).contexts
-    templates = tuple([templates[0], *templates[1 :: max(1, len(templates) // contexts)]][:contexts])
-    about = [versions(), fingerprint, editor, list(templates), texts.key, compute_dtype, seed]
+    templates = fewer(kind(model, tokenizer, start.config, moments=moments).contexts, contexts)
+    about = [versions(), fingerprint, editor, templates, texts.key, compute_dtype, seed]
     trials = Trials(model, tokenizer, kind, moments, templates, maker, folder, compute_dtype, digest(about))
     parts = _parts(development)
     counts = [len(maker_of[name](start)) for name in stages]

@@ -24,14 +24,16 @@ from kedit.cli import common
 from kedit.errors import ConfigError, DependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from matplotlib.figure import Figure
 
     from kedit.bench import Experiment, Suite
     from kedit.bench.cases import ChosenCases, Source
 
 HELP = "measure editors and regularizers on a model, as one table"
 RUNS, CASES, SETTINGS = "runs", "cases.json", "config.yaml"
-TABLE, CSV, PLOT = "table.md", "table.csv", "tradeoff.svg"
+NAMES = TABLE, CSV, PLOT = "table.md", "table.csv", "tradeoff.svg"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_whole("--fluency", args.fluency, 0)
     check_whole("--cases", args.cases, 1)
-    out = check_experiment(args, (TABLE, CSV, PLOT))
+    out = check_experiment(args, NAMES)
     editors = editor_names(args.editors)
     rows = rows_of(split_names(args.regularizers))
     config = hyper_parameters(args)
@@ -269,30 +271,41 @@ def make_suite(args: argparse.Namespace, config: dict[str, object]) -> Suite:
     )
 
 
-def _write(out: Path, experiment: Experiment, about: list[str]) -> list[str]:
-    """Write what is finished, with the plot; the table, and lines that say where it is."""
-    from kedit.bench.plot import points_of, tradeoff
+def write_tables(out: Path, names: Sequence[str], table: str, numbers: str) -> str:
+    """Write the Markdown table and the CSV under the first two names; returns the former."""
+    from kedit.evaluation.journal import make_folder, write_text
+
+    make_folder(out)
+    for name, text in zip(names, (table, numbers), strict=False):  # the third is the plot's
+        write_text(out / name, text)
+    return table
+
+
+def with_plot(out: Path, names: Sequence[str], table: str, draw: Callable[[], Figure] | None) -> list[str]:
+    """The lines to print: the table and where everything is. Writes the plot, where there is something to draw."""
     from kedit.evaluation.journal import write_text
     from kedit.report.figures import as_svg
 
-    text = _write_tables(out, experiment, about)
-    lines = [text.removesuffix("\n"), "", f"table: {out / TABLE}, {out / CSV}"]
-    if not points_of(experiment):
+    lines = [table.removesuffix("\n"), "", f"table: {out / names[0]}, {out / names[1]}"]
+    if draw is None:
         return lines
     try:
-        write_text(out / PLOT, as_svg(tradeoff(experiment)))
+        write_text(out / names[2], as_svg(draw()))
     except DependencyError as error:
         return [*lines, f"no plot: {error}"]
-    return [*lines, f"plot: {out / PLOT}"]
+    return [*lines, f"plot: {out / names[2]}"]
+
+
+def _write(out: Path, experiment: Experiment, about: list[str]) -> list[str]:
+    """Write what is finished, with the plot; the table, and lines that say where it is."""
+    from kedit.bench.plot import points_of, tradeoff
+
+    draw = (lambda: tradeoff(experiment)) if points_of(experiment) else None
+    return with_plot(out, NAMES, _write_tables(out, experiment, about), draw)
 
 
 def _write_tables(out: Path, experiment: Experiment, about: list[str]) -> str:
     """Write the tables of what is finished; the Markdown one."""
     from kedit.bench.table import markdown, to_csv
-    from kedit.evaluation.journal import make_folder, write_text
 
-    make_folder(out)
-    text = markdown(experiment, about)
-    write_text(out / TABLE, text)
-    write_text(out / CSV, to_csv(experiment))
-    return text
+    return write_tables(out, NAMES, markdown(experiment, about), to_csv(experiment))

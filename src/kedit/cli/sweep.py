@@ -22,14 +22,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedit.cli import common
-from kedit.cli.bench import SETTINGS, add_experiment, cases_for, check_experiment, make_suite, sources_of
-from kedit.errors import ConfigError, DependencyError
+from kedit.cli.bench import (
+    SETTINGS,
+    add_experiment,
+    cases_for,
+    check_experiment,
+    make_suite,
+    sources_of,
+    with_plot,
+    write_tables,
+)
+from kedit.errors import ConfigError
 
 if TYPE_CHECKING:
     from kedit.bench import Sweep
 
 HELP = "try hyper-parameters of an editor on development cases"
-TABLE, CSV, PLOT = "sweep.md", "sweep.csv", "sweep.svg"
+NAMES = TABLE, CSV, PLOT = "sweep.md", "sweep.csv", "sweep.svg"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from kedit.utils.validation import check_whole
 
     check_whole("--dev-cases", args.dev_cases, 1)
-    out = check_experiment(args, (TABLE, CSV, PLOT))
+    out = check_experiment(args, NAMES)
     grid = values_of(args.set)
     config = {} if args.compute_dtype is None else {"compute_dtype": args.compute_dtype}
     sources = sources_of(args, 1)
@@ -111,27 +120,13 @@ def _value(text: str) -> Any:
 def _write(out: Path, sweep: Sweep, about: list[str]) -> list[str]:
     """Write what is finished, with the plot; the table, and lines that say where it is."""
     from kedit.bench.plot import sweep_lines
-    from kedit.evaluation.journal import write_text
-    from kedit.report.figures import as_svg
 
-    table = _write_tables(out, sweep, about)
-    lines = [table.removesuffix("\n"), "", f"table: {out / TABLE}, {out / CSV}"]
-    if not sweep.reports:
-        return lines
-    try:
-        write_text(out / PLOT, as_svg(sweep_lines(sweep)))
-    except DependencyError as error:
-        return [*lines, f"no plot: {error}"]
-    return [*lines, f"plot: {out / PLOT}"]
+    draw = (lambda: sweep_lines(sweep)) if sweep.reports else None
+    return with_plot(out, NAMES, _write_tables(out, sweep, about), draw)
 
 
 def _write_tables(out: Path, sweep: Sweep, about: list[str]) -> str:
     """Write the tables of what is finished; the Markdown one."""
     from kedit.bench.table import sweep_csv, sweep_markdown
-    from kedit.evaluation.journal import make_folder, write_text
 
-    make_folder(out)
-    table = sweep_markdown(sweep, about)
-    write_text(out / TABLE, table)
-    write_text(out / CSV, sweep_csv(sweep))
-    return table
+    return write_tables(out, NAMES, sweep_markdown(sweep, about), sweep_csv(sweep))
