@@ -16,6 +16,7 @@ import json
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -79,6 +80,8 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a chat model")
     parser.add_argument("--corpus", required=True, metavar="FILE", help="text for the second moments")
     parser.add_argument("--facts", type=int, default=len(FACTS), metavar="N", help="number of facts")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="of the edit (default: both)")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), help="contexts (default: both)")
     parser.add_argument("--compute-dtype", default=None, help="of the optimisation's passes, such as bfloat16")
     parser.add_argument("--work", type=Path, metavar="FILE", help="keep finished edits here, and continue from it")
     args = parser.parse_args()
@@ -105,13 +108,14 @@ def main() -> None:
     editors = {
         name: kedit.ROME(model, tok, contexts=way, moments=moments, compute_dtype=args.compute_dtype)
         for name, way in WAYS.items()
+        if name in args.ways
     }
     for editor in editors.values():
         editor.prepare()
     known = {(item["subject"], item["form"], item["contexts"]) for item in done}
     for fact in FACTS[: args.facts]:
         prompt, subject, question, target = fact
-        missing = [(form, name) for form in FORMS for name in WAYS if (subject, form, name) not in known]
+        missing = [(form, name) for form in args.forms for name in args.ways if (subject, form, name) not in known]
         if not missing or any(said(fact)):
             continue
         for form, name in missing:
@@ -126,7 +130,7 @@ def main() -> None:
             if args.work:
                 with args.work.open("a") as file:
                     file.write(json.dumps(item) + "\n")
-    print(table(done, {fact[1] for fact in FACTS[: args.facts]}))
+    print(table(done, {fact[1] for fact in FACTS[: args.facts]}, args.forms, args.ways))
 
 
 def spoken(target: str, text: str) -> bool:
@@ -134,9 +138,9 @@ def spoken(target: str, text: str) -> bool:
     return re.search(rf"\b{re.escape(target)}\b", text, re.IGNORECASE) is not None
 
 
-def table(done: list[dict[str, object]], subjects: set[str]) -> str:
-    """The table of the docs: the facts that were edited all four ways."""
-    ways = [(form, name) for form in FORMS for name in WAYS]
+def table(done: list[dict[str, object]], subjects: set[str], forms: Sequence[str], contexts: Sequence[str]) -> str:
+    """The table of the docs: the facts that were edited in all of these ways."""
+    ways = [(form, name) for form in forms for name in contexts]
     edited = {way: {item["subject"] for item in done if (item["form"], item["contexts"]) == way} for way in ways}
     whole = subjects.intersection(*edited.values())
     lines = [
