@@ -107,7 +107,7 @@ def test_the_edit_that_waits_is_undone(server, ask):
 
 
 @pytest.mark.parametrize("where", ["second moments", "optimisation steps", "checking", "last"])
-def test_a_cancelled_edit_leaves_the_model_as_it_was(server, ask, monkeypatch, where):
+def test_a_cancelled_edit_leaves_the_model_as_it_was(server, ask, monkeypatch, tmp_path, where):
     before, seen, told = weights(server), [], []
     watch, finish = _Running.watch, _Running.finish
 
@@ -132,7 +132,7 @@ def test_a_cancelled_edit_leaves_the_model_as_it_was(server, ask, monkeypatch, w
 
     monkeypatch.setattr(_Running, "watch", watched)
     monkeypatch.setattr(_Running, "finish", finished)
-    monkeypatch.setenv("KEDIT_CACHE", "/nonexistent/kedit")  # so that the second moments are estimated
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))  # so that the second moments are estimated
     status, state, _ = ask("/edit", FACT)
     assert (status, state["cancelled"], state["pending"], state["kept"]) == (200, True, None, [])
     assert len(seen) == 1
