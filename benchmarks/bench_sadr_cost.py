@@ -22,6 +22,7 @@ from benchmarks.bench_half import SHORT
 from benchmarks.pairs import RESULTS
 
 import kedit
+from kedit.bench.suite import fewer
 from kedit.bench.table import cell
 from kedit.data import load_cases
 from kedit.evaluation import EditCase, Kind
@@ -144,7 +145,7 @@ def main() -> None:
     cases = known_cases(model, tokenizer, load_cases(args.data).cases, args.cases, exclude=excluded, probes=4).cases
     plain = kedit.ROME(model, tokenizer)
     moments = kedit.second_moments(model, tokenizer, plain.config.layers, args.corpus, compute_dtype=args.dtype)
-    contexts = [plain.contexts[0], *plain.contexts[1 :: max(1, len(plain.contexts) // args.contexts)]][: args.contexts]
+    contexts = fewer(plain.contexts, args.contexts)
     shared = {"moments": moments, "contexts": contexts, "compute_dtype": args.dtype}
     editor = kedit.ROME(model, tokenizer, **shared)
     fixed = f"SADR, γ = {args.gamma:g}"

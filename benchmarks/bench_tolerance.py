@@ -19,6 +19,7 @@ from benchmarks.pairs import RESULTS
 from torch.nn.functional import cosine_similarity
 
 import kedit
+from kedit.bench.suite import fewer
 from kedit.bench.table import cell
 from kedit.data import load_cases
 from kedit.evaluation.probing import EvalOptions, ProbeScorer
@@ -51,7 +52,7 @@ def main() -> None:
         print(tolerance, moments[tolerance][5].tokens, taken[tolerance], flush=True)
     cases = known_cases(model, tokenizer, load_cases(args.data).cases, args.cases, probes=4).cases
     sampled = kedit.ROME(model, tokenizer, moments=moments[None]).contexts
-    contexts = [sampled[0], *sampled[1 :: max(1, len(sampled) // args.contexts)]][: args.contexts]
+    contexts = fewer(sampled, args.contexts)
     editor = kedit.ROME(model, tokenizer, moments=moments[None], contexts=contexts, compute_dtype="bfloat16")
     optimise = editor.engine.optimize
     found, cosines, norms = defaultdict(list), defaultdict(list), defaultdict(list)

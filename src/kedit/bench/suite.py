@@ -15,7 +15,7 @@ from kedit.evaluation.cases import EditCase
 from kedit.evaluation.provenance import describe_editor, digest, versions
 from kedit.evaluation.report import EvalReport
 from kedit.keys.estimate import estimate_moments, tokenizer_fingerprint
-from kedit.keys.second_moment import RIDGE, SecondMoments
+from kedit.keys.second_moment import SecondMoments
 from kedit.models import ModelArch, unwrap
 from kedit.models.fingerprint import model_fingerprint
 from kedit.regularizers import Choice, resolve
@@ -80,7 +80,7 @@ class Suite:
                 self.tokenizer,
                 sorted({layer for editor in alike for layer in editor.moment_layers}),
                 self.corpus,
-                ridge=presets.ridge(arch) or RIDGE,
+                ridge=presets.ridge(arch),
                 compute_dtype=compute_dtype,
             )
             for reader in alike:

@@ -39,7 +39,6 @@ from kedit.evaluation.journal import make_folder
 from kedit.evaluation.provenance import describe_model, digest, environment, versions
 from kedit.keys.corpus import Corpus, as_corpus
 from kedit.keys.estimate import cache_folder, estimate_moments
-from kedit.keys.second_moment import RIDGE
 from kedit.models import ModelArch
 from kedit.models.fingerprint import model_fingerprint
 from kedit.models.hooks import inference_state
@@ -145,7 +144,7 @@ def calibrate(
         tokenizer,
         sorted({layer for candidate in layers for layer in candidate.config.layers}),
         texts,
-        ridge=presets.ridge(arch) or RIDGE,
+        ridge=presets.ridge(arch),
         compute_dtype=compute_dtype,
     )
     maker_of: dict[str, Callable[[Candidate], list[Candidate]]] = {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +95,7 @@ class Trials:
         for cases in parts:
             key = self._key(candidate, cases)
             if key not in self._reports:
-                with _no_inner_bars():
+                with Progress.hidden():  # one bar for the whole calibration
                     self._reports[key] = self._evaluate(candidate, cases, key)
                 progress.advance(len(cases))
             found.append(self._reports[key])
@@ -131,13 +130,3 @@ class Trials:
         if candidate.gamma is not None and self.regularizer is not None:
             chosen = describe(self.regularizer(candidate.gamma))
         return digest([self.about, candidate.config.to_dict(), chosen, [case.to_dict() for case in cases]])
-
-
-@contextmanager
-def _no_inner_bars() -> Iterator[None]:
-    """One bar for the whole calibration."""
-    shown, Progress.shown = Progress.shown, False
-    try:
-        yield
-    finally:
-        Progress.shown = shown

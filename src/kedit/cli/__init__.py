@@ -150,13 +150,12 @@ def _no_bars() -> Iterator[None]:
 
     from kedit.utils.progress import Progress
 
-    shown, enabled = Progress.shown, bars.is_progress_bar_enabled()
-    Progress.shown = False
+    enabled = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
-        yield
+        with Progress.hidden():
+            yield
     finally:
-        Progress.shown = shown
         if enabled:
             bars.enable_progress_bar()
 

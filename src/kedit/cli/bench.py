@@ -208,7 +208,6 @@ def hyper_parameters(args: argparse.Namespace) -> dict[str, object]:
 def sources_of(args: argparse.Namespace, count: int) -> list[Source]:
     """The cases of the files, divided by subject; those of the embedded world where no file is given."""
     from kedit.bench.cases import Source
-    from kedit.data import load_cases, with_new_targets
     from kedit.evaluation import split_by_subject
 
     if args.data is None:
@@ -223,12 +222,11 @@ def sources_of(args: argparse.Namespace, count: int) -> list[Source]:
         ]
     sources: list[Source] = []
     for path in dict.fromkeys(args.data):
-        loaded = load_cases(path, args.format)
-        sys.stderr.write(loaded.report() + "\n")
+        cases = common.facts_of(path, args.format)
         name = Path(path).stem
         if any(name == other.name for other in sources):
             name = f"{name}-{len(sources) + 1}"
-        sources.append(Source(name, *split_by_subject(with_new_targets(loaded.cases, path))))
+        sources.append(Source(name, *split_by_subject(cases)))
     return sources
 
 
@@ -243,7 +241,6 @@ def cases_for(
 ) -> ChosenCases:
     """The cases that the options ask for; says how many facts the model knows."""
     from kedit.bench.cases import KINDS, choose_cases
-    from kedit.data import load_cases
     from kedit.evaluation import Kind
 
     chosen = choose_cases(
@@ -251,7 +248,7 @@ def cases_for(
         sources,
         development=development,
         held_out=held_out,
-        exclude={case.edit.subject for path in args.exclude for case in load_cases(path, args.format).cases},
+        exclude=common.excluded_subjects(args),
         kinds=(*KINDS, Kind.GENERATION) if fluency else KINDS,
         probes=args.probes,
         seed=args.seed,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,7 +131,6 @@ def _check(path: str, args: argparse.Namespace) -> None:
 
 def _cases(args: argparse.Namespace) -> tuple[list[EditCase], set[str]]:
     """The cases that the options name, and the subjects that are left out."""
-    from kedit.data import load_cases, with_new_targets
     from kedit.evaluation import split_by_subject
 
     if not args.data:
@@ -142,17 +142,8 @@ def _cases(args: argparse.Namespace) -> tuple[list[EditCase], set[str]]:
         return world_cases(load_world(), "dev", 200, args.seed), set()
     cases = []
     for number, path in enumerate(args.data):
-        loaded = load_cases(path, args.format)
-        sys.stderr.write(loaded.report() + "\n")
-        cases += [_renamed(case, f"{number}-{case.id}") for case in with_new_targets(loaded.cases, path)]
-    excluded = {case.edit.subject for path in args.exclude for case in load_cases(path, args.format).cases}
-    return cases if args.all_subjects else split_by_subject(cases)[0], excluded
-
-
-def _renamed(case: EditCase, name: str) -> EditCase:
-    from dataclasses import replace
-
-    return replace(case, id=name)
+        cases += [replace(case, id=f"{number}-{case.id}") for case in common.facts_of(path, args.format)]
+    return cases if args.all_subjects else split_by_subject(cases)[0], common.excluded_subjects(args)
 
 
 def _written(found: Calibration) -> list[str]:

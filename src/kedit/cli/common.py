@@ -90,6 +90,22 @@ def load_cases(args: argparse.Namespace, count: int) -> list[EditCase]:
     return world_cases(load_world(), args.split, args.cases or count, args.seed)
 
 
+def facts_of(path: str, form: str | None) -> list[EditCase]:
+    """The cases of one of several files, each with a new target; says what was read."""
+    from kedit.data import load_cases, with_new_targets
+
+    loaded = load_cases(path, form)
+    sys.stderr.write(loaded.report() + "\n")
+    return with_new_targets(loaded.cases, path)
+
+
+def excluded_subjects(args: argparse.Namespace) -> set[str]:
+    """The subjects of the files of --exclude."""
+    from kedit.data import load_cases
+
+    return {case.edit.subject for path in args.exclude for case in load_cases(path, args.format).cases}
+
+
 def cases_of(patch: EditPatch) -> list[EditCase]:
     """The edits that a patch names, as cases."""
     from kedit.edit import Edit

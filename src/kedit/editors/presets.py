@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 from kedit.errors import ConfigError, PatchError
 from kedit.keys.estimate import cache_folder
+from kedit.keys.second_moment import RIDGE
 from kedit.models import ModelArch
 from kedit.models.defaults import Preset as Preset
 from kedit.models.defaults import model_defaults
@@ -115,10 +116,10 @@ PRESETS: dict[str, dict[Model, Preset]] = {
 }
 
 
-def ridge(arch: ModelArch) -> float | None:
-    """The relative ridge of second moments that are estimated for a model; ``None``: the usual one."""
+def ridge(arch: ModelArch) -> float:
+    """The relative ridge of second moments that are estimated for a model: its own, or the usual one."""
     own = model_defaults(arch.model)
-    return None if own is None else own.ridge
+    return (None if own is None else own.ridge) or RIDGE
 
 
 FILE = "kedit_preset.json"

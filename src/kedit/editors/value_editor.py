@@ -18,7 +18,7 @@ from kedit.editors.result import Timer
 from kedit.editors.solve_layers import LayerProblem, solve_layers
 from kedit.errors import ConfigError
 from kedit.keys.estimate import estimate_moments
-from kedit.keys.second_moment import RIDGE, Moment, SecondMoments
+from kedit.keys.second_moment import Moment, SecondMoments
 from kedit.models import ModelArch, Site
 from kedit.patch.delta import Delta
 from kedit.prompts.encode import Request
@@ -100,7 +100,7 @@ class ValueEditor(Editor):
     def moments(self) -> SecondMoments:
         """Second moments of :attr:`moment_layers`; estimated on first use."""
         if self._moments is None:
-            layers, ridge, dtype = self.moment_layers, presets.ridge(self.arch) or RIDGE, self.config.compute_dtype
+            layers, ridge, dtype = self.moment_layers, presets.ridge(self.arch), self.config.compute_dtype
             moments = SecondMoments({})
             if layers:
                 moments = estimate_moments(self.arch, self.tokenizer, layers, ridge=ridge, compute_dtype=dtype)

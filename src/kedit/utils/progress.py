@@ -75,6 +75,16 @@ class Progress:
             left = f", about {duration(seconds * max(0, self._total - self._done) / self._done)} left"
         logger.info("%s: %s %ss done%s.", self._what, numbers, self._unit, left)
 
+    @classmethod
+    @contextmanager
+    def hidden(cls) -> Iterator[None]:
+        """No bar is drawn and no line logged inside."""
+        shown, cls.shown = cls.shown, False
+        try:
+            yield
+        finally:
+            cls.shown = shown
+
     def note(self, **values: object) -> None:
         """Show running values behind the bar."""
         self._bar.set_postfix({name: str(value) for name, value in values.items()})
