@@ -11,11 +11,11 @@ from kedit.analysis.results.tracing import ROLES
 from kedit.calibration import calibrate
 from kedit.calibration.cases import development_cases
 from kedit.calibration.search import _trace
-from kedit.calibration.trials import RememberingEngine
 from kedit.cli import main
 from kedit.editors import presets
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation import EditCase, Kind, Probe
+from kedit.evaluation.shared_values import RememberingEngine
 from kedit.values.scheduler import Engine
 from tiny_models import tiny_model, tokenizer
 

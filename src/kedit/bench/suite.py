@@ -14,6 +14,7 @@ from kedit.evaluation.api import evaluate
 from kedit.evaluation.cases import EditCase
 from kedit.evaluation.provenance import describe_editor, digest, versions
 from kedit.evaluation.report import EvalReport
+from kedit.evaluation.shared_values import RememberingEngine
 from kedit.keys.estimate import estimate_moments, tokenizer_fingerprint
 from kedit.keys.second_moment import SecondMoments
 from kedit.models import ModelArch, unwrap
@@ -54,6 +55,7 @@ class Suite:
         self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder)
         self.corpus, self.num_contexts, self.config = corpus, contexts, dict(config or {})
         self._contexts: dict[Any, Sequence[str]] = {}  # the same for all editors that sample alike
+        self._engine: RememberingEngine | None = None  # of all editors: values that are the same are optimised once
         self.weights = f"{model_fingerprint(unwrap(model))} {tokenizer_fingerprint(tokenizer)}"
 
     def editor(self, name: str, **overrides: Any) -> Editor:
@@ -65,7 +67,11 @@ class Suite:
         if key not in self._contexts:
             found = made.contexts
             self._contexts[key] = found if self.num_contexts is None else fewer(found, self.num_contexts)
-        return kind(self.model, self.tokenizer, contexts=self._contexts[key], **config)
+        made = kind(self.model, self.tokenizer, contexts=self._contexts[key], **config)
+        if self._engine is None:
+            self._engine = RememberingEngine(made.arch)
+        made.engine = self._engine
+        return made
 
     def prepare(self, editors: Sequence[Editor]) -> None:
         """Estimate the second moments that some editors read, those of all their layers in one pass over the text per dtype."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,43 +14,14 @@ from kedit.evaluation.journal import Journal
 from kedit.evaluation.probing import EvalOptions
 from kedit.evaluation.provenance import digest
 from kedit.evaluation.runner import CHUNK, Run
+from kedit.evaluation.shared_values import RememberingEngine
 from kedit.keys.second_moment import SecondMoments
-from kedit.models import Site
 from kedit.regularizers import Regularizer, describe
-from kedit.regularizers.base import Needs, is_adaptive
+from kedit.regularizers.base import is_adaptive
 from kedit.utils.progress import Progress
-from kedit.values.optimize import Objective, Values
-from kedit.values.scheduler import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from kedit.prompts.encode import Request
-
-
-@dataclass
-class RememberingEngine(Engine):
-    """An engine that optimises the same values of an unedited model once: closed forms differ, the values do not."""
-
-    kept: dict[str, Values] = field(default_factory=dict)
-
-    def optimize(
-        self,
-        sites: Sequence[Site],
-        requests: Sequence[Request],
-        objective: Objective,
-        regularizers: Sequence[Regularizer],
-        needs: Needs,
-    ) -> Values:
-        """As of :class:`Engine`, or what the same call gave before."""
-        prompts = [[[prompt.ids, prompt.subject_last] for prompt in request.rewrite] for request in requests]
-        edits = [[edit.to_dict() for edit in request.edits] for request in requests]
-        about = [repr(tuple(sites)), repr(objective), [describe(item) for item in regularizers], edits, repr(prompts)]
-        key = digest(about)
-        if key not in self.kept:
-            self.kept[key] = super().optimize(sites, requests, objective, regularizers, needs)
-        values = self.kept[key]
-        return replace(values, log=copy.deepcopy(values.log))  # the closed form adds its own column
 
 
 class Trials:
