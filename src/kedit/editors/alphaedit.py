@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from kedit.editors import presets
-from kedit.editors.closed_forms import largest_weight, mixed_keys, null_space_update
+from kedit.editors.closed_forms import largest_weight, mixed_keys, null_space_update, whiten_beside
 from kedit.editors.config import hyper
 from kedit.editors.null_space import NullSpaceEditor
 from kedit.editors.solve_layers import LayerProblem
@@ -50,16 +50,26 @@ class AlphaEdit(NullSpaceEditor):
 
     def solve(self, problem: LayerProblem) -> Delta:
         """The projected solution of one layer."""
-        keys = self.null_space.project(problem.layer, mixed_keys(problem.keys))
-        past = self.null_space.past(
-            problem.layer, self.history.parts(problem.layer, without=problem.subjects), keys.device
-        )
+        space, layer = self.null_space, problem.layer
+        columns, residuals = problem.columns(mixed_keys(problem.keys))
+        columns = space.project(layer, columns)
+        past = space.past(layer, self.history.parts(layer, without=problem.subjects), columns.device)
         weight = self.config.l2
         if self.config.l2_relative:
-            weight *= self.null_space.energy(problem.layer, keys)
+            weight *= space.energy(layer, columns)
+        keys = whitened = columns[: len(problem.keys)]
+        held = None if problem.held is None else space.project(layer, problem.held)
+        if (
+            held is not None
+        ):  # λ 1 stands for λ C with tr(P C) on the diagonal: the held keys weigh as in MEMIT's solution
+            held *= (len(problem.weights[0].matrix.T) / space.energy(layer, columns)) ** 0.5
+            whitened = whiten_beside(keys, held, held)
         if self.config.min_share:
-            weight = largest_weight(weight, keys.square().sum(1), self.config.min_share)
-        return null_space_update(keys, problem.residual, max(weight, torch.finfo(torch.float64).tiny), past)
+            weight = largest_weight(weight, (keys * whitened).sum(1), self.config.min_share)
+        weight = max(weight, torch.finfo(torch.float64).tiny)
+        if held is not None:
+            past = past.plus(weight**0.5 * held)
+        return problem.folded(null_space_update(columns, residuals, weight, past))
 
     @classmethod
     def rule(cls, arch: ModelArch) -> dict[str, Any]:

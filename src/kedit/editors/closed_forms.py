@@ -79,21 +79,21 @@ def ridge(keys: Tensor, residuals: Tensor, moment: Tensor, weight: float, factor
     return LowRankDelta(residuals.T, right.T)
 
 
-def ridge_whitened(keys: Tensor, whitened: Tensor, residuals: Tensor, weight: float) -> LowRankDelta:
+def ridge_whitened(keys: Tensor, whitened: Tensor, residuals: Tensor, weight: float | Tensor) -> LowRankDelta:
     """:func:`ridge` from A = C⁻¹ K alone, as a system in the number of edits.
 
     Args:
         keys: K transposed, [E, I].
         whitened: A transposed, [E, I] float64.
         residuals: R transposed, [E, O].
-        weight: λ, at least 0.
+        weight: λ, at least 0; of every key, or [E], each one's own.
     """
     right = _solve_spd(keys.to(whitened) @ whitened.T, whitened, weight)
     return LowRankDelta(residuals.to(whitened).T, right.T)
 
 
-def _solve_spd(gram: Tensor, right_side: Tensor, weight: float) -> Tensor:
-    """(gram + weight · 1)⁻¹ right_side for a symmetric positive gram matrix [n, n]."""
+def _solve_spd(gram: Tensor, right_side: Tensor, weight: float | Tensor) -> Tensor:
+    """(gram + diag(weight))⁻¹ right_side for a symmetric positive gram matrix [n, n]."""
     gram = (gram + gram.T) / 2
     gram.diagonal().add_(weight)
     factor, info = torch.linalg.cholesky_ex(gram)
@@ -104,6 +104,18 @@ def _solve_spd(gram: Tensor, right_side: Tensor, weight: float) -> Tensor:
             "Remove the repeated subject, or give the ridge a weight above 0."
         )
     return solved(factor, right_side)
+
+
+def whiten_beside(whitened: Tensor, held: Tensor, held_whitened: Tensor) -> Tensor:
+    """(C + H Hᵀ)⁻¹ k from C⁻¹ k (Woodbury).
+
+    Args:
+        whitened: C⁻¹ k for each key, [n, I] float64.
+        held: H transposed, [N, I].
+        held_whitened: (C⁻¹ H) transposed, [N, I] float64.
+    """
+    held = held.to(held_whitened)
+    return whitened - (held @ whitened.T).T @ _solve_spd(held @ held_whitened.T, held_whitened, 1.0)
 
 
 NullSpaceRule = Literal["fraction", "mean", "absolute"]

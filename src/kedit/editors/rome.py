@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from einops import reduce
@@ -22,7 +22,8 @@ class ROME(ValueEditor):
 
         u = C⁻¹ k̄ / ‖C⁻¹ k̄‖,   Δ = (v* − W k) uᵀ / (uᵀ k)
 
-    hence (W + Δ) k = v* at the bare prompt (the published code's convention).
+    hence (W + Δ) k = v* at the bare prompt (the published code's convention). Beside held keys (``relation_keys``), u is the
+    vector with uᵀ k = 1 that minimises uᵀ (C + Hᵀ H) u and the squared miss at k̄ and at the subject alone.
     """
 
     name: ClassVar[str] = "rome"
@@ -41,6 +42,8 @@ class ROME(ValueEditor):
     def solve(self, problem: LayerProblem) -> Delta:
         """The rank-one update of one edit."""
         [keys], [residual] = problem.keys, problem.residual  # [C, I], [O]
+        if problem.held is not None:
+            return problem.ridge(keys[:1], 0.0)
         mean = reduce(keys, "c i -> 1 i", "mean")
         return rank_one(problem.whiten(mean)[0], keys[0], residual)
 
@@ -61,4 +64,6 @@ class RROME(ROME):
         mean = reduce(keys, "c i -> 1 i", "mean")
         if problem.facts in ((), (1,)):
             residual = residual + problem.project(keys[:1] - mean)[0]  # v* − W k̄ = δ + W (k − k̄), as v* = W k + δ
+        if problem.held is not None:
+            return replace(problem, residual=residual[None]).ridge(mean, 0.0)
         return rank_one(problem.whiten(mean)[0], mean[0], residual)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import ClassVar, Protocol
 
 import torch
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from kedit.editors.closed_forms import ridge, ridge_whitened
+from kedit.editors.closed_forms import ridge, ridge_whitened, whiten_beside
 from kedit.editors.config import EditorConfig
 from kedit.errors import ConfigError, UnsupportedError
 from kedit.keys import read
@@ -18,6 +20,7 @@ from kedit.models import ModelArch, Site, Weight
 from kedit.patch.delta import Delta, DenseDelta, LowRankDelta, check_finite, concatenate
 from kedit.patch.ledger import Ledger
 from kedit.prompts.encode import Request
+from kedit.utils.linalg import cholesky
 from kedit.utils.progress import logger
 from kedit.values.optimize import Values
 
@@ -35,6 +38,8 @@ class LayerProblem:
         moments: second moments of the edited layers.
         subjects: of the edits.
         facts: how many facts of its subject each edit joins, [E]; empty: one each.
+        held: keys at which nothing shall change, scaled so that C + Hᵀ H takes the place of C, [N, I]; ``None``: none.
+        also: further keys of each edit at which its residual shall appear as far as can be, [E, m, I]; given where ``held`` is.
     """
 
     layer: int
@@ -44,6 +49,8 @@ class LayerProblem:
     moments: SecondMoments
     subjects: tuple[str, ...] = ()
     facts: tuple[int, ...] = ()
+    held: Tensor | None = None
+    also: Tensor | None = None
 
     def project(self, keys: Tensor) -> Tensor:
         """W k for each key [n, I], without the bias: [n, O], in the keys' dtype."""
@@ -52,15 +59,55 @@ class LayerProblem:
         return torch.stack([part @ weight.matrix.to(keys).T for weight, part in pairs]).sum(0)
 
     def whiten(self, keys: Tensor) -> Tensor:
-        """C⁻¹ k for each key, [n, I] float64; of a mixture expert by expert."""
-        return self.moments.whiten(self.layer, keys)
+        """C⁻¹ k for each key, [n, I] float64; of a mixture expert by expert. With held keys, (C + Hᵀ H)⁻¹ k."""
+        whitened = self.moments.whiten(self.layer, keys)
+        if self.held is None:
+            return whitened
+        return whiten_beside(whitened, self.held, self._held_whitened)
+
+    @cached_property
+    def _held_whitened(self) -> Tensor:
+        assert self.held is not None
+        return self.moments.whiten(self.layer, self.held)
 
     def ridge(self, keys: Tensor, weight: float) -> LowRankDelta:
-        """The ridge solution Δ = R Kᵀ (λ C + K Kᵀ)⁻¹ for one key per edit, [E, I] (:func:`kedit.editors.closed_forms.ridge`)."""
-        if len(self.weights) > 1:
-            return ridge_whitened(keys.to(torch.float64), self.whiten(keys), self.residual, weight)
-        matrix = self.moments[self.layer].matrix
-        return ridge(keys, self.residual, matrix, weight, lambda: self.moments.factor(self.layer, keys.device))
+        """The ridge solution Δ = R Kᵀ (λ C + K Kᵀ)⁻¹ for one key per edit, [E, I] (:func:`kedit.editors.closed_forms.ridge`).
+
+        With held keys, C + Hᵀ H stands in for C, and each edit's further keys stand beside its own: all together with its
+        weight, or, with λ = 0, which is exact at its own key, with that of C.
+        """
+        columns, residuals = self.columns(keys)
+        single = len(self.weights) == 1
+        if single and self.held is None:
+            factor = partial(self.moments.factor, self.layer, keys.device)
+            return ridge(keys, self.residual, self.moments[self.layer].matrix, weight, factor)
+        if single and self.held is not None and weight and max(len(columns), len(self.held)) >= columns.shape[1]:
+            held = self.held.to(torch.float64)
+            matrix = self.moments[self.layer].matrix.to(held) + held.T @ held
+            return self.folded(ridge(columns, residuals, matrix, weight, lambda: cholesky(matrix, self.layer)))
+        weights = torch.full((len(columns),), weight or 1.0, dtype=torch.float64, device=columns.device)
+        weights[: len(keys)] = weight
+        return self.folded(ridge_whitened(columns, self.whiten(columns), residuals, weights))
+
+    def columns(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys [E, I] and, where there are any, the edits' further ones, divided by √m: [E (1 + m), I], and their residuals."""
+        if self.also is None:
+            return keys, self.residual
+        further = self.also.to(keys) / self.also.shape[1] ** 0.5
+        residual = self.residual / self.also.shape[1] ** 0.5
+        return (
+            torch.cat([keys, rearrange(further, "e m i -> (e m) i")]),
+            torch.cat([self.residual, repeat(residual, "e o -> (e m) o", m=self.also.shape[1])]),
+        )
+
+    def folded(self, delta: LowRankDelta) -> LowRankDelta:
+        """The update of rank E that an update with the factors of :meth:`columns` is."""
+        if self.also is None:
+            return delta
+        edits, further = self.also.shape[:2]
+        own, others = delta.right[:, :edits], delta.right[:, edits:]
+        summed = reduce(others, "i (e m) -> i e", "sum", m=further) / further**0.5
+        return LowRankDelta(delta.left[:, :edits], own + summed)
 
     def split(self, delta: Delta) -> dict[str, Delta]:
         """A solution [O, I] as updates by name: of a mixture, one for every expert that it changes."""
@@ -88,11 +135,13 @@ class ClosedForm(Protocol):
     def solving_bytes(self, shape: tuple[int, int], edits: int) -> tuple[int, int]: ...  # noqa: D102
 
 
-def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], values: Values) -> dict[str, Delta]:
+def solve_layers(
+    editor: ClosedForm, site: Site, requests: Sequence[Request], values: Values, hold: float = 1.0
+) -> dict[str, Delta]:
     """Write the values of ``site`` into the layers, lowest first, each on the model with the layers below it already changed.
 
     The weights are as before when this returns or raises. The last step of each edit's log gets a column ``written``: the
-    share of the wanted change that arrives.
+    share of the wanted change that arrives. ``hold`` is the weight of the requests' held keys.
 
     Returns:
         The updates by parameter name, in the work dtype.
@@ -109,8 +158,16 @@ def solve_layers(editor: ClosedForm, site: Site, requests: Sequence[Request], va
                 residual = values.value[:, 0] - read.request_outputs(arch, requests, site).to(residual.device)
             gain = _gain(arch, site, layer)
             share = residual / (editor.residual_divisor(len(layers) - number) * gain)
+            held = (
+                []
+                if not requests[0].held
+                else [
+                    hold**0.5 * read.held_keys(arch, requests, layer),
+                    torch.stack([reduce(keys, "e c i -> e i", "mean"), read.alone_keys(arch, requests, layer)], 1),
+                ]
+            )
             problem = LayerProblem(
-                layer, keys, share.to(keys.device), arch.weights(layer), editor.moments, subjects, facts
+                layer, keys, share.to(keys.device), arch.weights(layer), editor.moments, subjects, facts, *held
             )
             solution = _solve(editor, problem)
             # In the form in which the patch stores them, so that what is read above sees the bits that are written in the end.

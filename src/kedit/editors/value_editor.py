@@ -22,7 +22,7 @@ from kedit.keys.second_moment import Moment, SecondMoments
 from kedit.models import ModelArch, Site
 from kedit.patch.delta import Delta
 from kedit.prompts.encode import Request
-from kedit.regularizers.base import Needs, Regularizer, needs_of
+from kedit.regularizers.base import Needs, Regularizer, in_closed_form, needs_of
 from kedit.utils.progress import Progress
 from kedit.utils.warning import warn_user
 from kedit.values.memory import Footprint
@@ -120,7 +120,7 @@ class ValueEditor(Editor):
         with call.timer.stage("optimise"):
             values = self._optimize(requests, call)
         with call.timer.stage("solve"):
-            return solve_layers(self, self.sites()[0], requests, values), values.log
+            return solve_layers(self, self.sites()[0], requests, values, call.needs.hold), values.log
 
     def updates_of_each(self, requests: Sequence[Request], call: Call) -> list[dict[str, Delta]]:
         """The updates that write each request alone; the values are optimised together."""
@@ -128,13 +128,13 @@ class ValueEditor(Editor):
         updates = []
         with Progress(len(requests), "solving") as progress:
             for number, request in enumerate(requests):
-                updates.append(solve_layers(self, site, [request], values.only(number)))
+                updates.append(solve_layers(self, site, [request], values.only(number), call.needs.hold))
                 progress.advance()
         return updates
 
     def _optimize(self, requests: Sequence[Request], call: Call) -> Values:
-        objective = self.config.objective
-        values = self.engine.optimize(self.sites(), requests, objective, call.regularizers, call.needs)
+        chosen = [item for item in call.regularizers if not in_closed_form(item)]
+        values = self.engine.optimize(self.sites(), requests, self.config.objective, chosen, call.needs)
         for request, known in zip(requests, values.known, strict=True):
             if known:
                 text, target = request.edit.text, request.edit.target_new

@@ -69,6 +69,20 @@ def request_keys(arch: ModelArch, requests: Sequence[Request], layer: int) -> Te
     )
 
 
+def held_keys(arch: ModelArch, requests: Sequence[Request], layer: int) -> Tensor:
+    """:func:`keys` of the prompts at which nothing shall change, one after the other, each edit's divided by √n: [E · n, I]."""
+    vectors = keys(arch, [row for request in requests for row in request.held], layer)
+    counts = torch.tensor([len(request.held) for request in requests for _ in request.held])
+    return vectors / counts.to(vectors).sqrt()[:, None]
+
+
+def alone_keys(arch: ModelArch, requests: Sequence[Request], layer: int) -> Tensor:
+    """The mean of :func:`keys` of the subject alone over the contexts, [E, I]."""
+    vectors = keys(arch, [row for request in requests for row in request.alone], layer)
+    parts = vectors.split([len(request.alone) for request in requests])
+    return torch.stack([part.mean(0) for part in parts])
+
+
 def request_outputs(arch: ModelArch, requests: Sequence[Request], site: Site) -> Tensor:
     """:func:`outputs` of every edit's bare prompt, [E, H]; of several facts of one subject, their mean."""
     vectors = outputs(arch, [row for request in requests for row in request.bare], site)

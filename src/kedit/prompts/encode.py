@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from kedit.edit import SLOT, Edit
@@ -86,6 +87,8 @@ class Request:
         kl: the KL prompt.
         extra: the regularizers' prompts about the subject.
         neighbours: their prompts about other subjects, of the first fact, then of the next one.
+        held: the prompts at whose keys the closed form shall change nothing.
+        alone: where there are any, the subject alone in every context.
     """
 
     edits: tuple[Edit, ...]
@@ -93,6 +96,8 @@ class Request:
     kl: TokenizedPrompt
     extra: tuple[TokenizedPrompt, ...] = ()
     neighbours: tuple[TokenizedPrompt, ...] = ()
+    held: tuple[TokenizedPrompt, ...] = ()
+    alone: tuple[TokenizedPrompt, ...] = ()
 
     @property
     def edit(self) -> Edit:
@@ -146,6 +151,9 @@ def encode_edits(
     for number, edit in enumerate(edits):
         texts = rewrite_texts(edit, contexts, tokenizer)
         texts += [Text.fill(SUBJECT_PROMPT, edit.subject), *_further_texts(edit, needs)]
+        if needs.held:
+            texts += [edit_text(replace(edit, prompt=prompt), None, tokenizer=tokenizer) for prompt in needs.held]
+            texts += [edit_text(replace(edit, prompt=SLOT), None, context, tokenizer) for context in contexts]
         texts.append(edit_text(edit, None, tokenizer=tokenizer))
         try:
             rows = encode(tokenizer, texts, limit=limit)
@@ -156,9 +164,10 @@ def encode_edits(
             raise type(error)(f"Edit {number}: {error}") from error
         count = len(contexts)
         _warn_of_joint(edit, rows[0], rows[-1])
-        after = count + 1 + len(needs.prompts)
-        extra, neighbours = tuple(rows[count + 1 : after]), tuple(rows[after:-1])
-        requests.append(Request((edit,), tuple(rows[:count]), rows[count], extra, neighbours))
+        further = iter(rows[count + 1 : -1])
+        sizes = (len(needs.prompts), len(needs.neighbours), len(needs.held))
+        extra, neighbours, held = (tuple(islice(further, size)) for size in sizes)
+        requests.append(Request((edit,), tuple(rows[:count]), rows[count], extra, neighbours, held, tuple(further)))
     return requests
 
 

@@ -16,6 +16,7 @@ from kedit.regularizers.base import Regularizer as Regularizer
 from kedit.regularizers.base import blocks_from as blocks_from
 from kedit.regularizers.key_norm import KeyNorm as KeyNorm
 from kedit.regularizers.neighbours import Neighbours as Neighbours
+from kedit.regularizers.relation_keys import RelationKeys as RelationKeys
 from kedit.regularizers.relations import Relations as Relations
 from kedit.utils.registry import Registry, import_file
 
@@ -25,6 +26,7 @@ REGULARIZERS: Registry[Any] = Registry(
         "sadr": "kedit.regularizers.sadr:SADR",
         "key_norm": "kedit.regularizers.key_norm:KeyNorm",
         "neighbours": "kedit.regularizers.neighbours:Neighbours",
+        "relation_keys": "kedit.regularizers.relation_keys:RelationKeys",
         "relations": "kedit.regularizers.relations:Relations",
     },
 )

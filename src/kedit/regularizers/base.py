@@ -41,6 +41,9 @@ class Needs:
         neighbours: other subjects. For each, and for each of several facts, a prompt runs in which the edited sentence comes first
             and then the edit's prompt about the other subject, with the edit's target after it (``Activations.target_nll``);
             their numbers in ``ForwardRecord.extra`` follow those of ``prompts``.
+        held: prompts about the edit's subject, one ``{}`` each, at whose keys of the subject the closed form shall change nothing,
+            while it writes the value also where the subject stands alone. They are no part of the forward passes.
+        hold: how much the mean squared change at these keys weighs, against that at the keys of ordinary text.
     """
 
     attention: range = range(0)
@@ -49,13 +52,17 @@ class Needs:
     logits: bool = False
     prompts: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
+    hold: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the prompts and the other subjects."""
-        if isinstance(self.prompts, str) or any(p.count("{}") != 1 for p in self.prompts):
-            raise ConfigError(
-                f"Needs.prompts is a tuple of texts with one '{{}}' each, the place of the subject; found {self.prompts!r}."
-            )
+        for name, prompts in (("prompts", self.prompts), ("held", self.held)):
+            if isinstance(prompts, str) or any(p.count("{}") != 1 for p in prompts):
+                raise ConfigError(
+                    f"Needs.{name} is a tuple of texts with one '{{}}' each, the place of the subject; found {prompts!r}."
+                )
+        check_number("Needs.hold", self.hold)
         if isinstance(self.neighbours, str) or any(not name.strip() or "{}" in name for name in self.neighbours):
             raise ConfigError(
                 f"Needs.neighbours is a tuple of other subjects, each a text without '{{}}'; found {self.neighbours!r}."
@@ -70,6 +77,8 @@ class Needs:
             logits=self.logits or other.logits,
             prompts=tuple(dict.fromkeys((*self.prompts, *other.prompts))),
             neighbours=tuple(dict.fromkeys((*self.neighbours, *other.neighbours))),
+            held=tuple(dict.fromkeys((*self.held, *other.held))),
+            hold=max([one.hold for one in (self, other) if one.held], default=self.hold),
         )
 
     def numbers_in(self, asked: Needs) -> list[int]:
@@ -226,6 +235,8 @@ class Regularizer(Protocol):
     A dataclass field left ``None`` may be filled from the editor's presets. A regularizer with the attribute ``adaptive =
     True`` returns penalties that need no factor: the optimisation finds the least penalty among the values that say the target
     (:class:`kedit.values.adaptive_weights.AdaptiveWeights`). It may be asked only at step 0 and once some target is said.
+    One with the attribute ``closed_form = True`` has its term in the closed form (``Needs.held``) instead of the optimisation,
+    which never asks for its penalty.
     """
 
     @property
@@ -284,6 +295,11 @@ class WithGamma:
 def is_adaptive(regularizer: Regularizer) -> bool:
     """Whether the optimisation chooses the factor of a regularizer's penalty."""
     return bool(getattr(regularizer, "adaptive", False))
+
+
+def in_closed_form(regularizer: Regularizer) -> bool:
+    """Whether a regularizer has no part in the optimisation of the value."""
+    return bool(getattr(regularizer, "closed_form", False))
 
 
 def needs_of(regularizers: Sequence[Regularizer], sites: Sequence[Site]) -> Needs:

@@ -1,0 +1,75 @@
+"""Keeping an edit out of what is asked about the subject in other respects, by where it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kedit.errors import ConfigError
+from kedit.models import Site
+from kedit.regularizers.base import ForwardRecord, Needs, WithGamma
+
+# fmt: off
+NOUNS = (
+    "father", "mother", "brother", "wife", "friend", "birthplace", "country", "religion", "job", "employer", "school", "award",
+    "team", "language", "gender", "capital", "founder", "author", "owner", "colour", "height", "date", "successor", "predecessor",
+)
+# fmt: on
+FORMS = ("The {} of", "The name of the {} of")
+PROMPTS = tuple(f"{form.format(noun)} {{}}" for form in FORMS for noun in NOUNS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationKeys(WithGamma):
+    """Write nothing at the subject's keys behind other relations: "The father of {}" where the edit says who the wife of {} is.
+
+    A causal model reads "The name of the father of" before the subject, so the subject's key (the input of the edited
+    down-projection at its last token) differs from its key behind another relation. ROME's update, made for C = E[k kᵀ] of
+    ordinary text, acts at both alike; here C is replaced, in every closed form, by C + (γ / n) Σ_h h hᵀ over the subject's
+    keys h behind n other relations. So that prompts in which the subject comes first still read the value, it is also
+    written at the mean key of the subject alone and at that of the edit's prompt, over the contexts. For ROME, with these
+    two as p::
+
+        u = argmin uᵀ C u + γ mean_h (uᵀ h)² + mean_p (uᵀ p − 1)²   subject to uᵀ k = 1
+
+    The value itself stays as it is: the optimisation does not see this regularizer. It costs a pass of short prompts up to the
+    edited block. It keeps nothing apart that stands behind the subject ("{} was born in").
+
+    Attributes:
+        gamma: γ, the weight of the change at these keys against that at the keys of ordinary text; ``None``: that of the
+            editor's preset for the model, or 1.
+        prompts: texts that end in the subject, one ``{}`` each; ``None``: 48 general ones (:data:`PROMPTS`).
+
+    Raises:
+        ConfigError: γ is no number, negative or not finite, or ``prompts`` is no tuple of texts with one ``{}`` each.
+    """
+
+    usual_gamma: ClassVar[float | None] = 1.0
+    closed_form: ClassVar[bool] = True
+    prompts: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if self.gamma == "auto":
+            raise ConfigError(
+                "RelationKeys.gamma is a number: its term is in the closed form, where no optimisation can weigh it."
+            )
+        if self.prompts is not None and (isinstance(self.prompts, str) or not self.prompts):
+            raise ConfigError(f"RelationKeys.prompts is a tuple of texts, one at least; found {self.prompts!r}.")
+        self.needs(Site(0, "mlp"))  # raises for prompts without their {}
+
+    @property
+    def name(self) -> str:
+        """``"relation_keys"``."""
+        return "relation_keys"
+
+    def needs(self, site: Site) -> Needs:
+        """The keys at which nothing shall change."""
+        return Needs(held=PROMPTS if self.prompts is None else tuple(self.prompts), hold=self.factor)
+
+    def penalty(self, now: ForwardRecord, before: ForwardRecord) -> Tensor:
+        """0 for every edit, [E]: the term is in the closed form."""
+        return now.delta.new_zeros(now.num_edits)
