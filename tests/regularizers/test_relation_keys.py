@@ -21,6 +21,7 @@ from tiny_models import CONTEXTS, EDITS, moments, tiny_model, tokenizer
 
 EDIT = kedit.Edit(*EDITS["middle"])
 OTHER = kedit.Edit(*EDITS["start"])
+LAST = kedit.Edit(*EDITS["end"])
 HELD = ("The birthplace of {}", "We read the book of {}", "The house of {}")
 EDITORS = ("rome", "rrome", "memit", "pmet", "emmet", "alphaedit")
 WIDTH, OUT = 12, 7
@@ -129,10 +130,20 @@ def test_what_the_closed_form_is_given():
     torch.testing.assert_close(
         read.alone_keys(arch, [request], 1)[0], read.keys(arch, encode(tokenizer(), alone), 1).mean(0)
     )
-    joined = join_subjects(
-        encode_edits(arch, tokenizer(), [EDIT, kedit.Edit("{} is", EDIT.subject, "a")], CONTEXTS, Needs(held=HELD))
-    )
+    begins = kedit.Edit("{} is", EDIT.subject, "a")  # its key is that of the subject alone
+    [request] = encode_edits(arch, tokenizer(), [begins], CONTEXTS, Needs(held=HELD))
+    assert (len(request.held), len(request.alone)) == (0, 3)
+    joined = join_subjects(encode_edits(arch, tokenizer(), [begins, EDIT], CONTEXTS, Needs(held=HELD)))
     assert [len(one.held) for one in joined] == [3]
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "alphaedit"])
+def test_an_edit_that_begins_with_its_subject_is_written_as_without(name):
+    model = tiny_model("gpt2")
+    patches = [editor(name, model).propose(OTHER, regularizer)[0] for regularizer in (None, RelationKeys(prompts=HELD))]
+    assert OTHER.prompt.startswith("{}")
+    for key, delta in patches[0].deltas.items():
+        assert torch.equal(delta.dense, patches[1].deltas[key].dense)
 
 
 def editor(name, model, **options):
@@ -187,7 +198,7 @@ def test_gamma_is_how_firmly_they_are_held():
 @pytest.mark.parametrize("name", ["rome", "memit", "alphaedit"])
 def test_together_as_one_by_one(name):
     model = tiny_model("gpt2")
-    edits = [EDIT, OTHER]
+    edits = [EDIT, LAST, OTHER]
     together = editor(name, model).propose(edits, RelationKeys(prompts=HELD))
     alone = [editor(name, model).propose(edit, RelationKeys(prompts=HELD))[0] for edit in edits]
     for one, other in zip(together, alone, strict=True):

@@ -59,9 +59,8 @@ class AlphaEdit(NullSpaceEditor):
             weight *= space.energy(layer, columns)
         keys = whitened = columns[: len(problem.keys)]
         held = None if problem.held is None else space.project(layer, problem.held)
-        if (
-            held is not None
-        ):  # λ 1 stands for λ C with tr(P C) on the diagonal: the held keys weigh as in MEMIT's solution
+        if held is not None:
+            # λ 1 stands for λ C with tr(P C) on the diagonal: so the held keys weigh as in MEMIT's solution.
             held *= (len(problem.weights[0].matrix.T) / space.energy(layer, columns)) ** 0.5
             whitened = whiten_beside(keys, held, held)
         if self.config.min_share:

@@ -158,16 +158,12 @@ def solve_layers(
                 residual = values.value[:, 0] - read.request_outputs(arch, requests, site).to(residual.device)
             gain = _gain(arch, site, layer)
             share = residual / (editor.residual_divisor(len(layers) - number) * gain)
-            held = (
-                []
-                if not requests[0].held
-                else [
-                    hold**0.5 * read.held_keys(arch, requests, layer),
-                    torch.stack([reduce(keys, "e c i -> e i", "mean"), read.alone_keys(arch, requests, layer)], 1),
-                ]
-            )
+            held = also = None
+            if any(request.held for request in requests):
+                held = hold**0.5 * read.held_keys(arch, requests, layer)
+                also = torch.stack([reduce(keys, "e c i -> e i", "mean"), read.alone_keys(arch, requests, layer)], 1)
             problem = LayerProblem(
-                layer, keys, share.to(keys.device), arch.weights(layer), editor.moments, subjects, facts, *held
+                layer, keys, share.to(keys.device), arch.weights(layer), editor.moments, subjects, facts, held, also
             )
             solution = _solve(editor, problem)
             # In the form in which the patch stores them, so that what is read above sees the bits that are written in the end.

@@ -151,8 +151,9 @@ def encode_edits(
     for number, edit in enumerate(edits):
         texts = rewrite_texts(edit, contexts, tokenizer)
         texts += [Text.fill(SUBJECT_PROMPT, edit.subject), *_further_texts(edit, needs)]
+        behind = needs.held if says_before_subject(edit) else ()
         if needs.held:
-            texts += [edit_text(replace(edit, prompt=prompt), None, tokenizer=tokenizer) for prompt in needs.held]
+            texts += [edit_text(replace(edit, prompt=prompt), None, tokenizer=tokenizer) for prompt in behind]
             texts += [edit_text(replace(edit, prompt=SLOT), None, context, tokenizer) for context in contexts]
         texts.append(edit_text(edit, None, tokenizer=tokenizer))
         try:
@@ -165,10 +166,15 @@ def encode_edits(
         count = len(contexts)
         _warn_of_joint(edit, rows[0], rows[-1])
         further = iter(rows[count + 1 : -1])
-        sizes = (len(needs.prompts), len(needs.neighbours), len(needs.held))
+        sizes = (len(needs.prompts), len(needs.neighbours), len(behind))
         extra, neighbours, held = (tuple(islice(further, size)) for size in sizes)
         requests.append(Request((edit,), tuple(rows[:count]), rows[count], extra, neighbours, held, tuple(further)))
     return requests
+
+
+def says_before_subject(edit: Edit) -> bool:
+    """Whether the prompt says something before its subject, two words at least: only there can the subject's key know of it."""
+    return len(edit.prompt.partition(SLOT)[0].split()) > 1
 
 
 def _further_texts(edit: Edit, needs: Needs) -> list[Text]:
@@ -211,7 +217,7 @@ def join_subjects(requests: Sequence[Request]) -> list[Request]:
 
 def _joined(requests: Sequence[Request]) -> Request:
     """One request of those of one subject."""
-    first = requests[0]
+    first = next((request for request in requests if request.held), requests[0])
     return replace(
         first,
         edits=tuple(edit for request in requests for edit in request.edits),

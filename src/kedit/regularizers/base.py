@@ -42,7 +42,8 @@ class Needs:
             and then the edit's prompt about the other subject, with the edit's target after it (``Activations.target_nll``);
             their numbers in ``ForwardRecord.extra`` follow those of ``prompts``.
         held: prompts about the edit's subject, one ``{}`` each, at whose keys of the subject the closed form shall change nothing,
-            while it writes the value also where the subject stands alone. They are no part of the forward passes.
+            while it writes the value also where the subject stands alone. They are no part of the forward passes. For an edit
+            whose prompt says nothing before its subject nothing is held: its key is that of the subject alone.
         hold: how much the mean squared change at these keys weighs, against that at the keys of ordinary text.
     """
 

@@ -35,7 +35,8 @@ class RelationKeys(WithGamma):
         u = argmin uᵀ C u + γ mean_h (uᵀ h)² + mean_p (uᵀ p − 1)²   subject to uᵀ k = 1
 
     The value itself stays as it is: the optimisation does not see this regularizer. It costs a pass of short prompts up to the
-    edited block. It keeps nothing apart that stands behind the subject ("{} was born in").
+    edited block. What stands behind the subject ("{} was born in") no key tells apart: an edit whose prompt begins with its
+    subject is written as without this regularizer, and prompts that begin with the subject read every edit.
 
     Attributes:
         gamma: γ, the weight of the change at these keys against that at the keys of ordinary text; ``None``: that of the
