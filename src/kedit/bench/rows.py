@@ -37,9 +37,8 @@ class Part:
         if not name:
             raise ConfigError(f"{text!r} names no regularizer. Give names like sadr, sadr:auto, sadr:0.1 or relations.")
         made = cls(name, gamma)
-        if gamma is None and made.takes_gamma and getattr(made.make(AUTO), "gamma", None) == AUTO:
-            default = _default(made)
-            return made if is_number(default) else cls(name, BEST)
+        if gamma is None and made.takes_gamma and not is_number(_default(made)):
+            return cls(name, BEST) if getattr(made.make(AUTO), "gamma", None) == AUTO else made
         if gamma is not None and not made.takes_gamma:
             raise ConfigError(f"The regularizer {name!r} has no γ. Leave out :{tail}.")
         if gamma != BEST:
