@@ -15,7 +15,6 @@ from kedit.cli import main
 from kedit.editors import presets
 from kedit.errors import ConfigError, EditError
 from kedit.evaluation import EditCase, Kind, Probe
-from kedit.evaluation.shared_values import RememberingEngine
 from kedit.values.scheduler import Engine
 from tiny_models import tiny_model, tokenizer
 
@@ -131,23 +130,6 @@ def test_closed_forms_share_the_values(optimisations):
     assert optimisations == [3]  # three weights of the second moment, one optimisation
     run("alphaedit", search=["threshold", "l2"])
     assert optimisations == [3, 3]
-
-
-def test_a_remembered_log_is_not_shared():
-    model, tok = tiny_model("gpt2"), tokenizer()
-    editor = kedit.ROME(
-        model, tok, moments=kedit.second_moments(model, tok, [1], TEXTS), contexts=["{}"], layers=1, steps=2
-    )
-    editor.engine = RememberingEngine(editor.arch)
-    edit = kedit.Edit("{} lives in", "Ada Lovelace", "Paris")
-    first, second = (editor.propose(edit)[0] for _ in range(2))
-    assert len(editor.engine.kept) == 1
-    assert first.deltas.keys() == second.deltas.keys()
-    [one], [other] = first.deltas.values(), second.deltas.values()
-    assert one.left.equal(other.left)
-    assert one.right.equal(other.right)
-    editor.propose(kedit.Edit("{} lives in", "Ada Lovelace", "Oslo"))
-    assert len(editor.engine.kept) == 2
 
 
 def test_it_begins_with_a_preset_and_keeps_what_is_not_searched(tmp_path):

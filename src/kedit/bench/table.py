@@ -160,7 +160,8 @@ def cell(estimate: Estimate | None, sign: str = "") -> str:
 def _about(experiment: Experiment, about: Sequence[str]) -> list[str]:
     lines = model_and_machine(experiment.suite)
     lines += [*about, f"{len(experiment.held_out)} held-out edits, each alone on the unedited model; "]
-    lines[-1] += "in brackets: 95% bootstrap intervals by case."
+    lines[-1] += "in brackets: 95% bootstrap intervals by case. "
+    lines[-1] += "Values that rows share are optimised once, and count as seconds of the first of them."
     total = sum((name, row.label) not in experiment.skipped for name in experiment.editors for row in experiment.rows)
     if len(experiment.reports) < total:
         lines.append(f"**Unfinished: {len(experiment.reports)} of {total} rows.** The same command goes on.")
