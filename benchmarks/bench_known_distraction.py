@@ -75,9 +75,8 @@ def main() -> int:
         "after the sentence of a known fact": other.estimates["dns"]["before"],
         "known fact − edit's sentence": other.compare(own, ["dns"])["dns"],
     }
-    print(
-        f"{len(chosen)} cases of {len(found)} with such a pair; the model knows both facts of each.\n\n| | right answers |\n|---|---|"
-    )
+    print(f"{len(chosen)} cases of {len(found)} with such a pair; the model knows both facts of each.\n")
+    print("| | right answers |\n|---|---|")
     print("\n".join(f"| {name} | {estimate.text(1)} |" for name, estimate in rows.items()))
     return 0
 
