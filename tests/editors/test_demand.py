@@ -56,6 +56,20 @@ def test_the_stated_demand_is_within_a_fifth_of_the_measured_peak(name, width, d
     assert stated.kept == pytest.approx(seen.now, rel=0.2), (stated.kept / 2**20, seen.now / 2**20)
 
 
+@pytest.mark.parametrize("width", [256, 768])
+@pytest.mark.parametrize("name", ["rome", "memit", "alphaedit"])
+def test_held_keys_count(name, width):
+    model = build(width, torch.float32)
+    editor = make(name, model, width)
+    edits = MANY[1:2] if name == "rome" else MANY
+    stated = editor.estimate_memory(edits, "relation_keys")
+    there = [moment.matrix for moment in editor.moments.values()]
+    with LivePeak(model, there) as seen:
+        editor.apply(edits, "relation_keys")
+    besides = stated.total - stated.model - stated.moments
+    assert 0.8 < besides / seen.peak < 1.25, (str(stated), seen.peak / 2**20)
+
+
 @pytest.mark.parametrize("name", ["rome", "memit", "alphaedit"])
 def test_a_mixture_counts_every_expert_that_some_context_reaches(name):
     model = zoo.make("olmoe", vocab_size=400, num_experts=16, num_experts_per_tok=2, intermediate_size=256)

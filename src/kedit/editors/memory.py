@@ -13,6 +13,7 @@ from kedit.keys import read, routing
 from kedit.models import ModelArch
 from kedit.models.hooks import inference_state
 from kedit.prompts.encode import Request
+from kedit.prompts.tokenize import TokenizedPrompt
 from kedit.utils.device_memory import LivePeak
 from kedit.values.memory import Footprint
 
@@ -152,7 +153,8 @@ def _estimate(
 
 def _solving(editor: ClosedForm, requests: Sequence[Request], places: Sequence[_Place]) -> tuple[int, int]:
     """The bytes that the closed forms keep, and those they hold at their peak, these included."""
-    edits, contexts = len(requests) if editor.batched else 1, len(requests[0].rewrite)
+    together = [requests] if editor.batched else [[request] for request in requests]
+    edits, contexts = max(_columns(group) for group in together), len(requests[0].rewrite)
     work = editor.arch.work_dtype.itemsize
     kept = copies = peak = 0
     for place in places:
@@ -168,14 +170,24 @@ def _solving(editor: ClosedForm, requests: Sequence[Request], places: Sequence[_
     return kept, peak
 
 
+def _columns(requests: Sequence[Request]) -> int:
+    """How many keys the system of some edits has: their own, and, where keys are held, two further ones each and these."""
+    held = sum(len(request.held) for request in requests)
+    return 3 * len(requests) + held if held else len(requests)
+
+
 def _reading(editor: ClosedForm, requests: Sequence[Request], layer: int) -> int:
-    """The bytes of the pass that reads the keys: per token as one short prompt shows."""
+    """The bytes of the largest pass that reads keys: per token as one short prompt shows."""
     together = requests if editor.batched else [max(requests, key=lambda request: request.rewrite[-1].subject_last)]
-    rows = [row for request in together for row in request.rewrite]
+    passes = zip(*((request.rewrite, request.held, request.alone) for request in together), strict=True)
+    return max(_pass_bytes(editor.arch, [row for rows in each for row in rows], layer) for each in passes if any(each))
+
+
+def _pass_bytes(arch: ModelArch, rows: Sequence[TokenizedPrompt], layer: int) -> int:
     probe = max(rows, key=lambda row: row.subject_last)
-    seen = LivePeak(editor.arch.model)
+    seen = LivePeak(arch.model)
     with seen:
-        read.keys(editor.arch, [probe], layer)
+        read.keys(arch, [probe], layer)
     tokens = min(read.TOKENS_PER_PASS, len(rows) * (probe.subject_last + 1))
     return seen.peak * tokens // (probe.subject_last + 1)
 
