@@ -241,7 +241,7 @@ def test_needs_come_together():
     both = Needs(held=HELD[:2], hold=0.5) | Needs(held=HELD[1:], hold=2.0) | Needs(hold=9.0)
     assert (both.held, both.hold) == (HELD, 2.0)
     assert (Needs() | Needs()) == Needs()
-    assert RelationKeys().needs(Site(0, "mlp")).hold == 1.0
+    assert RelationKeys().needs(Site(0, "mlp")).hold == 0.1
     assert len(set(RelationKeys().needs(Site(0, "mlp")).held)) == 48
 
 
@@ -264,5 +264,5 @@ def test_it_is_kept_in_the_patch_and_made_again():
     model = tiny_model("gpt2")
     patch = editor("rome", model).propose(EDIT, ["relation_keys"])[0]
     [described] = patch.provenance["regularizers"]
-    assert described["gamma"] == 1.0
-    assert kedit.regularizers.from_description(described) == RelationKeys(gamma=1.0)
+    assert described["gamma"] == 0.1
+    assert kedit.regularizers.from_description(described) == RelationKeys(gamma=0.1)

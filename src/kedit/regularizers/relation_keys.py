@@ -40,14 +40,14 @@ class RelationKeys(WithGamma):
 
     Attributes:
         gamma: γ, the weight of the change at these keys against that at the keys of ordinary text; ``None``: that of the
-            editor's preset for the model, or 1.
+            editor's preset for the model, or 0.1.
         prompts: texts that end in the subject, one ``{}`` each; ``None``: 48 general ones (:data:`PROMPTS`).
 
     Raises:
         ConfigError: γ is no number, negative or not finite, or ``prompts`` is no tuple of texts with one ``{}`` each.
     """
 
-    usual_gamma: ClassVar[float | None] = 1.0
+    usual_gamma: ClassVar[float | None] = 0.1
     closed_form: ClassVar[bool] = True
     prompts: tuple[str, ...] | None = None
 
