@@ -177,7 +177,7 @@ def change(patch, model, edit, prompts, layer=1):
 def test_less_reaches_the_held_keys_and_the_values_stay(name):
     model = tiny_model("gpt2")
     results = []
-    for regularizer in (None, RelationKeys(prompts=HELD)):
+    for regularizer in (None, RelationKeys(gamma=1.0, prompts=HELD)):
         results.append(editor(name, model).apply(EDIT, regularizer))
         results[-1].revert()
     without, held = (result.patch for result in results)
@@ -214,7 +214,7 @@ def test_a_mixture_of_experts(name):
     one = moments(arch.shape(1)[1], 1)
     kept = {i: torch.stack([one] * arch.experts(i).count) for i in layers}
     patches = {}
-    for regularizer in (None, RelationKeys(prompts=HELD)):
+    for regularizer in (None, RelationKeys(gamma=1.0, prompts=HELD)):
         made = kedit.get_editor(
             name, model, tokenizer(), layers=layers, steps=4, contexts=CONTEXTS, moments=kept, clamp=1.0
         )
