@@ -185,7 +185,9 @@ def _solve(editor: ClosedForm, problem: LayerProblem) -> Delta:
             raise
     logger.warning("%s has no room to solve for layer %d: solved in main memory.", problem.keys.device, problem.layer)
     torch.cuda.empty_cache()
-    return _checked(editor, editor.solve(replace(problem, keys=problem.keys.cpu(), residual=problem.residual.cpu())))
+    held, also = (None if part is None else part.cpu() for part in (problem.held, problem.also))
+    there = replace(problem, keys=problem.keys.cpu(), residual=problem.residual.cpu(), held=held, also=also)
+    return _checked(editor, editor.solve(there))
 
 
 def _checked(editor: ClosedForm, solution: object) -> Delta:
