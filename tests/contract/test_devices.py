@@ -24,7 +24,7 @@ from kedit.values.forward import Layout
 from pretend import Away, devices, spread
 from tiny_models import tiny_model, tokenizer
 
-from .common import ADA, EDITS, FRENCH, LAYER
+from .common import ADA, EDITS, FRENCH, LAYER, RIVER
 from .common import make as make_editor
 from .test_model_types import EDITORS, editor_of, model_of
 
@@ -237,7 +237,9 @@ def test_a_device_that_runs_out_of_memory_leaves_the_solve_to_main_memory(name, 
             editor.apply(FRENCH)
             for each in ("cholesky_ex", "solve_triangular", "eigh") * full:
                 stack.enter_context(mock.patch.object(torch.linalg, each, scarce(getattr(torch.linalg, each))))
-            results.append(editor.apply(ADA))  # AlphaEdit's earlier keys are on the device
+            results.append(
+                editor.apply(RIVER, "relation_keys")
+            )  # these, and AlphaEdit's earlier keys, are on the device
             assert ("has no room to solve" in caplog.text) == full
     assert apart(*results) == 0.0
 
