@@ -208,7 +208,7 @@ class Editor(ABC):
                     known = log[again.pop(0)]
                     known += [{**row, "step": row["step"] + len(known)} for row in more]
 
-    @one_at_a_time
+    @with_gradient
     def reapply(self, patch: EditPatch, edits: Edit | Iterable[Edit], regularizer: Choice = None) -> None:
         """Put a patch that this editor made of ``edits`` back onto the model, as :meth:`apply` left it.
 

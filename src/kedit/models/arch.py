@@ -140,7 +140,14 @@ class ModelArch:
         return bool(self.spec.mixer)
 
     def down(self, layer: int) -> Any:
-        """The down-projection of a block's MLP."""
+        """The down-projection of a block's MLP.
+
+        Raises:
+            UnsupportedError: the block is a mixture of experts, which has several (:meth:`experts`).
+        """
+        experts = self.experts(layer)
+        if experts is not None:
+            raise UnsupportedError(f"{self._no_single(layer, experts.count)} Use experts(layer).")
         return self._part(self.spec.down, layer)
 
     def experts(self, layer: int) -> Experts | None:
@@ -239,11 +246,11 @@ class ModelArch:
         """
         weights = self.weights(layer)
         if len(weights) > 1:
-            raise UnsupportedError(
-                f"Block {layer} of this {self.model_type} is a mixture of {len(weights)} experts, so it has no single "
-                "down-projection. Use weights(layer)."
-            )
+            raise UnsupportedError(f"{self._no_single(layer, len(weights))} Use weights(layer).")
         return weights[0]
+
+    def _no_single(self, layer: int, experts: int) -> str:
+        return f"Block {layer} of this {self.model_type} is a mixture of {experts} experts, so it has no single down-projection."
 
     def weights(self, layer: int) -> tuple[Weight, ...]:
         """The editable weights of a block: its down-projection's, or one per expert."""
