@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from kedit.editors import presets
-from kedit.editors.closed_forms import largest_weight, mixed_keys, null_space_update, whiten_beside
+from kedit.editors.closed_forms import largest_weight, null_space_update, whiten_beside
 from kedit.editors.config import hyper
 from kedit.editors.null_space import NullSpaceEditor
 from kedit.editors.solve_layers import LayerProblem
@@ -51,7 +51,7 @@ class AlphaEdit(NullSpaceEditor):
     def solve(self, problem: LayerProblem) -> Delta:
         """The projected solution of one layer."""
         space, layer = self.null_space, problem.layer
-        columns, residuals = problem.columns(mixed_keys(problem.keys))
+        columns, residuals = problem.columns(problem.own_keys)
         columns = space.project(layer, columns)
         past = space.past(layer, self.history.parts(layer, without=problem.subjects), columns.device)
         weight = self.config.l2

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kedit.editors import presets
-from kedit.editors.closed_forms import mixed_keys
 from kedit.editors.config import EditorConfig, hyper
 from kedit.editors.solve_layers import LayerProblem
 from kedit.editors.value_editor import MultiLayerEditor
@@ -43,7 +42,7 @@ class EMMET(MultiLayerEditor):
     def solve(self, problem: LayerProblem) -> Delta:
         """The constrained solution of one layer."""
         weight = self.config.alpha * self.config.ridge if len(problem.keys) > 1 else 0.0
-        return problem.ridge(mixed_keys(problem.keys), weight)
+        return problem.ridge(problem.own_keys, weight)
 
     @classmethod
     def rule(cls, arch: ModelArch) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kedit.editors import presets
-from kedit.editors.closed_forms import largest_weight, mixed_keys
+from kedit.editors.closed_forms import largest_weight
 from kedit.editors.config import EditorConfig, hyper
 from kedit.editors.solve_layers import LayerProblem
 from kedit.editors.value_editor import MultiLayerEditor
@@ -45,7 +45,7 @@ class MEMIT(MultiLayerEditor):
 
     def solve(self, problem: LayerProblem) -> Delta:
         """The ridge solution of one layer."""
-        keys, weight = mixed_keys(problem.keys), self.config.moment_weight
+        keys, weight = problem.own_keys, self.config.moment_weight
         if self.config.min_share:
             overlaps = (keys.double() * problem.whiten(keys)).sum(1)
             weight = largest_weight(weight, overlaps, self.config.min_share)

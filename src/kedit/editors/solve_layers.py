@@ -11,7 +11,7 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from kedit.editors.closed_forms import ridge, ridge_whitened, whiten_beside
+from kedit.editors.closed_forms import mixed_keys, ridge, ridge_whitened, whiten_beside
 from kedit.editors.config import EditorConfig
 from kedit.errors import ConfigError, UnsupportedError
 from kedit.keys import read
@@ -51,6 +51,14 @@ class LayerProblem:
     facts: tuple[int, ...] = ()
     held: Tensor | None = None
     also: Tensor | None = None
+
+    @property
+    def own_keys(self) -> Tensor:
+        """One key per edit for the multi-layer editors, [E, I]: mixed over the contexts, or, beside held keys, the bare prompt's.
+
+        What tells an edit's key from held ones is little, and not the same little in each context.
+        """
+        return mixed_keys(self.keys) if self.held is None else self.keys[:, 0]
 
     def project(self, keys: Tensor) -> Tensor:
         """W k for each key [n, I], without the bias: [n, O], in the keys' dtype."""
