@@ -159,7 +159,7 @@ def editor(name, model, **options):
 
 
 def change(patch, model, edit, prompts, layer=1):
-    """How far the update moves the MLP's output at the subject behind some prompts, on average, over that at the edit's own."""
+    """How far the update moves the MLP's output at the subject of some prompts, on average, over that at the edit's own."""
     arch = ModelArch(model)
     [name] = [weight.name for weight in arch.weights(layer)]
     matrix = patch.deltas[name].dense.double()

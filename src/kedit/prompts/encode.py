@@ -151,9 +151,9 @@ def encode_edits(
     for number, edit in enumerate(edits):
         texts = rewrite_texts(edit, contexts, tokenizer)
         texts += [Text.fill(SUBJECT_PROMPT, edit.subject), *_further_texts(edit, needs)]
-        behind = needs.held if says_before_subject(edit) else ()
+        held_prompts = needs.held if says_before_subject(edit) else ()
         if needs.held:
-            texts += [edit_text(replace(edit, prompt=prompt), None, tokenizer=tokenizer) for prompt in behind]
+            texts += [edit_text(replace(edit, prompt=prompt), None, tokenizer=tokenizer) for prompt in held_prompts]
             texts += [edit_text(replace(edit, prompt=SLOT), None, context, tokenizer) for context in contexts]
         texts.append(edit_text(edit, None, tokenizer=tokenizer))
         try:
@@ -166,7 +166,7 @@ def encode_edits(
         count = len(contexts)
         _warn_of_joint(edit, rows[0], rows[-1])
         further = iter(rows[count + 1 : -1])
-        sizes = (len(needs.prompts), len(needs.neighbours), len(behind))
+        sizes = (len(needs.prompts), len(needs.neighbours), len(held_prompts))
         extra, neighbours, held = (tuple(islice(further, size)) for size in sizes)
         requests.append(Request((edit,), tuple(rows[:count]), rows[count], extra, neighbours, held, tuple(further)))
     return requests
