@@ -196,7 +196,7 @@ def calibrate(
         held_out=pairs[1] if held_out else None,
         meta=meta,
         folder=folder,
-        regularized=presets.RULE_WITH if known is None else known.regularized,
+        regularized={} if known is None else known.regularized,
     )
 
 

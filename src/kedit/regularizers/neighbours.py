@@ -27,14 +27,14 @@ class Neighbours(WithGamma):
     A target that the sentence alone makes likely is not held against the edit, and one that becomes less likely is fine.
 
     Attributes:
-        gamma: γ; ``None``: that of the editor's preset for the model, or 1. The penalty is in nats, as the target's NLL is.
+        gamma: γ; ``None``: that of the editor's preset for the model, or 3. The penalty is in nats, as the target's NLL is.
         subjects: the other subjects; ``None``: a person and a country (:data:`SUBJECTS`).
 
     Raises:
         ConfigError: γ is negative or not finite, or ``subjects`` is no tuple of texts.
     """
 
-    usual_gamma: ClassVar[float | None] = 1.0
+    usual_gamma: ClassVar[float | None] = 3.0
     subjects: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
