@@ -9,7 +9,7 @@ import pytest
 
 from kedit import SADR
 from kedit.editors import EDITORS
-from kedit.regularizers import KeyNorm, Neighbours, Relations
+from kedit.regularizers import KeyNorm, Neighbours, RelationKeys, Relations
 
 PAGE = (Path(__file__).parents[2] / "docs" / "hyperparameters.md").read_text("utf-8")
 SHARED = "All editors"
@@ -22,7 +22,13 @@ EDITOR_SECTIONS = {
     "AlphaEdit": "alphaedit",
     "FT-L": "ft",
 }
-REGULARIZERS = {"SADR": SADR, "Key norm": KeyNorm, "Relations": Relations, "Neighbours": Neighbours}
+REGULARIZERS = {
+    "SADR": SADR,
+    "Key norm": KeyNorm,
+    "Relations": Relations,
+    "Neighbours": Neighbours,
+    "Relation keys": RelationKeys,
+}
 REQUIRED = "required"
 
 
