@@ -111,15 +111,10 @@ def test_alphaedit_holds_them_in_its_null_space(edits):
     assert float((found.dense @ used).abs().max()) < 1e-10
 
 
-def arch_and_keys(model, edit, needs, layer=1):
-    arch = ModelArch(model)
-    [request] = encode_edits(arch, tokenizer(), [edit], CONTEXTS, needs)
-    return arch, request
-
-
 def test_what_the_closed_form_is_given():
-    model = tiny_model("llama")
-    arch, request = arch_and_keys(model, EDIT, Needs(held=HELD, prompts=("{} is",), neighbours=("Paris",)))
+    arch = ModelArch(tiny_model("llama"))
+    needs = Needs(held=HELD, prompts=("{} is",), neighbours=("Paris",))
+    [request] = encode_edits(arch, tokenizer(), [EDIT], CONTEXTS, needs)
     assert len(request.extra) == len(request.neighbours) == 1
     texts = [Text.fill(prompt, EDIT.subject) for prompt in HELD]
     expected = read.keys(arch, encode(tokenizer(), texts), 1) / 3**0.5
@@ -224,7 +219,7 @@ def test_a_mixture_of_experts(name):
     )
 
 
-def test_chats_hold_the_prompts_in_the_chat(monkeypatch):
+def test_chats_hold_the_prompts_in_the_chat():
     words = tokenizer()
     words.chat_template = (
         "{% for m in messages %}user: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"

@@ -62,10 +62,9 @@ class Suite:
         """A new editor with the suite's corpus, contexts and hyper-parameters; ``overrides`` go before these."""
         config = hyper_parameters_of(name, self.config) | overrides
         kind = editor_class(name)
-        made = kind(self.model, self.tokenizer, **config)
         key = (kind.context_lengths, kind.context_seed, kind.contexts)
         if key not in self._contexts:
-            found = made.contexts
+            found = kind(self.model, self.tokenizer, **config).contexts
             self._contexts[key] = found if self.num_contexts is None else fewer(found, self.num_contexts)
         made = kind(self.model, self.tokenizer, contexts=self._contexts[key], **config)
         if self._engine is None:

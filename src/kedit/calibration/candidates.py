@@ -98,7 +98,7 @@ def gamma_candidates(
 
 
 def with_changes(start: Candidate, changes: Mapping[str, Any]) -> Candidate:
-    """The candidate with what a preset or the rule changes where its regularizer is used."""
+    """The candidate with what a preset changes where its regularizer is used."""
     return replace(start, config=start.config.replace(**changes), changed=dict(changes))
 
 

@@ -54,14 +54,13 @@ class AlphaEdit(NullSpaceEditor):
         columns, residuals = problem.columns(problem.own_keys)
         columns = space.project(layer, columns)
         past = space.past(layer, self.history.parts(layer, without=problem.subjects), columns.device)
-        weight = self.config.l2
-        if self.config.l2_relative:
-            weight *= space.energy(layer, columns)
+        energy = space.energy(layer, columns)
+        weight = self.config.l2 * (energy if self.config.l2_relative else 1)
         keys = whitened = columns[: len(problem.keys)]
         held = None if problem.held is None else space.project(layer, problem.held)
         if held is not None:
             # λ 1 stands for λ C with tr(P C) on the diagonal: so the held keys weigh as in MEMIT's solution.
-            held *= (len(problem.weights[0].matrix.T) / space.energy(layer, columns)) ** 0.5
+            held *= (problem.weights[0].matrix.shape[1] / energy) ** 0.5
             whitened = whiten_beside(keys, held, held)
         if self.config.min_share:
             weight = largest_weight(weight, (keys * whitened).sum(1), self.config.min_share)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from einops import reduce
 
-from kedit.editors.closed_forms import rank_one
 from kedit.editors.config import EditorConfig
 from kedit.editors.solve_layers import LayerProblem
 from kedit.editors.value_editor import ValueEditor
@@ -42,10 +41,7 @@ class ROME(ValueEditor):
     def solve(self, problem: LayerProblem) -> Delta:
         """The rank-one update of one edit."""
         [keys], [residual] = problem.keys, problem.residual  # [C, I], [O]
-        if problem.held is not None:
-            return problem.ridge(keys[:1], 0.0)
-        mean = reduce(keys, "c i -> 1 i", "mean")
-        return rank_one(problem.whiten(mean)[0], keys[0], residual)
+        return problem.rank_one(reduce(keys, "c i -> 1 i", "mean"), keys[:1], residual)
 
 
 class RROME(ROME):
@@ -64,6 +60,4 @@ class RROME(ROME):
         mean = reduce(keys, "c i -> 1 i", "mean")
         if problem.facts in ((), (1,)):
             residual = residual + problem.project(keys[:1] - mean)[0]  # v* − W k̄ = δ + W (k − k̄), as v* = W k + δ
-        if problem.held is not None:
-            return replace(problem, residual=residual[None]).ridge(mean, 0.0)
-        return rank_one(problem.whiten(mean)[0], mean[0], residual)
+        return problem.rank_one(mean, mean, residual)

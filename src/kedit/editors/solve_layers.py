@@ -11,7 +11,7 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from kedit.editors.closed_forms import mixed_keys, ridge, ridge_whitened, whiten_beside
+from kedit.editors.closed_forms import mixed_keys, rank_one, ridge, ridge_whitened, whiten_beside
 from kedit.editors.config import EditorConfig
 from kedit.errors import ConfigError, UnsupportedError
 from kedit.keys import read
@@ -78,6 +78,15 @@ class LayerProblem:
         assert self.held is not None
         return self.moments.whiten(self.layer, self.held)
 
+    def rank_one(self, mean: Tensor, key: Tensor, residual: Tensor) -> LowRankDelta:
+        """ROME's form: the residual [O] appears at ``key`` [1, I], written along C⁻¹ ``mean`` [1, I].
+
+        With held keys the direction is the best one beside them (:meth:`ridge` with λ = 0).
+        """
+        if self.held is None:
+            return rank_one(self.whiten(mean)[0], key[0], residual)
+        return replace(self, residual=residual[None]).ridge(key, 0.0)
+
     def ridge(self, keys: Tensor, weight: float) -> LowRankDelta:
         """The ridge solution Δ = R Kᵀ (λ C + K Kᵀ)⁻¹ for one key per edit, [E, I] (:func:`kedit.editors.closed_forms.ridge`).
 
@@ -85,14 +94,14 @@ class LayerProblem:
         weight, or, with λ = 0, which is exact at its own key, with that of C.
         """
         columns, residuals = self.columns(keys)
-        single = len(self.weights) == 1
-        if single and self.held is None:
-            factor = partial(self.moments.factor, self.layer, keys.device)
-            return ridge(keys, self.residual, self.moments[self.layer].matrix, weight, factor)
-        if single and self.held is not None and weight and max(len(columns), len(self.held)) >= columns.shape[1]:
-            held = self.held.to(torch.float64)
-            matrix = self.moments[self.layer].matrix.to(held) + held.T @ held
-            return self.folded(ridge(columns, residuals, matrix, weight, lambda: cholesky(matrix, self.layer)))
+        if len(self.weights) == 1:
+            matrix = self.moments[self.layer].matrix
+            if self.held is None:
+                return ridge(keys, self.residual, matrix, weight, partial(self.moments.factor, self.layer, keys.device))
+            if weight and max(len(columns), len(self.held)) >= columns.shape[1]:
+                held = self.held.to(torch.float64)
+                beside = matrix.to(held) + held.T @ held
+                return self.folded(ridge(columns, residuals, beside, weight, partial(cholesky, beside, self.layer)))
         weights = torch.full((len(columns),), weight or 1.0, dtype=torch.float64, device=columns.device)
         weights[: len(keys)] = weight
         return self.folded(ridge_whitened(columns, self.whiten(columns), residuals, weights))

@@ -293,6 +293,12 @@ class WithGamma:
         return self.usual_gamma if self.gamma is None else self.gamma
 
 
+def check_texts(field: str, texts: tuple[str, ...] | None) -> None:
+    """Raise ``ConfigError`` where a regularizer's texts, if any are given, are one text or none."""
+    if texts is not None and (isinstance(texts, str) or not texts):
+        raise ConfigError(f"{field} is a tuple of texts, one at least; found {texts!r}.")
+
+
 def is_adaptive(regularizer: Regularizer) -> bool:
     """Whether the optimisation chooses the factor of a regularizer's penalty."""
     return bool(getattr(regularizer, "adaptive", False))

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kedit.errors import ConfigError
 from kedit.models import Site
-from kedit.regularizers.base import ForwardRecord, Needs, WithGamma
+from kedit.regularizers.base import ForwardRecord, Needs, WithGamma, check_texts
 
 SUBJECTS = ("Barack Obama", "Germany")
 
@@ -40,8 +39,7 @@ class Neighbours(WithGamma):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if self.subjects is not None and (isinstance(self.subjects, str) or not self.subjects):
-            raise ConfigError(f"Neighbours.subjects is a tuple of texts, one at least; found {self.subjects!r}.")
+        check_texts("Neighbours.subjects", self.subjects)
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kedit.errors import ConfigError
 from kedit.models import Site
-from kedit.regularizers.base import ForwardRecord, Needs, WithGamma
+from kedit.regularizers.base import ForwardRecord, Needs, WithGamma, check_texts
 
 # fmt: off
 NOUNS = (
@@ -58,8 +58,7 @@ class RelationKeys(WithGamma):
             raise ConfigError(
                 "RelationKeys.gamma is a number: its term is in the closed form, where no optimisation can weigh it."
             )
-        if self.prompts is not None and (isinstance(self.prompts, str) or not self.prompts):
-            raise ConfigError(f"RelationKeys.prompts is a tuple of texts, one at least; found {self.prompts!r}.")
+        check_texts("RelationKeys.prompts", self.prompts)
         self.needs(Site(0, "mlp"))  # raises for prompts without their {}
 
     @property
