@@ -213,6 +213,11 @@ def test_the_plot_shows_every_candidate():
     panels = found.figure().axes
     assert [axis.get_title("left") for axis in panels] == ["layers", "clamp"]
     assert [len(axis.lines) for axis in panels] == [len(stage.rows) for stage in found.stages]
+    written = [sum(len(text.get_text().split(", ")) for text in axis.texts) for axis in panels]
+    assert written == [len(stage.rows) for stage in found.stages]  # a label each, or one for those that lie together
+    for axis in panels:
+        heights = [axis.transData.transform(text.xy)[1] for text in axis.texts]
+        assert len(set(heights)) == len(axis.texts)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,10 @@ ALPHAEDIT = {
     "LLAMA_7B": (range(4, 9), (25, 0.1, 0.5, 0.75)),
     "QWEN2_7B": (range(7, 12), (25, 0.1, 0.5, 0.75)),
 }
+SMOLLM2 = {
+    "layers": 5, "steps": 60, "lr": 0.12, "lr_relative": True, "weight_decay": 1e-3, "clamp": 2.0, "patience": 5,
+    "kl_factor": 0.0625, "stop_loss": 0.05
+}  # fmt: skip
 PUBLISHED_NULL_SPACE = {"l2": 10.0, "threshold": 0.02, "threshold_rule": "absolute", "l2_relative": False}
 FT = {"GPT2_XL": (0, 5e-4), "GPT_J_6B": (0, 5e-5), "MISTRAL_7B": (21, 5e-5)}
 
@@ -134,6 +138,8 @@ FT = {"GPT2_XL": (0, 5e-4), "GPT_J_6B": (0, 5e-5), "MISTRAL_7B": (21, 5e-5)}
 def published():
     """(editor, model, Config fields) of every row of the published tables; what they do not name has one value for all."""
     usual = {"kl_factor": 0.0625, "stop_loss": 0.05}
+    yield "rome", "SMOLLM2_135M", SMOLLM2
+    yield "rrome", "SMOLLM2_135M", SMOLLM2
     for name, table in (("rome", ROME), ("rrome", ROME), ("alphaedit", ALPHAEDIT)):
         own = PUBLISHED_NULL_SPACE if name == "alphaedit" else {}
         for model, (layers, values) in table.items():

@@ -171,9 +171,9 @@ def _solving(editor: ClosedForm, requests: Sequence[Request], places: Sequence[_
 
 
 def _columns(requests: Sequence[Request]) -> int:
-    """How many keys the system of some edits has: their own, and, where keys are held, two further ones each and these."""
+    """How many keys the system of some edits has: their own; where keys are held, those and further ones in the contexts too."""
     held = sum(len(request.held) for request in requests)
-    return 3 * len(requests) + held if held else len(requests)
+    return held + sum(2 * request.num_contexts for request in requests) if held else len(requests)
 
 
 def _reading(editor: ClosedForm, requests: Sequence[Request], layer: int) -> int:

@@ -1,9 +1,10 @@
-"""Published hyper-parameters by a model's type, depth and width, and those of a file beside the model.
+"""Published and calibrated hyper-parameters by a model's type, depth and width, and those of a file beside the model.
 
 A model without an entry gets stated rules, which mean the same for every model: :func:`layer_rule`, :data:`VALUE_RULE`, and what
 the editor's ``rule`` adds.
 Sources: the hyper-parameter files of ROME, MEMIT and the SADR authors' fork (GPT-J, Llama-2-13B, TinyLlama), and
-EasyEdit's for Llama-2, Llama-3, Mistral and Qwen2. γ of SADR is published for GPT-J only.
+EasyEdit's for Llama-2, Llama-3, Mistral and Qwen2. γ of SADR is published for GPT-J only. SmolLM2's are those that
+``kedit calibrate`` chose (benchmarks/results/real/calibrate.md).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ NEOX_20B: Model = ("gpt_neox", 44, 6144)
 LLAMA_7B: Model = ("llama", 32, 4096)  # Llama-2-7B and Llama-3-8B share depth and width
 LLAMA_13B: Model = ("llama", 40, 5120)
 TINYLLAMA: Model = ("llama", 22, 2048)
+SMOLLM2_135M: Model = ("llama", 30, 576)
 MISTRAL_7B: Model = ("mistral", 32, 4096)
 QWEN2_7B: Model = ("qwen2", 28, 3584)
 
@@ -59,6 +61,17 @@ _ROME: dict[Model, Preset] = {
     LLAMA_7B: Preset(_rome(5, 25, 1e-3)),
     LLAMA_13B: Preset(_rome(6, 20, 1e-3)),
     TINYLLAMA: Preset(_rome(4, 20, 0.5, 2.0)),
+    SMOLLM2_135M: Preset(
+        {
+            "layers": (5,),
+            "steps": 60,
+            "lr": 0.12,
+            "lr_relative": True,
+            "weight_decay": 1e-3,
+            "clamp": 2.0,
+            "patience": 5,
+        }
+    ),
     MISTRAL_7B: Preset(_rome(5, 25, 1e-3)),
     QWEN2_7B: Preset(_rome(5, 25, 1e-3)),
 }

@@ -22,7 +22,8 @@ class ROME(ValueEditor):
         u = C⁻¹ k̄ / ‖C⁻¹ k̄‖,   Δ = (v* − W k) uᵀ / (uᵀ k)
 
     hence (W + Δ) k = v* at the bare prompt (the published code's convention). Beside held keys (``relation_keys``), u is the
-    vector with uᵀ k = 1 that minimises uᵀ (C + Hᵀ H) u and the squared miss at k̄ and at the subject alone.
+    vector with uᵀ k = 1 that minimises uᵀ (C + Hᵀ H) u + Σ (uᵀ p − 1)² over the keys p of the prompt and of the subject alone in
+    the contexts.
     """
 
     name: ClassVar[str] = "rome"
@@ -49,13 +50,16 @@ class RROME(ROME):
 
     Δ = (v* − W k̄) uᵀ / (uᵀ k̄), hence (W + Δ) k̄ = v* at the mean key. Joined facts of one subject have v* = W k̄ + δ: the
     value was optimised by adding δ in every context, and the published v* = W k + δ would move the bare prompt by W (k − k̄)
-    besides, which can lose one of the facts.
+    besides, which can lose one of the facts. Beside held keys (``relation_keys``) it is ROME's form: what tells a key from
+    held ones differs from context to context, and an update exact at the mean key writes little at the bare prompt.
     """
 
     name: ClassVar[str] = "rrome"
 
     def solve(self, problem: LayerProblem) -> Delta:
         """The rank-one update of one edit."""
+        if problem.held is not None:
+            return super().solve(problem)
         [keys], [residual] = problem.keys, problem.residual
         mean = reduce(keys, "c i -> 1 i", "mean")
         if problem.facts in ((), (1,)):

@@ -39,7 +39,7 @@ class LayerProblem:
         subjects: of the edits.
         facts: how many facts of its subject each edit joins, [E]; empty: one each.
         held: keys at which nothing shall change, scaled so that C + Hᵀ H takes the place of C, [N, I]; ``None``: none.
-        also: further keys of each edit at which its residual shall appear as far as can be, [E, m, I]; given where ``held`` is.
+        also: further keys of each edit at which its residual shall appear as well, [E, m, I]; given where ``held`` is.
     """
 
     layer: int
@@ -107,14 +107,12 @@ class LayerProblem:
         return self.folded(ridge_whitened(columns, self.whiten(columns), residuals, weights))
 
     def columns(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys [E, I] and, where there are any, the edits' further ones, divided by √m: [E (1 + m), I], and their residuals."""
+        """The keys [E, I] and, where there are any, the edits' further ones, [E (1 + m), I], and the residual of each."""
         if self.also is None:
             return keys, self.residual
-        further = self.also.to(keys) / self.also.shape[1] ** 0.5
-        residual = self.residual / self.also.shape[1] ** 0.5
         return (
-            torch.cat([keys, rearrange(further, "e m i -> (e m) i")]),
-            torch.cat([self.residual, repeat(residual, "e o -> (e m) o", m=self.also.shape[1])]),
+            torch.cat([keys, rearrange(self.also.to(keys), "e m i -> (e m) i")]),
+            torch.cat([self.residual, repeat(self.residual, "e o -> (e m) o", m=self.also.shape[1])]),
         )
 
     def folded(self, delta: LowRankDelta) -> LowRankDelta:
@@ -123,8 +121,7 @@ class LayerProblem:
             return delta
         edits, further = self.also.shape[:2]
         own, others = delta.right[:, :edits], delta.right[:, edits:]
-        summed = reduce(others, "i (e m) -> i e", "sum", m=further) / further**0.5
-        return LowRankDelta(delta.left[:, :edits], own + summed)
+        return LowRankDelta(delta.left[:, :edits], own + reduce(others, "i (e m) -> i e", "sum", m=further))
 
     def split(self, delta: Delta) -> dict[str, Delta]:
         """A solution [O, I] as updates by name: of a mixture, one for every expert that it changes."""
@@ -178,7 +175,7 @@ def solve_layers(
             held = also = None
             if any(request.held for request in requests):
                 held = hold**0.5 * read.held_keys(arch, requests, layer)
-                also = torch.stack([reduce(keys, "e c i -> e i", "mean"), read.alone_keys(arch, requests, layer)], 1)
+                also = torch.cat([keys[:, 1:], read.alone_keys(arch, requests, layer)], 1)
             problem = LayerProblem(
                 layer, keys, share.to(keys.device), arch.weights(layer), editor.moments, subjects, facts, held, also
             )

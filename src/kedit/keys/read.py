@@ -77,9 +77,9 @@ def held_keys(arch: ModelArch, requests: Sequence[Request], layer: int) -> Tenso
 
 
 def alone_keys(arch: ModelArch, requests: Sequence[Request], layer: int) -> Tensor:
-    """The mean of :func:`keys` of the subject alone over the contexts, [E, I]."""
+    """:func:`keys` of the subject alone in every context, [E, C, I]."""
     vectors = keys(arch, [row for request in requests for row in request.alone], layer)
-    return _means(vectors, [len(request.alone) for request in requests])
+    return rearrange(vectors, "(e c) i -> e c i", e=len(requests))
 
 
 def request_outputs(arch: ModelArch, requests: Sequence[Request], site: Site) -> Tensor:

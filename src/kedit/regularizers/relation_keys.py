@@ -28,11 +28,10 @@ class RelationKeys(WithGamma):
     A causal model reads "The name of the father of" before the subject, so the subject's key (the input of the edited
     down-projection at its last token) differs from its key after another relation. ROME's update, made for C = E[k kᵀ] of
     ordinary text, acts at both alike; here C is replaced, in every closed form, by C + (γ / n) Σ_h h hᵀ over the subject's
-    keys h after n other relations. So that prompts in which the subject comes first still read the value, it is also
-    written at the mean key of the subject alone and at that of the edit's prompt, over the contexts. For ROME, with these
-    two as p::
+    keys h after n other relations. So that paraphrases still read the value, those in which the subject comes first among
+    them, it is also written at the keys p of the edit's prompt and of the subject alone in every context. For ROME::
 
-        u = argmin uᵀ C u + γ mean_h (uᵀ h)² + mean_p (uᵀ p − 1)²   subject to uᵀ k = 1
+        u = argmin uᵀ C u + γ mean_h (uᵀ h)² + Σ_p (uᵀ p − 1)²   subject to uᵀ k = 1
 
     The value itself stays as it is: the optimisation does not see this regularizer. It costs a pass of short prompts up to the
     edited block. What follows the subject ("{} was born in") no key can know: an edit whose prompt begins with its
