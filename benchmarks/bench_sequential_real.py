@@ -1,4 +1,4 @@
-"""Sequences of edits of a real model, batch by batch: ``python benchmarks/bench_sequential_real.py --model DIR --data FILE``.
+"""Sequences of edits of a real model, batch by batch: ``python -m benchmarks.bench_sequential_real --model DIR --data FILE``.
 
 Every batch is an ``apply`` on the model as edited so far. At checkpoints, of all facts so far: how many targets the model prefers
 to the true object (ES, PS) and says, NS on a fixed set of neighbours, perplexity on text that the second moments have not read,
@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import benchmarks.stabilisers  # noqa: F401  # registers them
 import torch
 
 import kedit
@@ -127,7 +128,15 @@ def fix_values(editor: ValueEditor, edits: Sequence[kedit.Edit], folder: Path) -
     editor._optimize = kept
 
 
-def run(editor: kedit.Editor, measure: Measure, cases: Sequence[EditCase], batch: int, at: set[int], out: Path) -> None:
+def run(
+    editor: kedit.Editor,
+    measure: Measure,
+    cases: Sequence[EditCase],
+    batch: int,
+    at: set[int],
+    out: Path,
+    regularizers: Sequence[str] = (),
+) -> None:
     """One sequence; what is in ``out`` already is put back, not made anew."""
     out.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -136,6 +145,7 @@ def run(editor: kedit.Editor, measure: Measure, cases: Sequence[EditCase], batch
         "batch": batch,
         "contexts": list(editor.contexts),
         "edits": [case.edit.to_dict() for case in cases],
+        **({"regularizers": list(regularizers)} if regularizers else {}),
     }
     known = json.loads((out / "settings.json").read_text()) if (out / "settings.json").exists() else settings
     shorter = min(len(known["edits"]), len(cases))
@@ -156,7 +166,7 @@ def run(editor: kedit.Editor, measure: Measure, cases: Sequence[EditCase], batch
             began = time.perf_counter()
             with warnings.catch_warnings(), editor.unchecked():
                 warnings.simplefilter("ignore", UserWarning)
-                result = editor.apply(edits)
+                result = editor.apply(edits, list(regularizers))
             result.patch.save(path)
             done = len(edits) + start
             shares = [log[-1]["written"] for log in result.log if log and "written" in log[-1]]
@@ -211,6 +221,7 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, default=100)
     parser.add_argument("--contexts", type=int, default=5)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="hyper-parameters, as rome.clamp=2")
+    parser.add_argument("--regularizers", nargs="*", default=[], help="of every edit, for example relation_keys")
     parser.add_argument("--fixed-values", action="store_true", help="optimise every value on the unedited model, once")
     parser.add_argument("--label", default="", help="part of the run's folder name")
     parser.add_argument("--out", type=Path, required=True)
@@ -239,11 +250,11 @@ def main() -> None:
         editor = suite.editor(name)
         suite.prepare([editor])
         fixed = "fixed" if args.fixed_values else ""
-        label = "-".join(filter(None, [name, f"batch{args.batch}", fixed, args.label]))
+        label = "-".join(filter(None, [name, f"batch{args.batch}", fixed, *args.regularizers, args.label]))
         if fixed:
             fix_values(editor, [case.edit for case in cases], args.out / ".values")
         print(label, hyper_parameters_of(name, given), flush=True)
-        run(editor, measure, cases, args.batch, set(args.checkpoints), args.out / label)
+        run(editor, measure, cases, args.batch, set(args.checkpoints), args.out / label, args.regularizers)
     write_text(args.out / "table.md", table(args.out))
     print(table(args.out))
 
