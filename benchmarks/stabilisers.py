@@ -6,21 +6,28 @@ everything else together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+
+import torch
 
 from kedit import EditPatch
 from kedit.editors import EDITORS
+from kedit.editors.alphaedit import AlphaEdit
+from kedit.editors.base import Call
 from kedit.editors.closed_forms import largest_weight, mixed_keys
 from kedit.editors.config import hyper
 from kedit.editors.key_history import KeyHistory
 from kedit.editors.memit import MEMIT
 from kedit.editors.solve_layers import LayerProblem
 from kedit.keys import read
+from kedit.models import Site
 from kedit.patch.delta import Delta, LowRankDelta
 from kedit.prompts.encode import Request
 from kedit.utils.linalg import cholesky, solved
+from kedit.values.optimize import Values
 
 
 class ENCORE(MEMIT):
@@ -61,4 +68,29 @@ class ENCORE(MEMIT):
         self.history.add(patch, {layer: each.float().cpu() for layer, each in keys.items()})
 
 
+class NAS(AlphaEdit):
+    """AlphaEdit whose values have the length that they have on the unedited model (Norm-Anchor Scaling, arXiv:2602.02543).
+
+    With v₀ the MLP's output at the last edited block, v* = v₀ + δ is scaled to m, the mean ‖v*‖ of the first call's edits, the
+    longest twentieth left out; one longer than 2 m is dropped (v* = v₀). The published m is that of 1,000 other facts.
+    """
+
+    name: ClassVar[str] = "nas"
+    anchor: float | None = None
+
+    def _optimize(self, requests: Sequence[Request], call: Call) -> Values:
+        values = super()._optimize(requests, call)
+        site = Site(self.config.layers[-1], "mlp")
+        delta = values.delta[:, 0]
+        before = read.request_outputs(self.arch, requests, site).to(delta)
+        value = before + delta
+        lengths = value.norm(dim=1)
+        if self.anchor is None:
+            kept = lengths.sort().values[: math.ceil(0.95 * len(lengths))]
+            self.anchor = float(kept.mean())
+        scaled = torch.where((lengths > 2 * self.anchor)[:, None], before, value * (self.anchor / lengths)[:, None])
+        return replace(values, delta=(scaled - before)[:, None])
+
+
 EDITORS.register("encore", ENCORE)
+EDITORS.register("nas", NAS)
