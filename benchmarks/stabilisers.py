@@ -60,7 +60,7 @@ class ENCORE(MEMIT):
             weight = largest_weight(weight, (keys * problem.whiten(keys)).sum(1), self.config.min_share)
         system = weight * moment + earlier.T @ earlier + keys.T @ keys
         system.diagonal().add_(self.config.norm_weight * weight * moment.trace() / len(moment))
-        return LowRankDelta(problem.residual.double().T, solved(cholesky(system), keys.T).T.contiguous())
+        return LowRankDelta(problem.residual.double().T, solved(cholesky(system), keys.T.contiguous()))
 
     def on_applied(self, patch: EditPatch, requests: Sequence[Request]) -> None:
         """Remember the keys that were written."""
