@@ -53,7 +53,9 @@ def test_without_a_penalty_it_has_no_influence():
 def test_the_rule_has_it_and_the_presets_and_given_steps_do_not():
     assert kedit.ROME.preset(tiny_model("llama")).patience == 5
     assert kedit.ROME(tiny_model("llama"), tokenizer(), steps=80).config.patience == 0
-    assert all("patience" not in preset.values for table in presets.PRESETS.values() for preset in table.values())
+    calibrated = [presets.SMOLLM2_135M]  # from the rule
+    tables = presets.PRESETS.values()
+    assert all("patience" not in one.values for table in tables for key, one in table.items() if key not in calibrated)
 
 
 def test_waiting_begins_with_the_first_score_that_counts():
