@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from benchmarks.bench_half import SHORT
+from benchmarks.bench_sequential_real import subjects_in
 from benchmarks.pairs import RESULTS
 
 import kedit
@@ -141,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = kedit.load(args.model)
-    excluded = {case.edit.subject for path in args.exclude for case in load_cases(path).cases}
+    excluded = subjects_in(args.exclude)
     cases = known_cases(model, tokenizer, load_cases(args.data).cases, args.cases, exclude=excluded, probes=4).cases
     plain = kedit.ROME(model, tokenizer)
     moments = kedit.second_moments(model, tokenizer, plain.config.layers, args.corpus, compute_dtype=args.dtype)

@@ -40,9 +40,14 @@ WAVE = 10  # values that are optimised together
 COLUMNS = ("facts", "ES", "said", "PS", "NS", "ppl", "norm", "written")
 
 
+def subjects_in(files: Sequence[Path]) -> set[str]:
+    """The subjects of all cases in some files."""
+    return {case.edit.subject for path in files for case in load_cases(path).cases}
+
+
 def chosen(data: Path, exclude: Sequence[Path], number: int) -> list[EditCase]:
     """The first cases of a file, every subject once and none of those in other files."""
-    taken = {case.edit.subject for path in exclude for case in load_cases(path).cases}
+    taken = subjects_in(exclude)
     cases = []
     for case in load_cases(data).cases:
         if case.edit.subject not in taken:

@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import kedit
+from kedit.analysis.results.drift import MEASURES, DriftResult
 from kedit.bench import Suite, choose_gamma
 from kedit.bench.choice import FIVE as FIVE
 from kedit.bench.choice import value as value
@@ -182,12 +183,11 @@ class Bench:
 
     def describe(self) -> str:
         """Model, machine and versions, for every table."""
-        model, machine = describe_model(self.model), environment()
+        model = describe_model(self.model)
         size = f"{model['type']}, {model['num_layers']} blocks, {model['parameters']:,} parameters"
-        versions = ", ".join(f"{key} {machine[key]}" for key in ("kedit", "torch", "transformers") if key in machine)
         return (
             f"{model['name'] or 'The embedded model'} ({size}); {len(self.test)} held-out edits, hyper-parameters from "
-            f"{len(self.dev)} others; {versions}; {machine['machine']}."
+            f"{len(self.dev)} others; {made_with()}."
         )
 
 
@@ -264,6 +264,28 @@ def tradeoff(lines: Mapping[str, Sequence[tuple[float, float, Estimate]]], metri
     axis.grid(color="#dddddd")
     figure.legend(loc="outside upper center", ncols=2)
     return figure
+
+
+def made_with() -> str:
+    """Versions and machine."""
+    machine = environment()
+    versions = ", ".join(f"{key} {machine[key]}" for key in ("kedit", "torch", "transformers") if key in machine)
+    return f"{versions}; {machine['machine']}"
+
+
+def interval(found: Any, form: str = ".2f", unit: float = 1.0) -> str:
+    """A figure and its 95% interval, in units of which there are so many in 1."""
+    return f"{unit * found.value:{form}} [{unit * found.low:{form}}, {unit * found.high:{form}}]"
+
+
+def drift_table(drift: DriftResult) -> str:
+    """How each measure of drift goes with the damage."""
+    rows = [
+        [MEASURES[name], *(interval(both[kind]) for kind in ("pearson", "spearman"))]
+        for name, both in drift.correlations().items()
+    ]
+    heads = [f"Measure under {drift.label}, against the loss of the right answer's probability", "Pearson", "Spearman"]
+    return table(heads, rows)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,19 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from benchmarks.quality import table
+from benchmarks.bench_sequential_real import subjects_in
+from benchmarks.quality import drift_table, interval, made_with, table
 
 import kedit
 from kedit.analysis.activation_patching import patch_activations
 from kedit.analysis.edited_models import Patches
 from kedit.analysis.interventions import LABELS
-from kedit.analysis.results.drift import MEASURES, DriftResult
 from kedit.analysis.results.patching import CONTAMINATE, EDITED, ORIGINAL, RESTORE, PatchingResult
 from kedit.bench.suite import Suite
 from kedit.data import load_cases
 from kedit.evaluation import known_cases, split_by_subject
 from kedit.evaluation.cases import EditCase, Kind, distracted
-from kedit.evaluation.provenance import environment
 from kedit.report import figures
 from kedit.report.overview import head_sets
 
@@ -32,29 +31,14 @@ PROBES = 2  # neighbours per fact
 
 def chosen(model: object, tokenizer: object, data: Path, exclude: Sequence[Path], number: int) -> list[EditCase]:
     """Held-out facts that the model knows, with their neighbours after the edited sentence."""
-    taken = {case.edit.subject for path in exclude for case in load_cases(path).cases}
     _, held_out = split_by_subject(load_cases(data).cases)
-    known = known_cases(model, tokenizer, held_out, number, probes=PROBES, exclude=taken).cases
+    known = known_cases(model, tokenizer, held_out, number, probes=PROBES, exclude=subjects_in(exclude)).cases
     cases = []
     for case in known:
         beside = [distracted(case.edit, probe) for probe in case.probes if probe.kind is Kind.NEIGHBOUR]
         own = [probe for probe in case.probes if probe.kind is Kind.REWRITE]
         cases.append(EditCase(id=case.id, edit=case.edit, probes=(*own, *beside)))
     return cases
-
-
-def interval(found: object, form: str = ".2f", unit: float = 1.0) -> str:
-    """A figure and its 95% interval."""
-    return f"{unit * found.value:{form}} [{unit * found.low:{form}}, {unit * found.high:{form}}]"
-
-
-def correlations(result: DriftResult) -> str:
-    """How each measure of drift goes with the loss of the right answer's probability."""
-    rows = [
-        [MEASURES[name], interval(both["pearson"]), interval(both["spearman"])]
-        for name, both in result.correlations().items()
-    ]
-    return table(["Measure, against the loss of the right answer's probability", "Pearson", "Spearman"], rows)
 
 
 def exchanges(patching: PatchingResult) -> str:
@@ -105,16 +89,14 @@ def main() -> None:
     }
     for name, figure in drawn.items():
         figures.save(figure, args.results / f"reveal_{name}.png")
-    machine = environment()
-    versions = ", ".join(f"{key} {machine[key]}" for key in ("kedit", "torch", "transformers") if key in machine)
     title = " + ".join(args.regularizers)
     parts = [
         f"# What edits do inside {Path(args.model).name}\n",
         f"{len(cases)} held-out edits of facts that the model knows, each alone, with {args.editor} and with {args.editor} + "
-        f"{title}; {len(one.of('distracted_neighbour'))} neighbours after the edited sentence. {versions}; {machine['machine']}. "
+        f"{title}; {len(one.of('distracted_neighbour'))} neighbours after the edited sentence. {made_with()}. "
         "In brackets: 95% bootstrap intervals by edit.\n",
         "## Attention drift\n",
-        correlations(one),
+        drift_table(one),
         "![Drift by head](reveal_drift.png)\n\n![Drift against damage](reveal_correlation.png)\n",
         f"```\n{one.summary()}\n\n{other.summary()}\n```\n",
         "## Patching\n",

@@ -17,7 +17,7 @@ from kedit import EditPatch
 from kedit.editors import EDITORS
 from kedit.editors.alphaedit import AlphaEdit
 from kedit.editors.base import Call
-from kedit.editors.closed_forms import largest_weight, mixed_keys
+from kedit.editors.closed_forms import mixed_keys
 from kedit.editors.config import hyper
 from kedit.editors.key_history import KeyHistory
 from kedit.editors.memit import MEMIT
@@ -55,9 +55,7 @@ class ENCORE(MEMIT):
         keys = problem.own_keys.double()
         moment = problem.moments[problem.layer].matrix.to(keys)
         earlier = self.history.keys(problem.layer, keys.shape[1]).to(keys)
-        weight = self.config.moment_weight
-        if self.config.min_share:
-            weight = largest_weight(weight, (keys * problem.whiten(keys)).sum(1), self.config.min_share)
+        weight = self.weight_for(problem, keys)
         system = weight * moment + earlier.T @ earlier + keys.T @ keys
         system.diagonal().add_(self.config.norm_weight * weight * moment.trace() / len(moment))
         return LowRankDelta(problem.residual.double().T, solved(cholesky(system), keys.T.contiguous()))

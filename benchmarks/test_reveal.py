@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quality import table
+from quality import drift_table, interval, made_with
 
 import kedit
 from kedit.analysis.activation_patching import patch_activations
 from kedit.analysis.edited_models import Patches
 from kedit.analysis.interventions import LABELS
-from kedit.analysis.results.drift import MEASURES, DriftResult
+from kedit.analysis.results.drift import DriftResult
 from kedit.analysis.results.patching import CONTAMINATE, EDITED, ORIGINAL, RESTORE, PatchingResult
 from kedit.analysis.results.tracing import ROLES, TraceResult
 from kedit.embedded import load_world
 from kedit.embedded.cases import world_cases
-from kedit.evaluation.provenance import environment
 from kedit.report import figures
 from kedit.report.overview import head_sets, reveal
 
@@ -86,13 +85,11 @@ def draw(found):
 
 def text(found):
     """The page of results."""
-    machine = environment()
-    versions = ", ".join(f"{key} {machine[key]}" for key in ("kedit", "torch", "transformers") if key in machine)
     probes = found.rome.of("distracted_neighbour")
     parts = [
         "# What edits do inside the embedded model\n",
         f"{EDITS} held-out edits, each alone, with ROME and with ROME + SADR (presets); {len(probes)} distracted-neighbour "
-        f"probes; {TRACED} facts traced with {SAMPLES} draws of the noise. {versions}; {machine['machine']}. In brackets: 95% "
+        f"probes; {TRACED} facts traced with {SAMPLES} draws of the noise. {made_with()}. In brackets: 95% "
         "bootstrap intervals by fact or edit. Written by `pytest benchmarks/test_reveal.py`.\n",
         "## Comparison with the paper\n",
         *(f"- {line}" for line in claims(found)),
@@ -100,7 +97,7 @@ def text(found):
         f"```\n{found.trace.summary()}\n\n{found.trace.suggest()}\n```\n",
         "![Average indirect effects](reveal_tracing.png)\n\n![Hand-over](reveal_handover.png)\n",
         "## Attention drift\n",
-        drift_table(found),
+        drift_table(found.rome),
         "![Drift by head](reveal_drift.png)\n\n![Change of the weight on the subject](reveal_gain.png)\n",
         "![Drift against damage](reveal_correlation.png)\n\n![Attention before and after](reveal_attention.png)\n",
         f"```\n{found.rome.summary()}\n\n{found.sadr.summary()}\n```\n",
@@ -109,15 +106,6 @@ def text(found):
         "![Exchanges in all blocks](reveal_patching.png)\n\n![Exchanges block by block](reveal_windows.png)\n",
     ]
     return "\n".join(parts)
-
-
-def drift_table(found):
-    rows = []
-    for name, both in found.rome.correlations().items():
-        rows.append([MEASURES[name], *(interval(both[kind]) for kind in ("pearson", "spearman"))])
-    return table(
-        ["Measure under ROME, against the loss of the right answer's probability", "Pearson", "Spearman"], rows
-    )
 
 
 def claims(found):
@@ -179,10 +167,6 @@ def patched(found):
 
 def percent(found):
     return f"{100 * found.value:.0f}% [{100 * found.low:.0f}, {100 * found.high:.0f}]"
-
-
-def interval(found, form=".2f"):
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def test_tracing_hands_over_after_the_first_blocks(found):

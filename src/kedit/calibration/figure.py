@@ -58,5 +58,7 @@ def _joined(labels: Sequence[tuple[float, float, str]], axis: Axes) -> list[tupl
         near = NEAR * (right - left), NEAR * (top - bottom)
         together = (g for g in groups if abs(g[-1][0] - x) <= near[0] and abs(g[-1][1] - y) <= near[1])
         group = next(together, None)
-        groups.append([(x, y, text)]) if group is None else group.append((x, y, text))
+        if group is None:
+            groups.append(group := [])
+        group.append((x, y, text))
     return [(g[-1][0], (g[0][1] + g[-1][1]) / 2, ", ".join(text for _, _, text in g)) for g in groups]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from kedit.editors import presets
 from kedit.editors.closed_forms import largest_weight
 from kedit.editors.config import EditorConfig, hyper
@@ -45,11 +47,16 @@ class MEMIT(MultiLayerEditor):
 
     def solve(self, problem: LayerProblem) -> Delta:
         """The ridge solution of one layer."""
-        keys, weight = problem.own_keys, self.config.moment_weight
-        if self.config.min_share:
-            overlaps = (keys.double() * problem.whiten(keys)).sum(1)
-            weight = largest_weight(weight, overlaps, self.config.min_share)
-        return problem.ridge(keys, weight)
+        keys = problem.own_keys
+        return problem.ridge(keys, self.weight_for(problem, keys))
+
+    def weight_for(self, problem: LayerProblem, keys: Tensor) -> float:
+        """λ for a batch with one key per edit, [E, I]: ``moment_weight``, or less by ``min_share``."""
+        weight = self.config.moment_weight
+        if not self.config.min_share:
+            return weight
+        overlaps = (keys.double() * problem.whiten(keys)).sum(1)
+        return largest_weight(weight, overlaps, self.config.min_share)
 
     @classmethod
     def rule(cls, arch: ModelArch) -> dict[str, Any]:

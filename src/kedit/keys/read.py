@@ -85,12 +85,7 @@ def alone_keys(arch: ModelArch, requests: Sequence[Request], layer: int) -> Tens
 def request_outputs(arch: ModelArch, requests: Sequence[Request], site: Site) -> Tensor:
     """:func:`outputs` of every edit's bare prompt, [E, H]; of several facts of one subject, their mean."""
     vectors = outputs(arch, [row for request in requests for row in request.bare], site)
-    return _means(vectors, [len(request.edits) for request in requests])
-
-
-def _means(vectors: Tensor, counts: list[int]) -> Tensor:
-    """The mean of each edit's share of the vectors [P, I], of which it has so many: [E, I]."""
-    return torch.stack([part.mean(0) for part in vectors.split(counts)])
+    return torch.stack([part.mean(0) for part in vectors.split([len(request.edits) for request in requests])])
 
 
 def routing(arch: ModelArch, rows: Sequence[TokenizedPrompt], layer: int) -> Routing:
