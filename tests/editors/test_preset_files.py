@@ -113,3 +113,23 @@ def test_a_preset_fills_the_gamma_of_relations(tmp_path, preset, given, expected
     assert not Relations().adaptive
     assert Relations().factor == 0.25
     assert Relations(gamma="auto").adaptive
+
+
+@pytest.mark.parametrize(
+    ("regularized", "given", "expected"),
+    [
+        (None, {}, 0.01),  # the rule's, without a preset
+        ({}, {}, 0.01),  # and with one that does not name the regularizer
+        ({"neighbours": {"stop_loss": 0.2}}, {}, 0.2),
+        ({"neighbours": {"self": {"gamma": 1.0}}}, {}, 0.5),  # named, and nothing changed
+        (None, {"stop_loss": 0.3}, 0.3),
+    ],
+)
+def test_neighbours_asks_for_a_confident_value(tmp_path, regularized, given, expected):
+    if regularized is not None:
+        kept = presets.Preset({"layers": [1], "stop_loss": 0.5}, regularized)
+        given = {**given, "preset": presets.save(tmp_path / "p.json", "rome", kept)}
+    editor = kedit.ROME(tiny_model("gpt2"), tokenizer(), **given)
+    assert editor.describe_call("neighbours")["config"]["stop_loss"] == expected
+    plain = editor.describe_call("relations")["config"]["stop_loss"]
+    assert plain == editor.describe_call()["config"]["stop_loss"] != 0.01
