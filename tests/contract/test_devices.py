@@ -260,18 +260,18 @@ def test_the_fullest_device_decides_how_large_waves_are(monkeypatch, caplog):
 
 @pytest.mark.parametrize("outside", [False, True])
 def test_a_model_with_adapters_over_two_devices(outside):
-    def wrapped(model):
+    def wrapped(model):  # in float64: the rounding of this edit depends on the processor
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT asks transformers for what it renamed
             config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-            return peft.get_peft_model(model, config).eval()
+            return peft.get_peft_model(model, config).eval().double()
 
     wanted = make("rome", wrapped(tiny_model("llama"))).apply(FRENCH, kedit.SADR(gamma=0.3))
     with devices():
         model = wrapped(tiny_model("llama"))
         placed = spread(model, 2) if outside else (spread(model.get_base_model(), 2), model)[1]
-        assert apart(make("rome", placed).apply(FRENCH, kedit.SADR(gamma=0.3)), wanted) <= NEAR
+        assert apart(make("rome", placed).apply(FRENCH, kedit.SADR(gamma=0.3)), wanted) <= 1e-9
 
 
 PLACES = [["cuda:0", "cpu", "cuda:1"], ["cuda:0", "disk", "cuda:1"], ["cpu", "cuda:1", "disk"]]

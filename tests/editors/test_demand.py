@@ -1,8 +1,10 @@
 """The estimated memory of an edit is the memory that it uses."""
 
 import gc
+import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,8 @@ def test_the_stated_demand_is_within_a_fifth_of_the_measured_peak(name, width, d
     stated, peak, left = measured(name, width, dtype, edits)
     besides = stated.total - stated.model - stated.moments
     if not 0.8 < besides / peak < 1.2:  # one run of many measured 1.7 times the usual peak, why is not known
-        stated, peak, left = measured(name, width, dtype, edits)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            stated, peak, left = fresh.submit(measured, name, width, dtype, edits).result()
     assert 0.8 < besides / peak < 1.2, (str(stated), peak / 2**20)
     assert stated.kept == pytest.approx(left, rel=0.2), (stated.kept / 2**20, left / 2**20)
 
