@@ -282,8 +282,8 @@ def complete(preset: Preset | None, regularizer: Regularizer) -> Regularizer:
 # Published step sizes are absolute: 0.5 per coordinate is a third of ‖v₀‖ on one model and many times ‖v₀‖ on another, where the
 # first step already ends at the clamp. Relative steps reach the target with a smaller value (docs/defaults.md has the numbers).
 VALUE_RULE: Mapping[str, Any] = {"steps": 60, "lr": 0.12, "lr_relative": True, "clamp": 2.0, "patience": 5}
-# A confident value is said after more paraphrases, and the penalty keeps it from other subjects: with 0.05, PS is lower and DNS the
-# same (benchmarks/results/real/ideas.md).
+# The penalty keeps a confident value from other subjects. With 0.05, DNS is the same and PS lower on one of two samples of
+# development facts, equal on the other (benchmarks/results/real/ideas.md).
 RULE_WITH: Mapping[str, Mapping[str, Any]] = {"neighbours": {"stop_loss": 0.01}}
 ADAPTIVE_STEPS = 1.25  # times as many where a penalty is made small once the target is said; most edits end earlier
 MIN_SHARE = 0.9  # of the wanted change that the multi-layer editors write at least
